@@ -1,0 +1,133 @@
+"""The `rl_accel.*` settings: one frozen dataclass per feature, validated in one place.
+
+The same mapping is used by both entries: `python -m rl_accel.train` (block `rl_accel:` of a recipe) and the drop-in
+form on a plain verl command (`+actor_rollout_ref.rollout.custom.rl_accel.*`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from rl_accel.errors import ConfigError
+
+DRAFT_METHODS = ("none", "ngram", "suffix")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Speculative decoding of rollouts (`rl_accel.draft.*`)."""
+
+    method: str = "none"
+    """`none`, or one of vLLM's own: `ngram` (looks in the request itself), `suffix` (package arctic-inference)."""
+    num_speculative_tokens: int = 5
+    """Most draft tokens per request and engine step, 1 to 128."""
+    prompt_lookup_min: int = 2
+    """`ngram`: shortest match, in tokens."""
+    prompt_lookup_max: int = 4
+    """`ngram`: longest match, in tokens."""
+
+    def __post_init__(self) -> None:
+        if self.method not in DRAFT_METHODS:
+            raise ConfigError(_unknown("rl_accel.draft.method", self.method, DRAFT_METHODS))
+        if not 1 <= self.num_speculative_tokens <= 128:
+            raise ConfigError(
+                f"rl_accel.draft.num_speculative_tokens is {self.num_speculative_tokens}; vLLM takes 1 to 128"
+            )
+        if not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:
+            raise ConfigError(
+                "rl_accel.draft.prompt_lookup_min and prompt_lookup_max must satisfy 1 <= min <= max; got "
+                f"{self.prompt_lookup_min} and {self.prompt_lookup_max}"
+            )
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Position-keyed exact sampling (`rl_accel.sampling.*`)."""
+
+    exact: bool = False
+    """Make every sampled token a pure function of (seed, problem, sample, step, position) and the logits."""
+    seed: int = 0
+    """Seed of the noise."""
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    """Safety of the weight sync from trainer to rollout engine (`rl_accel.sync.*`)."""
+
+    timeout_s: float = 600.0
+    """Seconds after which a sync without an answer is an error."""
+    readback: str = "first"
+    """Compare what the engine's kernels use with what was sent: `first` sync only, `every` sync, or `never`."""
+
+    def __post_init__(self) -> None:
+        if self.timeout_s <= 0:
+            raise ConfigError(f"rl_accel.sync.timeout_s must be positive; got {self.timeout_s}")
+        if self.readback not in ("first", "every", "never"):
+            raise ConfigError(_unknown("rl_accel.sync.readback", self.readback, ("first", "every", "never")))
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """What a run keeps for `rl_accel.compare` (`rl_accel.trace.*`)."""
+
+    tokens: bool = False
+    """Save the token ids of every training rollout under `run_dir/tokens` (about 1 byte per token on disk)."""
+
+
+@dataclass(frozen=True)
+class AccelConfig:
+    """All settings of rl_accel. Source: ours."""
+
+    seed: int = 0
+    """Seed that a recipe derives its other seeds from."""
+    run_dir: str | None = None
+    """Folder of the run: metrics, tokens, checkpoints, plot. None: nothing of ours is written."""
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any] | None) -> AccelConfig:
+        """Build the settings from nested mappings.
+
+        Raises:
+            ConfigError: on an unknown key (with the nearest known one) or a value of the wrong type or range.
+        """
+        return _build(cls, values or {}, "rl_accel")
+
+
+def _build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix} must be a group of settings; got {values!r}")
+    hints = get_type_hints(cls)
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    kwargs = {}
+    for key, value in values.items():
+        if key not in names:
+            raise ConfigError(_unknown(prefix, key, names, what="setting"))
+        kwargs[key] = _convert(hints[key], value, f"{prefix}.{key}")
+    return cls(**kwargs)
+
+
+def _convert(expected: Any, value: Any, name: str) -> Any:
+    if is_dataclass(expected):
+        return _build(expected, value, name)  # type: ignore[arg-type]
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if expected is int and isinstance(value, bool):
+        raise ConfigError(f"{name} must be int; got {value!r}")
+    if not isinstance(value, expected):
+        raise ConfigError(f"{name} must be {getattr(expected, '__name__', expected)}; got {value!r}")
+    return value
+
+
+def _unknown(name: str, value: str, choices: Any, what: str = "value") -> str:
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{name}: unknown {what} {value!r}.{hint} Known: {', '.join(choices)}"

@@ -1,0 +1,33 @@
+"""The errors of rl_accel. All are picklable, so that they cross Ray and vLLM process borders unchanged."""
+
+
+class RLAccelError(RuntimeError):
+    """Base of every error that rl_accel raises on purpose; its text says what to do."""
+
+
+class ConfigError(RLAccelError):
+    """A setting is unknown, contradicts another one, or does not fit the machine, the model or the data."""
+
+
+class VersionError(ConfigError):
+    """A host package is missing or outside the versions that rl_accel was tested with."""
+
+
+class NotLiveError(RLAccelError):
+    """A feature was asked for and did not come up in the process that should run it."""
+
+
+class SpeculationUnsafeError(RLAccelError):
+    """Speculative decoding would not sample from the target distribution; rl_accel refuses to speculate."""
+
+
+class WeightSyncError(RLAccelError):
+    """The rollout engine did not receive, or does not use, the weights that the trainer sent."""
+
+
+class MismatchError(RLAccelError):
+    """Log-probabilities of the rollout engine and of the trainer do not belong to the same policy."""
+
+
+class CompareError(RLAccelError):
+    """Runs cannot be read, aligned or compared."""

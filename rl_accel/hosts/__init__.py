@@ -1,0 +1,1 @@
+"""Glue to the hosts. Nothing outside this package imports verl, vLLM or DeepSpeed."""

@@ -1,0 +1,1 @@
+"""Glue to verl 0.9.1: one file per seam."""

@@ -1,0 +1,71 @@
+"""Rollout requests that know which problem, sample and step they are (`agent.agent_loop_manager_class` of verl 0.9.1).
+
+Everything that keys on the identity of a rollout, exact sampling now and history drafting later, reads it in vLLM from
+`SamplingParams.extra_args["rl_accel"]`:
+    {"problem_id": str, "sample_index": int, "step": int, "validate": bool}
+`(problem_id, sample_index, step, validate)` is unique in a run, also when a problem occurs twice in a batch, and it is
+the same in every run of the same data and seed, whatever the order in which requests are served.
+
+Host symbols: `AgentLoopManagerTQ.generate_sequences`, `AgentLoopWorkerTQ._run_agent_loop`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import ray
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from verl.utils import tensordict_utils as tu
+
+from rl_accel.hosts.verl.identity import OCCURRENCE, PROBLEM_ID, problem_id_of
+
+
+class IdentifiedAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
+    """Adds the identity of the rollout to the sampling parameters of every agent loop."""
+
+    async def _run_agent_loop(self, sampling_params, trajectory, *, agent_name, trace=True, **kwargs):
+        rollout = self.config.actor_rollout_ref.rollout
+        samples = rollout.val_kwargs.n if trajectory["validate"] else rollout.n
+        identity = {
+            "problem_id": str(kwargs[PROBLEM_ID]),
+            "sample_index": int(kwargs[OCCURRENCE]) * samples + int(kwargs["session_id"]),
+            "step": int(kwargs["global_steps"]),
+            "validate": bool(trajectory["validate"]),
+        }
+        extra_args = {**(sampling_params.get("extra_args") or {}), "rl_accel": identity}
+        return await super()._run_agent_loop(
+            {**sampling_params, "extra_args": extra_args},
+            trajectory,
+            agent_name=agent_name,
+            trace=trace,
+            **kwargs,
+        )
+
+
+class IdentifiedAgentLoopManager(AgentLoopManagerTQ):
+    """Names every prompt before it is dispatched to the workers."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(IdentifiedAgentLoopWorker)
+        self._seen: Counter[str] = Counter()
+        self._seen_in: tuple[int, bool] | None = None
+
+    def generate_sequences(self, prompts) -> None:
+        step = int(tu.get_non_tensor_data(prompts, "global_steps", 0))
+        validate = bool(tu.get_non_tensor_data(prompts, "validate", False))
+        if self._seen_in != (step, validate):
+            self._seen_in, self._seen = (step, validate), Counter()
+        extra_infos, raw_prompts = list(prompts["extra_info"]), list(prompts["raw_prompt"])
+        sources = (
+            list(prompts["data_source"]) if "data_source" in prompts.keys() else ["data"] * len(raw_prompts)
+        )  # noqa: SIM118
+        names, occurrences = [], []
+        for extra_info, source, raw_prompt in zip(extra_infos, sources, raw_prompts, strict=True):
+            name = problem_id_of(extra_info, str(source), raw_prompt)
+            names.append(name)
+            occurrences.append(self._seen[name])
+            self._seen[name] += 1
+        tu.assign_non_tensor_stack(prompts, PROBLEM_ID, names)
+        tu.assign_non_tensor_stack(prompts, OCCURRENCE, occurrences)
+        super().generate_sequences(prompts)

@@ -1,0 +1,128 @@
+"""What a step of rollouts looked like: lengths, request times, speculation, log-prob mismatch, token ids.
+
+Reads the rollouts of a step from verl's TransferQueue records and the speculation counts of the engines. Names follow
+verl and vLLM where they have one; `docs/metrics.md` lists all with unit and reduction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rl_accel.compare.tokens import save_tokens
+from rl_accel.errors import MismatchError
+from rl_accel.hosts.verl.identity import OCCURRENCE, PROBLEM_ID
+
+FIELDS = [
+    "metrics",
+    "prompts",
+    "responses",
+    "response_mask",
+    "rollout_log_probs",
+    "old_log_probs",
+    PROBLEM_ID,
+    OCCURRENCE,
+]
+"""TransferQueue fields that this module reads; log-prob fields may be absent."""
+
+MIN_PEARSON = 0.9
+MAX_PROBS_DIFF = 0.1
+
+
+def sum_counts(counts: Sequence[Mapping[str, int] | None]) -> dict[str, int]:
+    """Add up the counters of the rollout replicas; replicas that do not speculate answer None."""
+    total: dict[str, int] = {}
+    for count in counts:
+        for name, value in (count or {}).items():
+            total[name] = total.get(name, 0) + int(value)
+    return total
+
+
+def rollout_metrics(rollouts, spec_counts: Mapping[str, int]) -> dict[str, float]:
+    """Return the metrics of one step's rollouts.
+
+    Args:
+        rollouts: TensorDict of N rollouts with the fields `FIELDS`.
+        spec_counts: num_drafts, num_draft_tokens, num_accepted_tokens of the step; empty without speculation.
+    """
+    lengths = rollouts["responses"].offsets().diff().double().numpy()
+    seconds = np.array([_seconds(m) for m in rollouts["metrics"]], dtype=np.float64)
+    metrics = {
+        "response_length/p50": float(np.percentile(lengths, 50)),
+        "response_length/p95": float(np.percentile(lengths, 95)),
+        "rollout/num_response_tokens": float(lengths.sum()),
+        "rollout/slowest_request_s": float(seconds.max()),
+        "rollout/median_request_s": float(np.median(seconds)),
+    }
+    metrics.update(speculation_metrics(spec_counts))
+    if "rollout_log_probs" in rollouts and "old_log_probs" in rollouts:
+        mask = rollouts["response_mask"].values().bool()
+        difference = (rollouts["rollout_log_probs"].values() - rollouts["old_log_probs"].values()).abs()[mask]
+        metrics["rl_accel/rollout/logprob_abs_diff_mean"] = float(difference.mean())
+        metrics["rl_accel/rollout/logprob_abs_diff_max"] = float(difference.max())
+    return metrics
+
+
+def speculation_metrics(counts: Mapping[str, int]) -> dict[str, float]:
+    """Acceptance as verl names it; without speculation one token is emitted a pass and nothing is drafted.
+
+    `spec_accept_length` counts emitted tokens per verified draft: accepted ones and the one that the target adds.
+    """
+    drafts, drafted = counts.get("num_drafts", 0), counts.get("num_draft_tokens", 0)
+    accepted = counts.get("num_accepted_tokens", 0)
+    return {
+        "rollout/spec_accept_rate": accepted / drafted if drafted else 0.0,
+        "rollout/spec_accept_length": 1.0 + (accepted / drafts if drafts else 0.0),
+        "rollout/spec_num_drafts": float(drafts),
+        "rollout/spec_num_draft_tokens": float(drafted),
+        "rollout/spec_num_accepted_tokens": float(accepted),
+    }
+
+
+def check_mismatch(metrics: Mapping[str, float], step: int) -> None:
+    """Stop a run whose engine and trainer do not hold the same policy.
+
+    Raises:
+        MismatchError: if verl's `training/rollout_probs_diff_max` is not a number, or if it is large while the
+            probabilities do not correlate either.
+    """
+    difference = metrics.get("training/rollout_probs_diff_max")
+    if difference is None:
+        return
+    pearson = metrics.get("training/rollout_actor_probs_pearson_corr", 1.0)
+    if not math.isfinite(difference) or (difference > MAX_PROBS_DIFF and not pearson >= MIN_PEARSON):
+        raise MismatchError(
+            f"step {step}: rollout engine and trainer disagree on the probabilities of the sampled tokens: largest "
+            f"difference {difference:.3g}, correlation {pearson:.3g}. The engine samples from other weights or its "
+            "log-probs are wrong; training on them would be off-policy without saying so"
+        )
+
+
+def save_rollout_tokens(path: str, keys: Sequence[str], rollouts) -> None:
+    """Write the token ids of one step for `rl_accel.compare`."""
+    samples = [int(key.rsplit("_", 2)[1]) for key in keys]
+    occurrences = [int(_unwrap(value)) for value in rollouts[OCCURRENCE]]
+    width = max(samples) + 1
+    save_tokens(
+        path,
+        problem_ids=[str(_unwrap(value)) for value in rollouts[PROBLEM_ID]],
+        sample_indices=[
+            occurrence * width + sample for occurrence, sample in zip(occurrences, samples, strict=True)
+        ],
+        prompt_lengths=rollouts["prompts"].offsets().diff().tolist(),
+        responses=[row.tolist() for row in rollouts["responses"].unbind()],
+    )
+
+
+def _unwrap(value: Any) -> Any:
+    return getattr(value, "data", value)
+
+
+def _seconds(metrics: Any) -> float:
+    metrics = _unwrap(metrics)
+    return float(
+        metrics["generate_sequences"] if isinstance(metrics, Mapping) else metrics.generate_sequences
+    )

@@ -1,0 +1,53 @@
+"""Entry point of the group `verl.plugins`: verl loads this module in every process that imports verl.
+
+verl calls nothing here, it only imports, so this module installs its hooks on import. Each hook is a callback that
+waits for a verl module to be imported and costs nothing until then:
+- always: `validate_config`, where a drop-in command's settings are read in the driver (`prepare.py`);
+- `VERL_PLATFORM=cpu`: what verl lacks to run without an accelerator (`cpu.py`);
+- `RL_ACCEL_ACTIVE=1`, which `prepare.py` sets for the Ray processes of a run that asked for rl_accel: trainer,
+  file logger, engine server and weight receiver.
+verl swallows exceptions of plug-ins at debug level; the run then stops at the unknown trainer name `rl_accel_sync`.
+"""
+
+import os
+
+from wrapt import register_post_import_hook
+
+ACTIVE_ENV = "RL_ACCEL_ACTIVE"
+
+
+def _hook_validate_config(module) -> None:
+    from rl_accel.hosts.verl import prepare
+
+    prepare.hook_validate_config(module)
+
+
+def _register_trainer(module) -> None:
+    import rl_accel.hosts.verl.trainer  # noqa: F401
+
+
+def _patch(name: str):
+    def apply(module) -> None:
+        from rl_accel.hosts.verl import patches
+
+        getattr(patches, name).apply(module)
+
+    return apply
+
+
+register_post_import_hook(_hook_validate_config, "verl.utils.config")
+
+if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+    from rl_accel.hosts.verl import cpu
+
+    cpu.install()
+
+if os.environ.get(ACTIVE_ENV) == "1":
+    register_post_import_hook(_register_trainer, "verl.trainer.ppo.v1.trainer_sync")
+    register_post_import_hook(_patch("AppendFileLogger"), "verl.utils.tracking")
+    register_post_import_hook(
+        _patch("ReturnCollectiveRpc"), "verl.workers.rollout.vllm_rollout.vllm_async_server"
+    )
+    register_post_import_hook(
+        _patch("DrainFailedReceive"), "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer"
+    )

@@ -1,0 +1,102 @@
+"""vLLM worker extension for verl: receives weights, proves that they are used, answers rl_accel's questions.
+
+`engine_kwargs.vllm.worker_extension_cls` names it. On a GPU verl's own receive path runs unchanged. On the CPU build of
+vLLM 0.28.0 it cannot: linear layers are repacked for oneDNN and lose their plain weight, so vLLM's layer-wise reload
+wraps the stream; and a tied LM head, which receives no tensor of its own, keeps its stale repacked copy unless it is
+processed again.
+
+Host symbols: `vLLMColocateWorkerExtension.update_weights_from_ipc`, `BucketedWeightReceiver`,
+`initialize_layerwise_reload`, `finalize_layerwise_reload`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+from rl_accel.errors import WeightSyncError
+from rl_accel.hosts.vllm.readback import SentSample, readback_error
+
+READBACK_TOLERANCE = 1e-5
+"""Largest difference in float32 between a weight as sent and as used by the CPU kernels."""
+
+
+class AcceleratedWorkerExtension(vLLMColocateWorkerExtension):
+    """Mixed into vLLM's worker class; methods named `rl_accel_*` are called through `collective_rpc`."""
+
+    def rl_accel_live(self) -> dict:
+        """Return which features run in this worker."""
+        return dict(getattr(self.model_runner, "rl_accel_live", {}))
+
+    def rl_accel_drain_spec_stats(self) -> dict[str, int] | None:
+        """Return and reset the speculation counters; None where nothing speculates."""
+        stats = getattr(self.model_runner, "rl_accel_spec_stats", None)
+        return stats.drain() if stats is not None else None
+
+    def rl_accel_sync_report(self) -> dict[str, float]:
+        """Return seconds, bytes and read-back error of the last weight sync."""
+        return dict(getattr(self, "_rl_accel_sync_report", {}))
+
+    def update_weights_from_ipc(self, peft_config=None, base_sync_done=False, use_shm=False):
+        started = time.perf_counter()
+        if self.model_runner.device.type == "cpu":
+            report = self._receive_on_cpu(use_shm)
+        else:
+            super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)
+            report = {}
+        self._rl_accel_sync_report = {"seconds": time.perf_counter() - started, **report}
+
+    def _receive_on_cpu(self, use_shm: bool) -> dict[str, float]:
+        from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import (
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
+
+        if self.device is None:
+            self.device = torch.device("cpu")
+        model, config = self.model_runner.model, self.model_runner.vllm_config
+        sent = SentSample() if self._wants_readback(config) else None
+        num_bytes = 0
+        started = False
+
+        def on_bucket(weights: list[tuple[str, torch.Tensor]], is_last: bool) -> None:
+            nonlocal num_bytes, started
+            if (
+                not started
+            ):  # here, not before: an error in here reaches the sender, see patches.DrainFailedReceive
+                initialize_layerwise_reload(model)
+                started = True
+            weights = [(name, tensor.clone()) for name, tensor in weights]  # the buffer is reused
+            num_bytes += sum(tensor.nbytes for _, tensor in weights)
+            if sent is not None:
+                sent.add(weights)
+            model.load_weights(weights)
+
+        receiver = BucketedWeightReceiver(
+            zmq_handle=self._get_zmq_handle(), device=self.device, use_shm=use_shm
+        )
+        with set_current_vllm_config(config), torch.no_grad():
+            receiver.receive_weights(on_bucket_received=on_bucket)
+            finalize_layerwise_reload(model, config.model_config)
+            for module in model.modules():
+                if type(module).__name__ == "ParallelLMHead" and hasattr(module, "cpu_linear"):
+                    module.quant_method.process_weights_after_loading(module)
+        report = {"bytes": float(num_bytes)}
+        if sent is not None:
+            error, name = readback_error(model, sent)
+            report["readback_max_abs_err"] = error
+            self._rl_accel_read_back = True
+            if not error <= READBACK_TOLERANCE:
+                raise WeightSyncError(
+                    f"weight {name} as the engine's kernel uses it differs by {error:.3g} from what was sent"
+                )
+        return report
+
+    def _wants_readback(self, config) -> bool:
+        settings = (config.additional_config or {}).get("rl_accel", {})
+        when = settings.get("sync", {}).get("readback", "first")
+        return when == "every" or (when == "first" and not getattr(self, "_rl_accel_read_back", False))

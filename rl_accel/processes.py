@@ -1,0 +1,51 @@
+"""No process is left behind: every process of a run carries a mark in its environment and is ended by it."""
+
+from __future__ import annotations
+
+import os
+import uuid
+
+import psutil
+
+MARK = "RL_ACCEL_RUN_ID"
+GRACE_S = 5.0
+
+
+def mark_children() -> str:
+    """Give this run a mark that every process started from here on inherits; returns it."""
+    mark = uuid.uuid4().hex
+    os.environ[MARK] = mark
+    return mark
+
+
+def survivors(mark: str) -> list[psutil.Process]:
+    """Return the processes of this machine that carry the mark, without the calling one."""
+    found = []
+    for process in psutil.process_iter():
+        if process.pid == os.getpid():
+            continue
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            continue
+    return found
+
+
+def end_survivors(mark: str) -> int:
+    """Terminate, then kill, every process with the mark; returns how many there were."""
+    processes = survivors(mark)
+    for process in processes:
+        _signal(process.terminate)
+    _, alive = psutil.wait_procs(processes, timeout=GRACE_S)
+    for process in alive:
+        _signal(process.kill)
+    psutil.wait_procs(alive, timeout=GRACE_S)
+    return len(processes)
+
+
+def _signal(send) -> None:
+    try:
+        send()
+    except psutil.NoSuchProcess:
+        return

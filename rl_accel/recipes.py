@@ -1,0 +1,101 @@
+"""Find and compose recipes: verl's own `ppo_trainer` configuration, a recipe on top, and the user's overrides.
+
+`recipe=NAME` picks the file of the folder `recipes/NAME` that fits the machine, `recipe=NAME/SIZE` a file by name
+(`cpu`, `gpu1`, `gpu8`, `nodes`), `recipe=PATH.yaml` a recipe of the user's own, which may build on the shipped ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from rl_accel.errors import ConfigError, VersionError
+
+
+def recipes_dir() -> Path:
+    """Folder of the shipped recipes, installed or in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def verl_config_dir() -> Path:
+    """Folder of verl's own configuration, found without importing verl, which reads its platform on import.
+
+    Raises:
+        VersionError: if verl is not installed.
+    """
+    spec = importlib.util.find_spec("verl")
+    if spec is None or not spec.submodule_search_locations:
+        raise VersionError("rl_accel needs verl; it is not installed")
+    return Path(spec.submodule_search_locations[0]) / "trainer" / "config"
+
+
+def names() -> list[str]:
+    """Names for `recipe=`, with sizes."""
+    root = recipes_dir()
+    return sorted(
+        str(path.relative_to(root).with_suffix("")) for path in root.glob("*/*.yaml") if path.stem != "base"
+    )
+
+
+def resolve(recipe: str, has_gpu: bool) -> tuple[Path, str]:
+    """Return (folder for Hydra, name of the configuration in it).
+
+    Raises:
+        ConfigError: if there is no such recipe; names the nearest one.
+    """
+    if recipe.endswith((".yaml", ".yml")):
+        path = Path(recipe).expanduser().resolve()
+        if not path.is_file():
+            raise ConfigError(f"recipe={recipe}: no such file")
+        return path.parent, path.stem
+    known = names()
+    folders = sorted({name.split("/")[0] for name in known})
+    name = recipe if "/" in recipe else f"{recipe}/{'gpu1' if has_gpu else 'cpu'}"
+    if name not in known:
+        near = difflib.get_close_matches(recipe, [*folders, *known], n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"recipe={recipe}: no such recipe.{hint} Known: {', '.join([*folders, *known])}, or a path to a .yaml"
+        )
+    return recipes_dir(), name
+
+
+def compose(recipe: str, overrides: list[str], has_gpu: bool) -> DictConfig:
+    """Compose a configuration.
+
+    Raises:
+        ConfigError: for an unknown recipe or key, or a malformed override, with Hydra's own reason.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    folder, name = resolve(recipe, has_gpu)
+    search = f"hydra.searchpath=['file://{verl_config_dir()}','file://{recipes_dir()}']"
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(folder), version_base=None):
+            # `++`: an unknown rl_accel key is then told by AccelConfig, which offers the nearest one.
+            ours = [f"++{text}" if text.startswith("rl_accel.") else text for text in overrides]
+            return hydra_compose(config_name=name, overrides=[search, *ours])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_plain(error)) from error
+
+
+def _plain(error: Exception) -> str:
+    """Hydra chains the useful sentence as the cause of a general one."""
+    messages = []
+    current: BaseException | None = error
+    while current is not None:
+        text = str(current).strip()
+        if text and text not in messages:
+            messages.append(text)
+        current = current.__cause__
+    return "\n".join(messages)

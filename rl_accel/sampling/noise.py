@@ -1,0 +1,148 @@
+"""Counter-based Gumbel noise, and sampling with it.
+
+The noise of a vocabulary entry is a pure function of (request key, absolute position of the token to be
+sampled, vocabulary id). `argmax(logits + noise)` therefore samples softmax(logits), and the sample depends
+on neither the batch, nor its order, nor on whether the token was drafted. Generator: SplitMix64 (Steele,
+Lea, Flood, OOPSLA 2014), one stream per (key, position), one output per vocabulary id.
+
+Left out: temperature, top-k and top-p; callers pass processed logits. Cost: two float64 logarithms per
+logit. The PyTorch form holds a few float64 copies of one chunk of rows (`CHUNK_BYTES` each); the Triton form
+holds none.
+
+Shape suffixes: R rows (tokens to be sampled), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+
+GAMMA = 0x9E3779B97F4A7C15
+"""Increment of a SplitMix64 stream."""
+MIX_1 = 0xBF58476D1CE4E5B9
+MIX_2 = 0x94D049BB133111EB
+"""Multipliers of the SplitMix64 output function."""
+CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+"""Most bytes of one float64 [rows, V] temporary: on CPU it fits in cache, elsewhere it bounds memory."""
+
+
+def request_key(seed: int, problem_id: str, sample_index: int, step: int, validate: bool) -> int:
+    """Return the 64-bit key of one rollout, the same in every process.
+
+    Args:
+        seed: the configured seed of the run.
+        problem_id: stable name of the problem, such as a data-set id.
+        sample_index: which of the samples of this problem in this step.
+        step: training step, so that a problem drawn again gets new noise.
+        validate: whether the rollout belongs to validation, which shares step numbers with training.
+
+    Returns:
+        signed int64, uniform over the arguments (BLAKE2b, 8 bytes).
+    """
+    identity = json.dumps([int(seed), str(problem_id), int(sample_index), int(step), bool(validate)])
+    return hash64(identity.encode())
+
+
+def hash64(data: bytes) -> int:
+    """Return 8 bytes of BLAKE2b as a signed int64; unlike `hash`, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+def gumbel_noise(keys_R: torch.Tensor, positions_R: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Return the noise of every vocabulary id.
+
+    Args:
+        keys_R: int64 [R], request keys.
+        positions_R: int64 [R], absolute position of the token to be sampled: 0 is the first token of the
+            prompt.
+        vocab_size: V.
+
+    Returns:
+        float64 [R, V], standard Gumbel, within [-3.6, 36.8].
+    """
+    ids_V = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=keys_R.device)
+    stream_R1 = (_mix(keys_R.clone()) + positions_R * _signed(GAMMA)).unsqueeze(1)
+    bits_RV = _mix(_mix(stream_R1) + ids_V * _signed(GAMMA))
+    # 52 bits and a half: never 0, and never 1 either, which 53 bits and a half would round to.
+    uniform_RV = ((bits_RV >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)
+    return uniform_RV.log_().neg_().log_().neg_()
+
+
+def gumbel_argmax(logits_RV: torch.Tensor, keys_R: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
+    """Sample one token per row from softmax(logits).
+
+    Runs the Triton kernel on CUDA tensors and PyTorch elsewhere. Both draw the same noise up to the last bit
+    of a float64 logarithm.
+
+    Args:
+        logits_RV: [R, V], any floating dtype, fully processed (temperature, top-k, top-p, masks). An entry
+            that is -inf or NaN never wins; a row of nothing else returns 0; +inf always wins; ties go to the
+            lowest id.
+        keys_R: int64 [R], request keys.
+        positions_R: integer [R], absolute position of the token to be sampled.
+
+    Returns:
+        int64 [R], token ids.
+
+    Raises:
+        ValueError: on a wrong shape, dtype or device.
+    """
+    _check(logits_RV, keys_R, positions_R)
+    if logits_RV.is_cuda:
+        from rl_accel.kernels.gumbel_argmax.kernel import gumbel_argmax as fused
+
+        return fused(logits_RV, keys_R, positions_R)
+    return gumbel_argmax_reference(logits_RV, keys_R, positions_R)
+
+
+def gumbel_argmax_reference(
+    logits_RV: torch.Tensor, keys_R: torch.Tensor, positions_R: torch.Tensor
+) -> torch.Tensor:
+    """Specification of `gumbel_argmax` in PyTorch, on any device, a chunk of rows at a time."""
+    num_rows, vocab_size = logits_RV.shape
+    positions_R = positions_R.to(torch.int64)
+    chunk_bytes = CHUNK_BYTES.get(logits_RV.device.type, CHUNK_BYTES["cuda"])
+    chunk = max(1, chunk_bytes // (8 * vocab_size))
+    token_ids_R = torch.empty(num_rows, dtype=torch.int64, device=logits_RV.device)
+    for start in range(0, num_rows, chunk):
+        rows = slice(start, start + chunk)
+        scores = gumbel_noise(keys_R[rows], positions_R[rows], vocab_size).add_(logits_RV[rows])
+        scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        token_ids_R[rows] = scores.argmax(dim=-1)
+    return token_ids_R
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Apply the SplitMix64 output function in place to int64 values taken as 64 bits."""
+    x ^= (x >> 30) & ((1 << 34) - 1)
+    x *= _signed(MIX_1)
+    x ^= (x >> 27) & ((1 << 37) - 1)
+    x *= _signed(MIX_2)
+    x ^= (x >> 31) & ((1 << 33) - 1)
+    return x
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _check(logits_RV: torch.Tensor, keys_R: torch.Tensor, positions_R: torch.Tensor) -> None:
+    if logits_RV.ndim != 2 or logits_RV.shape[1] == 0 or not logits_RV.is_floating_point():
+        raise ValueError(
+            f"logits: expected a floating [R, V] tensor with V >= 1, got {logits_RV.dtype} "
+            f"{tuple(logits_RV.shape)}"
+        )
+    for name, x_R in (("keys", keys_R), ("positions", positions_R)):
+        if x_R.shape != logits_RV.shape[:1] or x_R.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"{name}: expected an integer tensor of shape ({logits_RV.shape[0]},), one entry per logits "
+                f"row, got {x_R.dtype} {tuple(x_R.shape)}"
+            )
+        if x_R.device != logits_RV.device:
+            raise ValueError(
+                f"{name}: expected on {logits_RV.device} like the logits, got {x_R.device}; move it there"
+            )
+    if keys_R.dtype != torch.int64:
+        raise ValueError(f"keys: expected int64, got {keys_R.dtype}; make them with request_key()")

@@ -1,0 +1,166 @@
+"""python -m rl_accel.train recipe=gsm8k_grpo [any verl override] [rl_accel.* override]
+
+Composes the recipe on top of verl's own configuration, checks it, says what is on, and hands it to verl's `main_ppo`.
+From there on verl runs; rl_accel is in it through the hooks of `hosts/verl/plugin.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from rl_accel import data, machine, processes, recipes
+from rl_accel.errors import ConfigError, RLAccelError
+from rl_accel.progress import Progress
+from rl_accel.run_folder import RunFolder, default_path, provenance
+
+logger = logging.getLogger("rl_accel")
+
+
+def main(argv: list[str]) -> int:
+    """Run one training; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{__doc__.splitlines()[0]}\n\nrecipes: {', '.join(recipes.names())}")
+        return 0 if argv else 2
+    signal.signal(signal.SIGTERM, _interrupt)
+    mark = processes.mark_children()
+    try:
+        return train(argv)
+    except RLAccelError as error:
+        print(f"rl_accel: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("rl_accel: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        _end_run(mark)
+
+
+def train(overrides: list[str]) -> int:
+    """Compose, check, train, summarise."""
+    recipe, overrides = _split_recipe(overrides)
+    gpu = machine.has_gpu()
+    config = recipes.compose(recipe, overrides, gpu)
+    machine.set_environment(on_cpu=config.trainer.device == "cpu")
+    folder = RunFolder(config.rl_accel.get("run_dir") or default_path(recipe))
+    folder.open(resume=config.trainer.resume_mode != "disable" and bool(config.rl_accel.get("run_dir")))
+    _fill_in(config, folder)
+    _set_logging(folder)
+
+    # Imported here: verl reads its platform from the environment when it is imported.
+    from verl.trainer.main_ppo import main as verl_main
+
+    from rl_accel.hosts import versions
+    from rl_accel.hosts.verl.prepare import accel_block
+
+    OmegaConf.save(config, folder.path / "config.yaml", resolve=True)
+    settings = accel_block(config) or {}
+    folder.update_info(
+        **provenance(),
+        recipe=recipe,
+        arm=config.rl_accel.draft.method,
+        seed=config.rl_accel.seed,
+        versions=versions.report(),
+        machine=machine.describe(),
+        finished=False,
+    )
+    logger.info("recipe %s on %s, run folder %s", recipe, "GPU" if gpu else "CPU", folder.path)
+    logger.info("on: %s", ", ".join(_features(settings)) or "nothing beside measurement")
+    started = time.time()
+    progress = Progress(folder.metrics, config.trainer.total_training_steps)
+    try:
+        verl_main.__wrapped__(config)
+    except Exception as error:
+        raise _first_cause(error) from error
+    finally:
+        progress.close()
+    folder.update_info(finished=True, seconds=round(time.time() - started, 1))
+    _summarise(folder, time.time() - started)
+    return 0
+
+
+def _split_recipe(overrides: list[str]) -> tuple[str, list[str]]:
+    chosen = [text.partition("=")[2] for text in overrides if text.startswith("recipe=")]
+    if len(chosen) != 1:
+        raise ConfigError(
+            f"give exactly one recipe=NAME; known: {', '.join(recipes.names())}, or a path to a .yaml"
+        )
+    return chosen[0], [text for text in overrides if not text.startswith("recipe=")]
+
+
+def _fill_in(config: DictConfig, folder: RunFolder) -> None:
+    """Put the run folder, the data files and the shipped policy into the configuration."""
+    with open_dict(config):
+        config.rl_accel.run_dir = str(folder.path)
+        if config.actor_rollout_ref.model.path == "quickstart":
+            config.actor_rollout_ref.model.path = str(Path(__file__).parent / "quickstart" / "policy")
+        if config.data.source != "files":
+            config.data.train_files, config.data.val_files = data.build(
+                config.data.source,
+                folder.path / "data",
+                path=config.data.path,
+                instruction=config.data.instruction,
+                train_size=config.data.train_size,
+                val_size=config.data.val_size,
+            )
+
+
+def _set_logging(folder: RunFolder) -> None:
+    os.environ["VERL_FILE_LOGGER_PATH"] = str(folder.metrics)
+    os.environ.setdefault("WANDB_DIR", str(folder.path))
+    run_id = folder.read_info().get("wandb_run_id") or os.urandom(4).hex()
+    folder.update_info(wandb_run_id=run_id)
+    os.environ.setdefault("WANDB_RUN_ID", run_id)
+    os.environ.setdefault("WANDB_RESUME", "allow")
+
+
+def _features(settings: dict) -> list[str]:
+    method = settings.get("draft", {}).get("method", "none")
+    on = ["exact sampling"] if settings.get("sampling", {}).get("exact") else []
+    return on + ([f"drafting by {method}"] if method != "none" else [])
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Ray wraps an error in one of its own per process; ours is the one that tells what to do."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, RLAccelError):
+            return current
+        current = getattr(current, "cause", None) or current.__cause__
+    return error
+
+
+def _summarise(folder: RunFolder, seconds: float) -> None:
+    from rl_accel.compare.plot import plot_runs
+    from rl_accel.compare.runs import load_run
+
+    run = load_run(str(folder.path))
+    plot_runs([run], folder.path / "curves.png", title=folder.path.name)
+    logger.info(
+        "finished in %.0f s. Run folder %s: metrics.jsonl, curves.png, wandb/, checkpoints/",
+        seconds,
+        folder.path,
+    )
+
+
+def _end_run(mark: str) -> None:
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+    ended = processes.end_survivors(mark)
+    if ended:
+        logger.info("ended %d processes that were left", ended)
+
+
+def _interrupt(signum, frame) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

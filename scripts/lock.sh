@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Rewrites requirements/{cpu,gpu}.txt from pyproject.toml: one pinned list for Python 3.10 to 3.12. Needs `uv` on PATH.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+lock() { # lock EXTRA [uv options]
+  local extra=$1; shift
+  uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header \
+    --extra "$extra" --extra test "$@" pyproject.toml | grep -v "sys_platform == 'never'" > "requirements/$extra.txt"
+}
+lock cpu --override requirements/excluded.txt
+lock gpu
