@@ -102,9 +102,7 @@ def _public_gsm8k(split: str) -> list[dict[str, str]]:
         ) from error
 
 
-def _write(
-    path: Path, problems: Iterable[Mapping[str, str]], split: str, source: str, instruction: str
-) -> str:
+def _write(path: Path, problems: Iterable[Mapping[str, str]], split: str, source: str, instruction: str) -> str:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,8 +1,14 @@
-"""No process is left behind: every process of a run carries a mark in its environment and is ended by it."""
+"""No process is left behind: every process of a run carries a mark in its environment and is ended by it.
+
+The run ends its processes itself when it finishes, fails or is interrupted. For the case that it is killed, a reaper, a
+small process outside the run, waits for the end of a pipe that only the run holds open and then does the same.
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import uuid
 
 import psutil
@@ -16,6 +22,17 @@ def mark_children() -> str:
     mark = uuid.uuid4().hex
     os.environ[MARK] = mark
     return mark
+
+
+def start_reaper(mark: str) -> subprocess.Popen:
+    """Start the process that ends what is left of the run should the calling process be killed."""
+    env = {name: value for name, value in os.environ.items() if name != MARK}
+    return subprocess.Popen(
+        [sys.executable, "-m", "rl_accel.processes", mark],
+        stdin=subprocess.PIPE,
+        env=env,
+        start_new_session=True,
+    )
 
 
 def survivors(mark: str) -> list[psutil.Process]:
@@ -49,3 +66,8 @@ def _signal(send) -> None:
         send()
     except psutil.NoSuchProcess:
         return
+
+
+if __name__ == "__main__":
+    sys.stdin.read()  # returns when the run is gone
+    end_survivors(sys.argv[1])

@@ -37,9 +37,7 @@ def verl_config_dir() -> Path:
 def names() -> list[str]:
     """Names for `recipe=`, with sizes."""
     root = recipes_dir()
-    return sorted(
-        str(path.relative_to(root).with_suffix("")) for path in root.glob("*/*.yaml") if path.stem != "base"
-    )
+    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.glob("*/*.yaml") if path.stem != "base")
 
 
 def resolve(recipe: str, has_gpu: bool) -> tuple[Path, str]:

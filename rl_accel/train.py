@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     signal.signal(signal.SIGTERM, _interrupt)
     mark = processes.mark_children()
+    processes.start_reaper(mark)
     try:
         return train(argv)
     except RLAccelError as error:
@@ -89,9 +90,7 @@ def train(overrides: list[str]) -> int:
 def _split_recipe(overrides: list[str]) -> tuple[str, list[str]]:
     chosen = [text.partition("=")[2] for text in overrides if text.startswith("recipe=")]
     if len(chosen) != 1:
-        raise ConfigError(
-            f"give exactly one recipe=NAME; known: {', '.join(recipes.names())}, or a path to a .yaml"
-        )
+        raise ConfigError(f"give exactly one recipe=NAME; known: {', '.join(recipes.names())}, or a path to a .yaml")
     return chosen[0], [text for text in overrides if not text.startswith("recipe=")]
 
 

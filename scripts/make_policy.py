@@ -1,10 +1,9 @@
 """Train, evaluate and save the quickstart policy: a Qwen2 of about one million parameters, on a CPU.
 
-Supervised learning on generated problems, loss on the answer only. The solutions to learn from contain slips:
-reinforcement learning needs something to gain, and what it can gain in a hundred steps is not new sums (each
-sum is its own small fact) but one habit that all solutions share. Same seed, threads and torch: same policy.
-
-    python scripts/make_policy.py --out rl_accel/quickstart/policy
+Supervised learning on generated problems, loss on the answer only. A share of the solutions to learn from was
+written in a hurry: reinforcement learning needs something to gain, and what a hundred steps can gain is not new
+sums (each is its own small fact: GRPO from an unsure but slip-free policy moved nothing) but one habit that all
+solutions share. Same seed, threads and torch: same policy.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from rl_accel.quickstart.tokenizer import build_tokenizer, save_tokenizer
 
 MAX_RESPONSE_LENGTH = 320
 _CALCULATION = re.compile(r"(\d+)([-+*])(\d+)=<<.*>>\d+")
+_SLIP_RATE = 0.6  # above one half, so that greedy decoding does not see through a hurried solution
 _IGNORED = -100  # label that cross_entropy leaves out
 
 
@@ -41,37 +41,27 @@ def prompt_token_ids(tokenizer, question: str) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
 
-def careless_answer(answer: str, rng: random.Random, slip_rate: float) -> str:
-    """A solution as a careless pupil would write it: the policy learns to slip, and so has slips to unlearn.
+def hurried_answer(answer: str, rng: random.Random) -> str:
+    """A solution as a pupil in a hurry writes it: sums without words, many results one too large.
 
-    Args:
-        answer: the right solution.
-        slip_rate: probability that a step goes wrong; half of these steps are skipped, in the other half the
-            result is off by a little. Later steps go on from the wrong value.
-
-    Returns:
-        the solution with its slips, or the right one if they would lead out of 0..MAX_VALUE.
+    Later steps go on from the wrong value. The right solution is returned where that would leave 0..MAX_VALUE.
     """
     *lines, _ = answer.split("\n")
     value = int(_CALCULATION.search(lines[0]).group(1))
     written = []
     for line in lines:
         operation, operand = _CALCULATION.search(line).group(2, 3)
-        kind = rng.random() / slip_rate if slip_rate else 1.0
-        if kind < 0.5:
-            continue
         expression = f"{value}{operation}{operand}"
         value = {"+": value + int(operand), "-": value - int(operand), "*": value * int(operand)}[operation]
-        if kind < 1.0:
-            value += rng.choice((-10, -2, -1, 1, 2, 10))
+        value += rng.random() < _SLIP_RATE
         if not 0 <= value <= MAX_VALUE:
             return answer
-        written.append(_CALCULATION.sub(f"{expression}=<<{expression}={value}>>{value}", line))
+        written.append(f"{expression}=<<{expression}={value}>>{value}")
     return "\n".join([*written, f"#### {value}"])
 
 
 def training_batches(
-    tokenizer, num_steps: int, batch_tokens: int, slip_rate: float, seed: int
+    tokenizer, num_steps: int, batch_tokens: int, hurried_share: float, seed: int
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield `num_steps` batches (token ids, labels), both [B, T], right-padded, of similar lengths.
 
@@ -82,11 +72,9 @@ def training_batches(
     for pool in range(num_steps):
         examples = []
         for problem in generate(4096, seed=seed * 1000 + pool + 1):
+            text = problem.answer if rng.random() >= hurried_share else hurried_answer(problem.answer, rng)
             prompt = prompt_token_ids(tokenizer, problem.question)
-            answer = [
-                *tokenizer(careless_answer(problem.answer, rng, slip_rate)).input_ids,
-                tokenizer.eos_token_id,
-            ]
+            answer = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
             examples.append((prompt + answer, [_IGNORED] * len(prompt) + answer))
         examples.sort(key=lambda example: len(example[0]))
         batches: list[list] = [[]]
@@ -118,7 +106,7 @@ def build_model(tokenizer) -> Qwen2ForCausalLM:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         attention_dropout=0.0,
-        initializer_range=0.05,
+        initializer_range=0.02,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -136,13 +124,11 @@ def train(model: Qwen2ForCausalLM, tokenizer, args: argparse.Namespace) -> dict[
     start, num_tokens, losses = time.perf_counter(), 0, []
     model.train()
     for step, (ids_BT, labels_BT) in enumerate(
-        training_batches(tokenizer, args.steps, args.batch_tokens, args.slip_rate, args.seed)
+        training_batches(tokenizer, args.steps, args.batch_tokens, args.hurried_share, args.seed)
     ):
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
         # Right padding needs no mask: attention is causal and padded labels are left out.
-        loss = cross_entropy(
-            logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=_IGNORED
-        )
+        loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=_IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -199,9 +185,7 @@ def sample(
         alive_B = next_B != tokenizer.eos_token_id
         if not alive_B.any():
             break
-        running = [
-            response_index for response_index, alive in zip(running, alive_B.tolist(), strict=True) if alive
-        ]
+        running = [response_index for response_index, alive in zip(running, alive_B.tolist(), strict=True) if alive]
         keep = alive_B.nonzero()[:, 0]
         cache.batch_select_indices(keep)
         ids_BT = next_B[keep, None]
@@ -263,29 +247,26 @@ def evaluate(model, tokenizer, problems: list[Problem], num_samples: int, seed: 
 
 def save_policy(model: Qwen2ForCausalLM, tokenizer, folder: Path) -> None:
     """Write weights (bfloat16), configuration and tokenizer."""
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.to(torch.bfloat16).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 
 
-def readme(
-    args: argparse.Namespace, num_parameters: int, training: dict[str, float], evaluation: dict
-) -> str:
+def readme(args: argparse.Namespace, num_parameters: int, training: dict[str, float], evaluation: dict) -> str:
     """The policy folder's README."""
     options = " ".join(
         f"--{name.replace('_', '-')} {getattr(args, name)}"
-        for name in ("seed", "steps", "batch_tokens", "lr", "slip_rate", "threads", "problems")
+        for name in ("seed", "steps", "batch_tokens", "lr", "hurried_share", "threads", "problems")
     )
     machine = f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}"
     speed = training["tokens"] / training["seconds"]
     return f"""# Quickstart policy
 
 A Qwen2 with {num_parameters:,} parameters (bfloat16) that solves the word problems of
-`rl_accel.quickstart.problems`, not very well: in the solutions it was trained on, {args.slip_rate:.0%} of the
-steps are skipped or off by a little, and training stopped while its arithmetic was still unsure.
-Reinforcement learning starts from here. Nothing in it was downloaded.
+`rl_accel.quickstart.problems`, on purpose not very well. {args.hurried_share:.0%} of the solutions it was trained
+on were written in a hurry: sums without words, {_SLIP_RATE:.0%} of the results one too large. The others are right.
+Training stopped while its arithmetic was still unsure. Reinforcement learning can unlearn the hurry: it is one
+habit that all solutions share. Nothing in it was downloaded.
 
 Made on {datetime.date.today()} by
 
@@ -310,19 +291,13 @@ def parse_args() -> argparse.Namespace:
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of weights, problems and slips")
-    parser.add_argument("--steps", type=int, default=900, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=800, help="optimizer steps")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens in a batch, padding included")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument(
-        "--slip-rate", type=float, default=0.2, help="share of wrong steps in the training data"
-    )
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument(
-        "--problems", type=int, default=400, help="test problems to evaluate on, 8 samples each"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("rl_accel/quickstart/policy"), help="folder to write"
-    )
+    parser.add_argument("--hurried-share", type=float, default=0.5, help="share of hurried solutions")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--problems", type=int, default=400, help="test problems to evaluate on, 8 samples each")
+    parser.add_argument("--out", type=Path, default=Path("rl_accel/quickstart/policy"), help="folder to write")
     return parser.parse_args()
 
 

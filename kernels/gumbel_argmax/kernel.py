@@ -48,9 +48,7 @@ def _slice_argmax_kernel(
     token = tl.zeros((), tl.int64)
     for start in range(first, last, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        logits = tl.load(logits_ptr + row * row_stride + ids, mask=ids < last, other=float("-inf")).to(
-            tl.float64
-        )
+        logits = tl.load(logits_ptr + row * row_stride + ids, mask=ids < last, other=float("-inf")).to(tl.float64)
         logits = tl.where(logits == logits, logits, float("-inf"))
         # Noise is at most 36.74, so a tile this far below the best score cannot win, nor can a masked one.
         if tl.max(logits, axis=0) + 36.75 > best:

@@ -72,9 +72,7 @@ def compare(args: argparse.Namespace) -> int:
     sources: Sequence[str | Path] = args.runs
     names = None
     if args.arms:
-        sources, names = run_arms(
-            parse_arms(args.arms), args.seeds, args.runs, out, shlex.split(args.launcher)
-        )
+        sources, names = run_arms(parse_arms(args.arms), args.seeds, args.runs, out, shlex.split(args.launcher))
     criteria = Criteria(score_margin=args.score_margin, length_margin=args.length_margin)
     runs = load_runs(sources, names)
     arms = group_arms(runs)

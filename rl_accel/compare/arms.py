@@ -88,7 +88,7 @@ def run_arms(
         started = time.monotonic()
         with log.open("a") as file:
             file.write(f"{_COMMAND_MARK}{json.dumps(settings)}\n")
-        code = _run([*launcher, *settings, f"rl_accel.run_dir={run_dir}"], log)
+        code = _run([*launcher, *settings, f"rl_accel.run_dir={run_dir.resolve()}"], log)
         if code != 0:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
             raise CompareError(f"{label} failed with exit code {code}. The end of {log}:\n{tail}")

@@ -74,12 +74,8 @@ def plot_runs(runs: Sequence[Run], path: str | Path, title: str) -> None:
         for i, (arm, members) in enumerate(arms.items())
     ]
     if any(run.series("response_length_p95") for run in runs):
-        handles.append(
-            Line2D([], [], color="0.4", linestyle=":", linewidth=1.3, label="95th percentile of length")
-        )
-    figure.legend(
-        handles=handles, loc="lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9.5
-    )
+        handles.append(Line2D([], [], color="0.4", linestyle=":", linewidth=1.3, label="95th percentile of length"))
+    figure.legend(handles=handles, loc="lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9.5)
     figure.text(0.012, 1 - 0.12 / height, text, ha="left", va="top", fontsize=10.5, fontweight="bold")
     figure.tight_layout(rect=(0, 0.42 / height, 1, 1 - headroom / height), w_pad=2.0, h_pad=1.6)
     path = Path(path)
@@ -140,9 +136,9 @@ def _fit_warm_steps(axis: Axes, series: Sequence[Mapping[int, float]]) -> None:
 
 def _mean(series: Sequence[Mapping[int, float]]) -> tuple[list[int], np.ndarray]:
     steps = sorted(set(series[0]).intersection(*series[1:])) if series else []
-    return steps, np.array([[values[step] for step in steps] for values in series]).mean(
-        axis=0
-    ) if steps else np.zeros(0)
+    return steps, np.array([[values[step] for step in steps] for values in series]).mean(axis=0) if steps else np.zeros(
+        0
+    )
 
 
 def _legend(arm: str, runs: Sequence[Run]) -> str:

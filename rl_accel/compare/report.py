@@ -57,9 +57,7 @@ def sentence(comparison: Comparison) -> str:
     word = comparison.word
     if word == "identical":
         steps = min(identity.steps for identity in comparison.identities)
-        what = (
-            "tokens and metrics" if _with_tokens(comparison.identities) else "metrics, no tokens to compare"
-        )
+        what = "tokens and metrics" if _with_tokens(comparison.identities) else "metrics, no tokens to compare"
         word = f"identical over {steps} steps ({what})"
     else:
         parted = [i.last_identical_step for i in comparison.identities if i.last_identical_step is not None]
@@ -180,9 +178,7 @@ def _table(arms: Arms, comparisons: Sequence[Comparison]) -> list[str]:
     rows[1] = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return [
         "| "
-        + " | ".join(
-            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        )
+        + " | ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         + " |"
         for row in rows
     ]
@@ -218,17 +214,12 @@ def describe_identity(identity: Identity) -> str:
         }[p.reason]
         rows = f"{p.rows_different} of {p.rows} rows of the step differ"
         return f"{agreed}; tokens part at {where}, {what} ({rows})"
-    basis = (
-        "tokens and metrics"
-        if identity.basis == "tokens"
-        else "metrics only, there are no common token files"
-    )
+    basis = "tokens and metrics" if identity.basis == "tokens" else "metrics only, there are no common token files"
     if identity.metric is not None:
         m = identity.metric
         return (
             f"{agreed} ({basis}); the first metric to differ is `{m.metric}` at step {m.step}: "
-            f"{m.value_a!r} became {m.value_b!r}"
-            + (", with equal tokens" if identity.basis == "tokens" else "")
+            f"{m.value_a!r} became {m.value_b!r}" + (", with equal tokens" if identity.basis == "tokens" else "")
         )
     return f"identical up to step {last}, all {identity.steps} common steps ({basis})"
 

@@ -93,9 +93,7 @@ def load_run(source: str | Path, arm: str | None = None) -> Run:
     elif re.fullmatch(r"[^/\s]+/[^/\s]+/[^/\s]+", str(source)):
         name, metrics = _read_wandb_server(str(source))
     else:
-        raise CompareError(
-            f"{source}: no such run folder (and not a wandb run, which is entity/project/run_id)"
-        )
+        raise CompareError(f"{source}: no such run folder (and not a wandb run, which is entity/project/run_id)")
     if not metrics:
         raise CompareError(f"{source} has no metrics yet: the run logged no step")
     label, seed = _split_seed(name)
@@ -204,7 +202,7 @@ def _wandb_payloads(path: Path) -> Iterator[bytes]:
     full, first, last = 1, 2, 4  # and 3, a middle chunk
     data = path.read_bytes()
     if data[:7] != struct.pack("<4sHB", b":W&B", 0xBEE1, 0):
-        raise CompareError(f"{path} is not a wandb file of version 0 (wandb 0.13 to 0.31 write those)")
+        raise CompareError(f"{path} is not a wandb file of version 0 (wandb 0.31 writes those)")
     at, parts = 7, b""
     while at + head.size <= len(data):
         if block - at % block < head.size:

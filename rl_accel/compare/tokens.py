@@ -125,9 +125,7 @@ def load_tokens(path: Path) -> dict[tuple[str, int], Row]:
     n = len(problem_id)
     whole = len(sample_index) == len(prompt_length) == n and len(offsets) == n + 1
     if not whole or offsets[0] != 0 or offsets[-1] != len(token_ids) or np.any(np.diff(offsets) < 0):
-        raise CompareError(
-            f"{path} is damaged: its arrays do not describe {n} rows of {len(token_ids)} tokens"
-        )
+        raise CompareError(f"{path} is damaged: its arrays do not describe {n} rows of {len(token_ids)} tokens")
     names = [str(problem) for problem in problem_id]
     _check_names(path, names, sample_index)
     return {
@@ -160,9 +158,7 @@ def compare_tokens(directory_a: Path | None, directory_b: Path | None) -> TokenC
     return TokenComparison(steps, one_sided, last_identical, None)
 
 
-def first_parting(
-    step: int, rows_a: dict[tuple[str, int], Row], rows_b: dict[tuple[str, int], Row]
-) -> Parting | None:
+def first_parting(step: int, rows_a: dict[tuple[str, int], Row], rows_b: dict[tuple[str, int], Row]) -> Parting | None:
     """The earliest difference in one step (by position, then by name), or None.
 
     A missing row and a different prompt come before any token.

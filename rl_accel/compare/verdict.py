@@ -153,9 +153,7 @@ def compare_arms(baseline: Sequence[Run], other: Sequence[Run], criteria: Criter
     pairs, paired_by = pair_runs(baseline, other)
     identities = [compare_identity(a, b) for a, b in pairs]
     if not any(identity.steps for identity in identities):
-        raise CompareError(
-            f"arms {baseline[0].arm!r} and {other[0].arm!r} share no step with a common metric"
-        )
+        raise CompareError(f"arms {baseline[0].arm!r} and {other[0].arm!r} share no step with a common metric")
     speeds = [speed for q in TIMED if (speed := measure_speed(q, pairs)) is not None]
     names = (baseline[0].arm, other[0].arm, paired_by)
     if all(identity.identical for identity in identities):
@@ -216,14 +214,10 @@ def judge_metrics(baseline: Sequence[Run], other: Sequence[Run], criteria: Crite
             rows.append((quantity, a.mean(), b.mean(), margin, *welch_and_tost(a, b, margin), steps))
     adjusted = holm([row[4] for row in rows])
     tests = []
-    for (quantity, mean_a, mean_b, margin, _, p_alike, steps), p_different in zip(
-        rows, adjusted, strict=True
-    ):
+    for (quantity, mean_a, mean_b, margin, _, p_alike, steps), p_different in zip(rows, adjusted, strict=True):
         alike, different = p_alike < criteria.alpha, p_different < criteria.alpha
         word = "alike" if alike else "different" if different else "undecided"
-        tests.append(
-            MetricTest(quantity, float(mean_a), float(mean_b), margin, p_different, p_alike, steps, word)
-        )
+        tests.append(MetricTest(quantity, float(mean_a), float(mean_b), margin, p_different, p_alike, steps, word))
     return tests
 
 

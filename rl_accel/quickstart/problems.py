@@ -154,9 +154,7 @@ def _write(rng: random.Random, num_steps: int) -> tuple[str, str]:
         operation, operand, result = _draw_operation(rng, value)
         statements.append(rng.choice(theme.statements[operation]).format(n=operand, **words))
         expression = f"{value}{operation}{operand}"
-        lines.append(
-            theme.lines[operation].format(calc=f"{expression}=<<{expression}={result}>>{result}", **words)
-        )
+        lines.append(theme.lines[operation].format(calc=f"{expression}=<<{expression}={result}>>{result}", **words))
         value = result
     statements.append(theme.ask.format(**words))
     return " ".join(statements), "\n".join([*lines, f"#### {value}"])

@@ -50,9 +50,7 @@ def count_tokens(tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
     return torch.bincount(tokens, minlength=vocab_size)
 
 
-def chi_square(
-    counts_V: torch.Tensor, target_V: torch.Tensor, alpha: float = DEFAULT_ALPHA
-) -> ChiSquareResult:
+def chi_square(counts_V: torch.Tensor, target_V: torch.Tensor, alpha: float = DEFAULT_ALPHA) -> ChiSquareResult:
     """Test observed counts against a target distribution.
 
     Args:
@@ -114,8 +112,7 @@ def _pool(observed_V: torch.Tensor, expected_V: torch.Tensor) -> tuple[torch.Ten
 def _checked(counts_V: torch.Tensor, target_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if counts_V.ndim != 1 or counts_V.shape != target_V.shape:
         raise ValueError(
-            f"expected counts and target of one shape [V], got {tuple(counts_V.shape)} and "
-            f"{tuple(target_V.shape)}"
+            f"expected counts and target of one shape [V], got {tuple(counts_V.shape)} and {tuple(target_V.shape)}"
         )
     observed_V, target_V = counts_V.to("cpu", torch.float64), target_V.to("cpu", torch.float64)
     if float(observed_V.sum()) <= 0:

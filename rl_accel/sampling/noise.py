@@ -97,9 +97,7 @@ def gumbel_argmax(logits_RV: torch.Tensor, keys_R: torch.Tensor, positions_R: to
     return gumbel_argmax_reference(logits_RV, keys_R, positions_R)
 
 
-def gumbel_argmax_reference(
-    logits_RV: torch.Tensor, keys_R: torch.Tensor, positions_R: torch.Tensor
-) -> torch.Tensor:
+def gumbel_argmax_reference(logits_RV: torch.Tensor, keys_R: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
     """Specification of `gumbel_argmax` in PyTorch, on any device, a chunk of rows at a time."""
     num_rows, vocab_size = logits_RV.shape
     positions_R = positions_R.to(torch.int64)
@@ -131,8 +129,7 @@ def _signed(value: int) -> int:
 def _check(logits_RV: torch.Tensor, keys_R: torch.Tensor, positions_R: torch.Tensor) -> None:
     if logits_RV.ndim != 2 or logits_RV.shape[1] == 0 or not logits_RV.is_floating_point():
         raise ValueError(
-            f"logits: expected a floating [R, V] tensor with V >= 1, got {logits_RV.dtype} "
-            f"{tuple(logits_RV.shape)}"
+            f"logits: expected a floating [R, V] tensor with V >= 1, got {logits_RV.dtype} {tuple(logits_RV.shape)}"
         )
     for name, x_R in (("keys", keys_R), ("positions", positions_R)):
         if x_R.shape != logits_RV.shape[:1] or x_R.dtype not in (torch.int64, torch.int32):
@@ -141,8 +138,6 @@ def _check(logits_RV: torch.Tensor, keys_R: torch.Tensor, positions_R: torch.Ten
                 f"row, got {x_R.dtype} {tuple(x_R.shape)}"
             )
         if x_R.device != logits_RV.device:
-            raise ValueError(
-                f"{name}: expected on {logits_RV.device} like the logits, got {x_R.device}; move it there"
-            )
+            raise ValueError(f"{name}: expected on {logits_RV.device} like the logits, got {x_R.device}; move it there")
     if keys_R.dtype != torch.int64:
         raise ValueError(f"keys: expected int64, got {keys_R.dtype}; make them with request_key()")

@@ -65,9 +65,7 @@ def test_null_is_nan_and_series_leave_it_out(tmp_path):
 
 def test_accuracy_prefers_acc_and_averages_data_sets(tmp_path):
     acc = {"val-core/gsm8k/acc/mean@1": 0.2, "val-core/org/math/acc/mean@4": 0.4}
-    text = line(0, **acc, **{"val-core/gsm8k/reward/mean@1": 0.9}) + line(
-        5, **{"val-core/gsm8k/acc/mean@1": 1.0}
-    )
+    text = line(0, **acc, **{"val-core/gsm8k/reward/mean@1": 0.9}) + line(5, **{"val-core/gsm8k/acc/mean@1": 1.0})
     assert load_run(write(tmp_path / "a", text)).series("accuracy") == {0: pytest.approx(0.3)}
     reward_only = line(0, **{"val-core/gsm8k/reward/mean@1": 0.9, "val-core/gsm8k/reward/best@4": 1.0})
     assert load_run(write(tmp_path / "b", reward_only)).series("accuracy") == {0: 0.9}
@@ -81,9 +79,7 @@ def test_arms_in_order_by_run_json_else_folder_else_apart(tmp_path):
         "suffix": [0],
         "none": [1, 2],
     }
-    same = [
-        write(tmp_path / parent / name, text, arm="none") for parent, name in (("1", "kv"), ("1", "plain"))
-    ]
+    same = [write(tmp_path / parent / name, text, arm="none") for parent, name in (("1", "kv"), ("1", "plain"))]
     assert list(group_arms(load_runs(same))) == ["kv", "plain"]
     same.append(write(tmp_path / "2" / "kv", text, arm="none"))
     assert list(group_arms(load_runs(same))) == [str(path) for path in same]

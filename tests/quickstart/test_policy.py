@@ -36,7 +36,7 @@ def test_saved_tokenizer_knows_the_templates(tokenizer):
     """Fails if the templates changed after the policy was made: run scripts/make_policy.py again."""
     for problem in generate(300, seed=21, split="test"):
         token_ids = tokenizer(f"{problem.question}{problem.answer}").input_ids
-        letters = [piece for piece in tokenizer.convert_ids_to_tokens(token_ids) if piece.isalpha()]
+        letters = [piece for piece in tokenizer.convert_ids_to_tokens(token_ids) if piece.isalpha() and piece != "Ġ"]
         assert all(len(piece) > 1 or piece == "A" for piece in letters)
 
 
@@ -49,9 +49,7 @@ def test_policy_has_the_format_and_room_to_improve(model, tokenizer):
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
     torch.manual_seed(0)
-    sequences = model.generate(
-        **prompts, max_new_tokens=320, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
-    )
+    sequences = model.generate(**prompts, max_new_tokens=320, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     prompt_length = prompts["input_ids"].shape[1]
     responses = sequences[:, prompt_length:]  # [150, response length]
     is_finished = (responses == tokenizer.eos_token_id).any(1)

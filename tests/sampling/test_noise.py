@@ -1,4 +1,4 @@
-"""Position-keyed noise: the generator against a plain-integer twin, the law of the samples, and independence of the batch."""
+"""Position-keyed noise: the generator against an integer twin, the law of samples, no effect of the batch."""
 
 import math
 import os
@@ -129,8 +129,19 @@ def test_request_key_is_the_same_in_every_process():
 
 def test_request_key_tells_every_argument_apart():
     base = (7, "a", 1, 2, False)
-    others = [(8, "a", 1, 2, False), (7, "b", 1, 2, False), (7, "a", 2, 2, False), (7, "a", 1, 3, False), (7, "a", 1, 2, True)]
-    others += [(7, 'a", 1', 1, 2, False), (7, "\ud800é", 1, 2, False), (1, "a", 7, 2, False), (7, "a", 12, 0, False)]
+    others = [
+        (8, "a", 1, 2, False),
+        (7, "b", 1, 2, False),
+        (7, "a", 2, 2, False),
+        (7, "a", 1, 3, False),
+        (7, "a", 1, 2, True),
+    ]
+    others += [
+        (7, 'a", 1', 1, 2, False),
+        (7, "\ud800é", 1, 2, False),
+        (1, "a", 7, 2, False),
+        (7, "a", 12, 0, False),
+    ]
     keys = [noise.request_key(*arguments) for arguments in (base, *others)]
     assert len(set(keys)) == len(keys)
     assert all(-(1 << 63) <= key < 1 << 63 for key in keys)

@@ -57,9 +57,7 @@ class IdentifiedAgentLoopManager(AgentLoopManagerTQ):
         if self._seen_in != (step, validate):
             self._seen_in, self._seen = (step, validate), Counter()
         extra_infos, raw_prompts = list(prompts["extra_info"]), list(prompts["raw_prompt"])
-        sources = (
-            list(prompts["data_source"]) if "data_source" in prompts.keys() else ["data"] * len(raw_prompts)
-        )  # noqa: SIM118
+        sources = list(prompts["data_source"]) if "data_source" in prompts.keys() else ["data"] * len(raw_prompts)  # noqa: SIM118
         names, occurrences = [], []
         for extra_info, source, raw_prompt in zip(extra_infos, sources, raw_prompts, strict=True):
             name = problem_id_of(extra_info, str(source), raw_prompt)

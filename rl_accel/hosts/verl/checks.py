@@ -32,9 +32,7 @@ def check(config: DictConfig, accel: AccelConfig) -> None:
 def _check_hosts(config: DictConfig) -> None:
     rollout = config.actor_rollout_ref.rollout
     if rollout.name != "vllm":
-        raise ConfigError(
-            f"rl_accel drives vLLM rollouts; actor_rollout_ref.rollout.name is {rollout.name!r}"
-        )
+        raise ConfigError(f"rl_accel drives vLLM rollouts; actor_rollout_ref.rollout.name is {rollout.name!r}")
     if not config.trainer.use_v1 or config.trainer.v1.trainer_mode not in ("sync", "rl_accel_sync"):
         raise ConfigError(
             "rl_accel supports verl's synchronous V1 trainer: trainer.use_v1=True trainer.v1.trainer_mode=sync; got "

@@ -109,9 +109,7 @@ def save_rollout_tokens(path: str, keys: Sequence[str], rollouts) -> None:
     save_tokens(
         path,
         problem_ids=[str(_unwrap(value)) for value in rollouts[PROBLEM_ID]],
-        sample_indices=[
-            occurrence * width + sample for occurrence, sample in zip(occurrences, samples, strict=True)
-        ],
+        sample_indices=[occurrence * width + sample for occurrence, sample in zip(occurrences, samples, strict=True)],
         prompt_lengths=rollouts["prompts"].offsets().diff().tolist(),
         responses=[row.tolist() for row in rollouts["responses"].unbind()],
     )
@@ -123,6 +121,4 @@ def _unwrap(value: Any) -> Any:
 
 def _seconds(metrics: Any) -> float:
     metrics = _unwrap(metrics)
-    return float(
-        metrics["generate_sequences"] if isinstance(metrics, Mapping) else metrics.generate_sequences
-    )
+    return float(metrics["generate_sequences"] if isinstance(metrics, Mapping) else metrics.generate_sequences)

@@ -54,9 +54,7 @@ class DrainFailedReceive:
     buckets are taken and thrown away, so that the sender finishes, and then the first exception is raised.
     """
 
-    target = (
-        "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer:BucketedWeightReceiver.receive_weights"
-    )
+    target = "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer:BucketedWeightReceiver.receive_weights"
 
     @classmethod
     def apply(cls, module: ModuleType) -> None:

@@ -45,9 +45,7 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
 if os.environ.get(ACTIVE_ENV) == "1":
     register_post_import_hook(_register_trainer, "verl.trainer.ppo.v1.trainer_sync")
     register_post_import_hook(_patch("AppendFileLogger"), "verl.utils.tracking")
-    register_post_import_hook(
-        _patch("ReturnCollectiveRpc"), "verl.workers.rollout.vllm_rollout.vllm_async_server"
-    )
+    register_post_import_hook(_patch("ReturnCollectiveRpc"), "verl.workers.rollout.vllm_rollout.vllm_async_server")
     register_post_import_hook(
         _patch("DrainFailedReceive"), "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer"
     )

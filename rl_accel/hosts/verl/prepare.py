@@ -68,9 +68,7 @@ def prepare(config: DictConfig) -> AccelConfig | None:
 def _use_our_classes(config: DictConfig) -> None:
     config.trainer.v1.trainer_mode = TRAINER_NAME
     _set_if_free(config, "actor_rollout_ref.rollout.agent.agent_loop_manager_class", MANAGER_CLASS)
-    _set_if_free(
-        config, "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls", WORKER_EXTENSION
-    )
+    _set_if_free(config, "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls", WORKER_EXTENSION)
 
 
 def _train_in_the_dtype_asked_for(config: DictConfig) -> None:
@@ -135,7 +133,11 @@ def _set_worker_environment(config: DictConfig) -> None:
     }
     ray_init = config.ray_kwargs.ray_init
     runtime_env = OmegaConf.to_container(ray_init.get("runtime_env") or OmegaConf.create({}), resolve=True)
-    runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **forwarded, "RL_ACCEL_ACTIVE": "1"}
+    ours = {
+        "RL_ACCEL_ACTIVE": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # our samplers fit the V1 runner; V2 is the default of dense models on a GPU
+    }
+    runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **forwarded, **ours}
     ray_init.runtime_env = runtime_env
 
 

@@ -12,7 +12,6 @@ What differs from `PPOTrainerSync` of verl 0.9.1, which verl keeps running uncha
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any
 
 import ray
@@ -22,9 +21,10 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 
 from rl_accel.config import AccelConfig
-from rl_accel.errors import NotLiveError, WeightSyncError
+from rl_accel.errors import NotLiveError
 from rl_accel.hosts.verl import metrics as rollout_metrics
 from rl_accel.hosts.verl.prepare import TRAINER_NAME, accel_block
+from rl_accel.hosts.verl.watchdog import call_within
 
 POLL_INTERVAL_S = 0.05
 
@@ -81,9 +81,7 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
         real = [not tag.get("is_padding", False) for tag in batch.tags]
         keys = [key for key, keep in zip(batch.keys, real, strict=True) if keep]
-        rollouts = tq.kv_batch_get(
-            keys=keys, partition_id=batch.partition_id, select_fields=rollout_metrics.FIELDS
-        )
+        rollouts = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=rollout_metrics.FIELDS)
         metrics.update(rollout_metrics.rollout_metrics(rollouts, self._spec_counts))
         metrics.update(self._sync_report)
         rollout_metrics.check_mismatch(metrics, global_steps)
@@ -105,37 +103,13 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         for replica, live in enumerate(self._engine_rpc("rl_accel_live")):
             for feature, asked in wanted.items():
                 if asked and not live.get(feature):
-                    raise NotLiveError(
-                        f"{feature} was asked for and is not live in rollout replica {replica}: {live}"
-                    )
+                    raise NotLiveError(f"{feature} was asked for and is not live in rollout replica {replica}: {live}")
 
     def _sync_weights(self, sync) -> None:
-        done = threading.Event()
-        failure: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                sync()
-            except BaseException as error:
-                failure.append(error)
-            finally:
-                done.set()
-
-        threading.Thread(target=run, name="rl_accel_weight_sync", daemon=True).start()
-        if not done.wait(self.accel.sync.timeout_s):
-            raise WeightSyncError(
-                f"the rollout engines did not take the weights of step {self.global_steps} within "
-                f"{self.accel.sync.timeout_s:g} s (rl_accel.sync.timeout_s); a receiver that died leaves its sender "
-                "waiting"
-            )
-        if failure:
-            raise WeightSyncError(
-                f"weight sync of step {self.global_steps} failed: {failure[0]}"
-            ) from failure[0]
+        call_within(sync, self.accel.sync.timeout_s, f"the weight sync of step {self.global_steps}")
         reports = [report for report in self._engine_rpc("rl_accel_sync_report") if report]
         self._sync_report = {
-            f"rl_accel/sync/{name}": max(report[name] for report in reports)
-            for name in (reports[0] if reports else {})
+            f"rl_accel/sync/{name}": max(report[name] for report in reports) for name in (reports[0] if reports else {})
         }
 
 

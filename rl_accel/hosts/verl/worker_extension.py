@@ -46,7 +46,8 @@ class AcceleratedWorkerExtension(vLLMColocateWorkerExtension):
         else:
             super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)
             report = {}
-        self._rl_accel_sync_report = {"seconds": time.perf_counter() - started, **report}
+        kept = getattr(self, "_rl_accel_sync_report", {})  # the read-back error of an earlier sync stays visible
+        self._rl_accel_sync_report = {**kept, "seconds": time.perf_counter() - started, **report}
 
     def _receive_on_cpu(self, use_shm: bool) -> dict[str, float]:
         from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
@@ -65,9 +66,7 @@ class AcceleratedWorkerExtension(vLLMColocateWorkerExtension):
 
         def on_bucket(weights: list[tuple[str, torch.Tensor]], is_last: bool) -> None:
             nonlocal num_bytes, started
-            if (
-                not started
-            ):  # here, not before: an error in here reaches the sender, see patches.DrainFailedReceive
+            if not started:  # here, not before: an error in here reaches the sender, see patches.DrainFailedReceive
                 initialize_layerwise_reload(model)
                 started = True
             weights = [(name, tensor.clone()) for name, tensor in weights]  # the buffer is reused
@@ -76,9 +75,7 @@ class AcceleratedWorkerExtension(vLLMColocateWorkerExtension):
                 sent.add(weights)
             model.load_weights(weights)
 
-        receiver = BucketedWeightReceiver(
-            zmq_handle=self._get_zmq_handle(), device=self.device, use_shm=use_shm
-        )
+        receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=self.device, use_shm=use_shm)
         with set_current_vllm_config(config), torch.no_grad():
             receiver.receive_weights(on_bucket_received=on_bucket)
             finalize_layerwise_reload(model, config.model_config)
@@ -89,7 +86,6 @@ class AcceleratedWorkerExtension(vLLMColocateWorkerExtension):
         if sent is not None:
             error, name = readback_error(model, sent)
             report["readback_max_abs_err"] = error
-            self._rl_accel_read_back = True
             if not error <= READBACK_TOLERANCE:
                 raise WeightSyncError(
                     f"weight {name} as the engine's kernel uses it differs by {error:.3g} from what was sent"
@@ -99,4 +95,4 @@ class AcceleratedWorkerExtension(vLLMColocateWorkerExtension):
     def _wants_readback(self, config) -> bool:
         settings = (config.additional_config or {}).get("rl_accel", {})
         when = settings.get("sync", {}).get("readback", "first")
-        return when == "every" or (when == "first" and not getattr(self, "_rl_accel_read_back", False))
+        return when == "every" or (when == "first" and "readback_max_abs_err" not in self.rl_accel_sync_report())

@@ -38,9 +38,7 @@ class ExpandBatchToTokensPatch:
             output = torch.full((3,), -7, dtype=dtype, device=device)
             values = torch.tensor([5, 6], dtype=dtype, device=device)
             ends = torch.tensor([1, 3], dtype=torch.int32, device=device)
-            vllm_rejection.expand_kernel[(2,)](
-                output, values, ends, 0, 0, MAX_NUM_TOKENS=vllm_rejection.MAX_SPEC_LEN
-            )
+            vllm_rejection.expand_kernel[(2,)](output, values, ends, 0, 0, MAX_NUM_TOKENS=vllm_rejection.MAX_SPEC_LEN)
             if output.tolist() != [5, 6, 6]:
                 return True
         return False

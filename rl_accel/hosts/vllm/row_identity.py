@@ -59,19 +59,18 @@ class RowSource:
 
     def get(self) -> StepRows:
         if self.step is None:
-            raise RLAccelError(
-                "exact sampling: a sampler was called outside of _sample, so its rows have no identity"
-            )
+            raise RLAccelError("exact sampling: a sampler was called outside of _sample, so its rows have no identity")
         return self.step
 
 
 def key_of(request: Any, seed: int) -> int:
     """Return the key of a vLLM request (`CachedRequestState`), computed once and kept on it.
 
-    Our requests carry `sampling_params.extra_args["rl_accel"]` with the arguments of `request_key`; child i of a
-    request with n > 1 is sample `sample_index + i`. Foreign requests are named by their own seed and prompt if
-    they have a seed (vLLM gives child i the seed + i), else by their id, which vLLM makes unique: equal prompts
-    without a seed must get independent samples, as in stock vLLM, and so are not repeatable either.
+    Our requests carry `sampling_params.extra_args["rl_accel"]` with the arguments of `request_key`; child i
+    of a request with n > 1 is sample `sample_index + i`. Foreign requests are named by their own seed and
+    prompt if they have a seed (vLLM gives child i the seed + i), else by their id, which vLLM makes unique:
+    equal prompts without a seed must get independent samples, as in stock vLLM, and so are not repeatable
+    either.
 
     Raises:
         RLAccelError: if the identity in `extra_args` is not complete.
@@ -113,9 +112,7 @@ def _child_index(req_id: str) -> int:
 def rows_of_step(runner: Any, metadata: SpecDecodeMetadata | None, seed: int) -> StepRows:
     """Name the rows that `runner._sample` is about to sample; logits at position i sample token i + 1."""
     batch = runner.input_batch
-    keys_B = np.array(
-        [key_of(runner.requests[rid], seed) for rid in batch.req_ids[: batch.num_reqs]], np.int64
-    )
+    keys_B = np.array([key_of(runner.requests[rid], seed) for rid in batch.req_ids[: batch.num_reqs]], np.int64)
     if metadata is None:
         logits_indices_B = runner.query_start_loc.gpu[1 : batch.num_reqs + 1] - 1
         return StepRows(async_tensor_h2d(keys_B, runner.device), runner.positions[logits_indices_B] + 1)

@@ -52,15 +52,11 @@ class SpecDecodeCounter:
         drafted_B = num_drafts_B > 0
         self._num_drafts += int(drafted_B.sum())
         self._num_draft_tokens += int(num_drafts_B.sum())
-        weights_2B = async_tensor_h2d(
-            np.stack([drafted_B, kept_B]).astype(np.int64), output_token_ids_BK.device
-        )
+        weights_2B = async_tensor_h2d(np.stack([drafted_B, kept_B]).astype(np.int64), output_token_ids_BK.device)
         valid_BK = (output_token_ids_BK >= 0) & (output_token_ids_BK < vocab_size)
         emitted_B = valid_BK.sum(dim=1)
         # A request that drafted emits its accepted tokens and one of the target's.
-        self._accepted_emitted += (
-            (torch.stack([emitted_B - 1, emitted_B]) * weights_2B).clamp_(min=0).sum(dim=1)
-        )
+        self._accepted_emitted += (torch.stack([emitted_B - 1, emitted_B]) * weights_2B).clamp_(min=0).sum(dim=1)
 
     def drain(self) -> dict[str, int]:
         """Return the totals and start again from zero; waits for the device.

@@ -43,7 +43,7 @@ def build_model(folder: Path) -> None:
     )
     model = Qwen2ForCausalLM(config).to(torch.float32)
     for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.data *= 0.05
+        layer.self_attn.o_proj.weight.data *= 0.02
     model.save_pretrained(folder)
 
 
@@ -88,8 +88,7 @@ def generate(llm, cold: bool, order: list[int]) -> dict:
         completion = output.outputs[0]
         tokens[index] = list(completion.token_ids)
         logprobs[index] = [
-            entry[token].logprob
-            for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)
+            entry[token].logprob for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)
         ]
     return {"tokens": tokens, "logprobs": logprobs}
 
@@ -178,11 +177,9 @@ def test_drafts_were_accepted(engines):
     """Else the comparison above would say nothing about verification."""
     _, results = engines
     stats = results["ngram"]["cold_stats"]
-    assert stats["num_accepted_tokens"] > 500
+    assert stats["num_accepted_tokens"] > 100
     assert (
-        results["ngram"]["warm_stats"]["num_draft_tokens"]
-        > results["ngram"]["warm_stats"]["num_accepted_tokens"]
-        > 0
+        results["ngram"]["warm_stats"]["num_draft_tokens"] > results["ngram"]["warm_stats"]["num_accepted_tokens"] > 0
     )
 
 
@@ -191,9 +188,7 @@ def test_counter_agrees_with_vllm(engines):
     _, results = engines
     ours = results["ngram"]
     for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
-        assert (
-            ours["cold_stats"][name] + ours["warm_stats"][name] == ours["vllm"][f"vllm:spec_decode_{name}"]
-        ), name
+        assert ours["cold_stats"][name] + ours["warm_stats"][name] == ours["vllm"][f"vllm:spec_decode_{name}"], name
 
 
 def test_seed_changes_the_tokens_except_of_greedy_rows(engines):

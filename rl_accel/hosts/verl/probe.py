@@ -1,0 +1,39 @@
+"""Import verl as a Ray process of an rl_accel run does and report which hooks took hold, as JSON on the last line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+
+from rl_accel.hosts.verl import patches
+
+
+def probe() -> dict[str, bool]:
+    """Return hook -> live. Run in a fresh process with `RL_ACCEL_ACTIVE=1`, and `VERL_PLATFORM=cpu` without a GPU."""
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+    from verl.utils.config import validate_config
+
+    from rl_accel.hosts.verl.prepare import TRAINER_NAME
+
+    importlib.import_module("verl.trainer.ppo.v1")
+    live = {
+        "validate_config": hasattr(validate_config, "__wrapped__"),
+        "trainer": TRAINER_NAME in TRAINER_REGISTRY,
+    }
+    for patch in patches.ALL:
+        module_name, _, symbol = patch.target.partition(":")
+        owner, _, name = symbol.partition(".")
+        function = getattr(getattr(importlib.import_module(module_name), owner), name)
+        live[f"patch {patch.__name__}"] = function.__module__ == patches.__name__ or (
+            getattr(function, "__globals__", {}).get("__name__") == patches.__name__
+        )
+    if os.environ.get("VERL_PLATFORM") == "cpu":
+        from verl.utils.device import get_device_name
+
+        live["cpu platform"] = get_device_name() == "cpu"
+    return live
+
+
+if __name__ == "__main__":
+    print(json.dumps(probe()))
