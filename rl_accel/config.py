@@ -76,7 +76,7 @@ class TraceConfig:
     """What a run keeps for `rl_accel.compare` (`rl_accel.trace.*`)."""
 
     tokens: bool = False
-    """Save the token ids of every training rollout under `run_dir/tokens` (about 1 byte per token on disk)."""
+    """Save the token ids of every training rollout under `run_dir/tokens` (1 to 3 bytes per token on disk)."""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def build_model(tokenizer) -> Qwen2ForCausalLM:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         attention_dropout=0.0,
-        initializer_range=0.02,
+        initializer_range=0.05,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -119,7 +119,7 @@ def train(model: Qwen2ForCausalLM, tokenizer, args: argparse.Namespace) -> dict[
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / 50, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / args.steps))),
+        lambda step: min((step + 1) / 100, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / args.steps))),
     )
     start, num_tokens, losses = time.perf_counter(), 0, []
     model.train()
@@ -291,8 +291,8 @@ def parse_args() -> argparse.Namespace:
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of weights, problems and slips")
-    parser.add_argument("--steps", type=int, default=800, help="optimizer steps")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens in a batch, padding included")
+    parser.add_argument("--steps", type=int, default=2200, help="optimizer steps")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens in a batch, padding included")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--hurried-share", type=float, default=0.5, help="share of hurried solutions")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")

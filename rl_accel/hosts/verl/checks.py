@@ -5,7 +5,6 @@ verl and vLLM find most of these too, minutes later and in another process.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from rl_accel.config import AccelConfig
 from rl_accel.errors import ConfigError
+from rl_accel.hosts import versions
 
 MIN_FREE_MEMORY_CPU = 8 << 30
 """Bytes. A run of the tiny policy without a GPU was measured to need about 7 GB."""
@@ -41,7 +41,7 @@ def _check_hosts(config: DictConfig) -> None:
 
 
 def _check_drafting(accel: AccelConfig) -> None:
-    if accel.draft.method == "suffix" and importlib.util.find_spec("arctic_inference") is None:
+    if accel.draft.method == "suffix" and versions.installed("arctic-inference") is None:
         raise ConfigError(
             "rl_accel.draft.method=suffix is vLLM's suffix decoding, which needs the package arctic-inference: "
             "pip install arctic-inference"

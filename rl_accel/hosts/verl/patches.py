@@ -7,8 +7,11 @@ when a symbol moves.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from types import ModuleType
+
+logger = logging.getLogger(__name__)
 
 
 class AppendFileLogger:
@@ -70,7 +73,9 @@ class DrainFailedReceive:
                 try:
                     on_bucket_received(weights, is_last)
                 except Exception as error:
-                    failures.append(error)
+                    logger.exception("loading a bucket of weights failed")
+                    # The traceback holds the bucket's tensors, and shared memory with views on it cannot be closed.
+                    failures.append(error.with_traceback(None))
 
             original(self, on_bucket_received=guarded)
             if failures:

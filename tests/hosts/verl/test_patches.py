@@ -1,0 +1,123 @@
+"""The named patches of verl against verl itself: each symbol is where we expect it, and each patch does what it says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+from rl_accel.errors import WeightSyncError
+from rl_accel.hosts.verl import patches
+from rl_accel.hosts.verl.watchdog import call_within
+
+
+def in_fresh_process(code, timeout=120, **env):
+    """Run code in a process that imports verl as a Ray process of an rl_accel run does; returns its last line."""
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "VERL_PLATFORM": "cpu", "RL_ACCEL_ACTIVE": "1", **env},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("patch", patches.ALL, ids=lambda patch: patch.__name__)
+def test_the_patched_symbol_exists(patch):
+    module_name, _, symbol = patch.target.partition(":")
+    code = f"""
+        import functools, importlib
+        print(callable(functools.reduce(getattr, {symbol!r}.split("."), importlib.import_module({module_name!r}))))
+    """
+    assert in_fresh_process(code, RL_ACCEL_ACTIVE="0") == "True"
+
+
+def test_the_probe_finds_every_hook_live():
+    live = json.loads(
+        in_fresh_process("import json; from rl_accel.hosts.verl.probe import probe; print(json.dumps(probe()))")
+    )
+    assert len(live) == 6
+    assert all(live.values()), live
+
+
+def test_without_our_environment_nothing_is_patched():
+    code = "import json; from rl_accel.hosts.verl.probe import probe; print(json.dumps(probe()))"
+    live = json.loads(in_fresh_process(code, RL_ACCEL_ACTIVE="0"))
+    assert live.pop("validate_config") and live.pop("cpu platform")
+    assert not any(live.values()), live
+
+
+def test_the_file_logger_keeps_the_metrics_of_the_run_that_it_resumes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step":1,"data":{"a":1}}\n{"step":2,"da')
+    code = """
+        from verl.utils.tracking import FileLogger
+        logger = FileLogger("p", "e"); logger.log({"a": 2}, 2); logger.finish()
+    """
+    in_fresh_process(code, VERL_FILE_LOGGER_PATH=str(path))
+    assert path.read_text() == '{"step":1,"data":{"a":1}}\n{"step":2,"data":{"a":2}}\n'
+
+
+TRANSFER = """
+    import asyncio, threading, torch
+    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver, BucketedWeightSender
+    handle = "ipc://{folder}/weights.sock"
+    weights = [(f"layer{{i}}", torch.full((300, 300), float(i))) for i in range(12)]  # 12 x 0.34 MiB in 1 MiB buckets
+    outcome = []
+
+    def send():
+        sender = BucketedWeightSender(handle, bucket_size_mb=1, use_shm=True)
+        asyncio.run(sender.async_send_weights(iter(weights)))
+        outcome.append("sent")
+
+    def load(bucket, is_last):
+        if any(name == "layer3" for name, _ in bucket):
+            raise ValueError("no such layer")
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    try:
+        BucketedWeightReceiver(handle, torch.device("cpu"), use_shm=True).receive_weights(on_bucket_received=load)
+    except (ValueError, BufferError) as error:
+        outcome.append(type(error).__name__)
+    thread.join(5)
+    print(sorted(outcome), flush=True)
+    import os; os._exit(0)
+"""
+
+
+def test_a_failing_receiver_lets_its_sender_finish(tmp_path):
+    assert in_fresh_process(TRANSFER.format(folder=tmp_path)) == "['ValueError', 'sent']"
+
+
+def test_without_the_patch_the_sender_waits_for_ever(tmp_path):
+    """The bug that the patch is for; if this fails, verl has mended it and the patch can go."""
+    assert "sent" not in in_fresh_process(TRANSFER.format(folder=tmp_path), RL_ACCEL_ACTIVE="0")
+
+
+def test_the_watchdog_turns_a_stuck_call_into_an_error():
+    with pytest.raises(WeightSyncError, match=r"the sync did not finish within 0\.2 s"):
+        call_within(threading.Event().wait, 0.2, "the sync")
+
+
+def test_the_watchdog_passes_failures_on_and_lets_a_good_call_through():
+    with pytest.raises(WeightSyncError, match="the sync failed: integer division or modulo by zero") as error:
+        call_within(lambda: 1 // 0, 5, "the sync")
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+    seen = []
+    call_within(lambda: seen.append(1), 5, "the sync")
+    assert seen == [1]
+
+
+def test_the_reasons_are_written_down():
+    for patch in patches.ALL:
+        assert len(patch.__doc__) > 60
+    assert importlib.import_module("verl").__version__ == "0.9.1"

@@ -1,0 +1,158 @@
+"""Checks before anything starts, and what an rl_accel block turns into."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf, open_dict
+from rl_accel import recipes
+from rl_accel.errors import ConfigError, VersionError
+from rl_accel.hosts import versions
+from rl_accel.hosts.verl import checks
+from rl_accel.hosts.verl.prepare import accel_block, prepare
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    def make(*overrides):
+        for name in ("train.parquet", "val.parquet"):
+            (tmp_path / name).touch()
+        return recipes.compose(
+            "gsm8k_grpo/cpu",
+            [
+                f"data.train_files={tmp_path}/train.parquet",
+                f"data.val_files={tmp_path}/val.parquet",
+                f"actor_rollout_ref.model.path={tmp_path}",
+                *overrides,
+            ],
+            has_gpu=False,
+        )
+
+    return make
+
+
+def test_a_configuration_without_our_block_is_left_as_it_is(make_config):
+    config = make_config("actor_rollout_ref.rollout.custom=null")
+    before = OmegaConf.to_yaml(config)
+    assert prepare(config) is None
+    assert OmegaConf.to_yaml(config) == before
+
+
+def test_the_block_points_verl_at_our_classes(make_config):
+    config = make_config("rl_accel.draft.method=ngram", "rl_accel.draft.num_speculative_tokens=3")
+    accel = prepare(config)
+    rollout = config.actor_rollout_ref.rollout
+    assert accel.draft.method == "ngram"
+    assert config.trainer.v1.trainer_mode == "rl_accel_sync"
+    assert rollout.engine_kwargs.vllm.additional_config.rl_accel.sampling.exact is True
+    assert rollout.engine_kwargs.vllm.speculative_config.num_speculative_tokens == 3
+    assert rollout.max_model_len == 640 + 3
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.RL_ACCEL_ACTIVE == "1"
+
+
+def test_float32_means_float32(make_config):
+    config = make_config()
+    prepare(config)
+    for role in (config.actor_rollout_ref.actor, config.actor_rollout_ref.ref):
+        assert role.fsdp_config.mixed_precision.param_dtype == "fp32"
+
+
+def test_a_mixed_precision_of_the_users_own_stays(make_config):
+    config = make_config("+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16")
+    prepare(config)
+    assert config.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train_batch_size=10", "actor_rollout_ref.actor.ppo_mini_batch_size=4"], "not a multiple of"),
+        (["actor_rollout_ref.actor.ppo_mini_batch_size=64"], "larger than data.train_batch_size=16"),
+        (["trainer.n_gpus_per_node=3"], "does not divide over 3 devices"),
+        (["actor_rollout_ref.rollout.tensor_model_parallel_size=2"], "do not divide into engines of 2"),
+        (["actor_rollout_ref.model.path=/no/such/model"], "/no/such/model: no such folder"),
+        (["data.train_files=/no/such/file.parquet"], "data.train_files=/no/such/file.parquet: no such file"),
+        (["trainer.v1.trainer_mode=separate_async"], "synchronous V1 trainer"),
+        (["actor_rollout_ref.rollout.name=sglang"], "drives vLLM rollouts"),
+        (["actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=10000000"], "/dev/shm has"),
+        (["rl_accel.draft.method=ngrm"], "Did you mean 'ngram'?"),
+        (["+actor_rollout_ref.rollout.agent.agent_loop_manager_class=a.B"], "it is set to a.B"),
+    ],
+)
+def test_what_cannot_work_is_refused(make_config, overrides, message):
+    with pytest.raises(ConfigError) as error:
+        prepare(make_config(*overrides))
+    assert message in str(error.value)
+
+
+def test_suffix_without_its_package_is_refused(make_config, monkeypatch):
+    stock = versions.installed
+    monkeypatch.setattr(versions, "installed", lambda name: None if name == "arctic-inference" else stock(name))
+    with pytest.raises(ConfigError, match="pip install arctic-inference"):
+        prepare(make_config("rl_accel.draft.method=suffix"))
+
+
+def test_two_speculative_configurations_are_refused(make_config):
+    config = make_config("rl_accel.draft.method=ngram")
+    with open_dict(config):
+        config.actor_rollout_ref.rollout.engine_kwargs.vllm.speculative_config = {"method": "suffix"}
+    with pytest.raises(ConfigError, match="both set; keep one"):
+        prepare(config)
+
+
+def test_too_little_memory_is_refused(make_config, monkeypatch):
+    monkeypatch.setattr(checks, "MIN_FREE_MEMORY_CPU", 1 << 60)
+    with pytest.raises(ConfigError, match="GiB are free"):
+        prepare(make_config())
+
+
+@pytest.mark.parametrize("host", sorted(versions.TESTED))
+def test_an_untested_version_is_refused_with_both_versions(make_config, monkeypatch, host):
+    monkeypatch.setitem(versions.TESTED, host, ("99.1",))
+    with pytest.raises(
+        VersionError, match=rf"tested with {host} 99\.1; installed is {versions.installed(host)}".replace("+", r"\+")
+    ):
+        prepare(make_config())
+
+
+def test_the_settings_reach_the_drop_in_form_resolved(make_config):
+    assert accel_block(make_config("rl_accel.seed=9"))["sampling"]["seed"] == 9
+
+
+def run_train(*overrides):
+    return subprocess.run(
+        [sys.executable, "-m", "rl_accel.train", *overrides],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "RL_ACCEL_DEVICE": "cpu"},
+        check=False,
+    )
+
+
+def test_bad_input_is_one_line_and_starts_nothing(tmp_path):
+    result = run_train(
+        "recipe=gsm8k_grpo", "actor_rollout_ref.model.path=/no/such/model", f"rl_accel.run_dir={tmp_path}/run"
+    )
+    assert result.returncode == 1
+    assert "rl_accel: actor_rollout_ref.model.path=/no/such/model: no such folder" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Ray instance" not in result.stderr + result.stdout
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step":1,"data":{}}\n')
+    result = run_train("recipe=gsm8k_grpo", f"rl_accel.run_dir={tmp_path}", "trainer.resume_mode=disable")
+    assert result.returncode == 1
+    assert "already holds a run" in result.stderr
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step":1,"data":{}}\n'
+
+
+def test_no_recipe_is_told_with_the_known_ones():
+    result = run_train("trainer.total_epochs=1")
+    assert result.returncode == 1
+    assert "gsm8k_grpo/cpu" in result.stderr
