@@ -6,7 +6,7 @@ on neither the batch, nor its order, nor on whether the token was drafted. Gener
 Lea, Flood, OOPSLA 2014), one stream per (key, position), one output per vocabulary id.
 
 Left out: temperature, top-k and top-p; callers pass processed logits. Cost: two float64 logarithms per
-logit. The PyTorch form holds a few float64 copies of one chunk of rows (`CHUNK_BYTES` each); the Triton form
+logit. The PyTorch form holds a few float64 copies of one chunk (`CHUNK_ELEMENTS` each); the Triton form
 holds none.
 
 Shape suffixes: R rows (tokens to be sampled), V vocabulary.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 
+import numpy as np
 import torch
 
 GAMMA = 0x9E3779B97F4A7C15
@@ -24,8 +25,10 @@ GAMMA = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
 """Multipliers of the SplitMix64 output function."""
-CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
-"""Most bytes of one float64 [rows, V] temporary: on CPU it fits in cache, elsewhere it bounds memory."""
+CHUNK_ELEMENTS = {"cpu": (1 << 15) - 1, "cuda": 1 << 23}
+"""Most elements of a float64 temporary of the PyTorch form. On CPU it fits in cache and stays below the 2^15 elements
+from which PyTorch starts threads: in so many small steps their barriers cost more than they gain, a hundredfold where
+other processes use the same cores. Elsewhere 64 MiB."""
 
 
 def request_key(seed: int, problem_id: str, sample_index: int, step: int, validate: bool) -> int:
@@ -50,24 +53,24 @@ def hash64(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
-def gumbel_noise(keys_R: torch.Tensor, positions_R: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Return the noise of every vocabulary id.
+def gumbel_noise(keys_R: torch.Tensor, positions_R: torch.Tensor, vocab_size: int, first_id: int = 0) -> torch.Tensor:
+    """Return the noise of a range of vocabulary ids.
 
     Args:
         keys_R: int64 [R], request keys.
-        positions_R: int64 [R], absolute position of the token to be sampled: 0 is the first token of the
-            prompt.
-        vocab_size: V.
+        positions_R: int64 [R], absolute position of the token to be sampled: 0 is the first token of the prompt.
+        vocab_size: V, the number of ids.
+        first_id: the first of them.
 
     Returns:
-        float64 [R, V], standard Gumbel, within [-3.6, 36.8].
+        float64 [R, V], standard Gumbel, within [-3.6, 36.75).
     """
-    ids_V = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=keys_R.device)
+    ids_V = torch.arange(first_id + 1, first_id + vocab_size + 1, dtype=torch.int64, device=keys_R.device)
     stream_R1 = (_mix(keys_R.clone()) + positions_R * _signed(GAMMA)).unsqueeze(1)
     bits_RV = _mix(_mix(stream_R1) + ids_V * _signed(GAMMA))
     # 52 bits and a half: never 0, and never 1 either, which 53 bits and a half would round to.
     uniform_RV = ((bits_RV >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)
-    return uniform_RV.log_().neg_().log_().neg_()
+    return _log_(_log_(uniform_RV).neg_()).neg_()
 
 
 def gumbel_argmax(logits_RV: torch.Tensor, keys_R: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
@@ -98,18 +101,41 @@ def gumbel_argmax(logits_RV: torch.Tensor, keys_R: torch.Tensor, positions_R: to
 
 
 def gumbel_argmax_reference(logits_RV: torch.Tensor, keys_R: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
-    """Specification of `gumbel_argmax` in PyTorch, on any device, a chunk of rows at a time."""
-    num_rows, vocab_size = logits_RV.shape
-    positions_R = positions_R.to(torch.int64)
-    chunk_bytes = CHUNK_BYTES.get(logits_RV.device.type, CHUNK_BYTES["cuda"])
-    chunk = max(1, chunk_bytes // (8 * vocab_size))
-    token_ids_R = torch.empty(num_rows, dtype=torch.int64, device=logits_RV.device)
-    for start in range(0, num_rows, chunk):
-        rows = slice(start, start + chunk)
-        scores = gumbel_noise(keys_R[rows], positions_R[rows], vocab_size).add_(logits_RV[rows])
-        scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        token_ids_R[rows] = scores.argmax(dim=-1)
+    """Specification of `gumbel_argmax` in PyTorch, on any device, a chunk of rows or of a row at a time."""
+    vocab_size = logits_RV.shape[1]
+    elements = CHUNK_ELEMENTS.get(logits_RV.device.type, CHUNK_ELEMENTS["cuda"])
+    chunk_rows, chunk_ids = max(1, elements // vocab_size), min(elements, vocab_size)
+    chunks = zip(
+        *(x.split(chunk_rows) for x in (logits_RV, keys_R, positions_R.to(torch.int64))),
+        strict=True,
+    )
+    return torch.cat([_best_of_chunk(*chunk, chunk_ids) for chunk in chunks])
+
+
+def _best_of_chunk(
+    logits_RV: torch.Tensor, keys_R: torch.Tensor, positions_R: torch.Tensor, chunk_ids: int
+) -> torch.Tensor:
+    best_R = torch.full(keys_R.shape, -torch.inf, dtype=torch.float64, device=keys_R.device)
+    token_ids_R = torch.zeros_like(keys_R)
+    for first_id, logits in zip(
+        range(0, logits_RV.shape[1], chunk_ids), logits_RV.split(chunk_ids, dim=1), strict=True
+    ):
+        scores = gumbel_noise(keys_R, positions_R, logits.shape[1], first_id).add_(logits)
+        index_R = scores.nan_to_num_(-torch.inf, torch.inf, -torch.inf).argmax(dim=1)
+        score_R = scores.gather(1, index_R[:, None])[:, 0]
+        better_R = score_R > best_R  # strictly: ties go to the lowest id
+        best_R = torch.where(better_R, score_R, best_R)
+        token_ids_R = torch.where(better_R, index_R + first_id, token_ids_R)
     return token_ids_R
+
+
+def _log_(x: torch.Tensor) -> torch.Tensor:
+    """Logarithm in place; by NumPy on CPU, where PyTorch's starts threads however few the elements."""
+    if x.device.type != "cpu":
+        return x.log_()
+    array = x.numpy()
+    np.log(array, out=array)
+    return x
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

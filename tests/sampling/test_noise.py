@@ -90,16 +90,22 @@ def test_tokens_do_not_depend_on_the_batch(seed, rows, vocab_size):
     assert torch.equal(torch.cat(alone), together)
 
 
-def test_chunks_of_rows_do_not_change_tokens_and_bound_memory(monkeypatch):
+@pytest.mark.parametrize(("elements", "shapes"), [(257 * 4, [(4, 257)] * 12 + [(2, 257)]), (100, None), (1, None)])
+def test_chunks_do_not_change_tokens_and_bound_memory(monkeypatch, elements, shapes):
+    """Chunks of rows, of parts of a row, and of single logits."""
     logits = torch.randn(50, 257, generator=torch.Generator().manual_seed(0))
+    logits[3], logits[4, 200:] = -torch.inf, torch.inf
     keys, positions = torch.arange(50), torch.arange(50) * 3
+    monkeypatch.setitem(noise.CHUNK_ELEMENTS, "cpu", logits.numel())
     whole = noise.gumbel_argmax_reference(logits, keys, positions)
-    monkeypatch.setitem(noise.CHUNK_BYTES, "cpu", 8 * 257 * 4)
-    sizes = []
-    make_noise = noise.gumbel_noise
-    monkeypatch.setattr(noise, "gumbel_noise", lambda k, p, v: sizes.append(len(k)) or make_noise(k, p, v))
-    assert torch.equal(noise.gumbel_argmax_reference(logits, keys, positions), whole)
-    assert sizes == [4] * 12 + [2]
+    assert whole[3] == 0 and whole[4] == 200
+    monkeypatch.setitem(noise.CHUNK_ELEMENTS, "cpu", elements)
+    made, make_noise = [], noise.gumbel_noise
+    monkeypatch.setattr(noise, "gumbel_noise", lambda k, p, v, f: made.append((len(k), v)) or make_noise(k, p, v, f))
+    rows = 50 if elements > 1 else 6
+    assert torch.equal(noise.gumbel_argmax_reference(logits[:rows], keys[:rows], positions[:rows]), whole[:rows])
+    assert max(r * v for r, v in made) <= elements and sum(r * v for r, v in made) == rows * 257
+    assert shapes is None or made == shapes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

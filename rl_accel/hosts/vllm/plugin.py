@@ -100,7 +100,7 @@ def settings(vllm_config: Any) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _wrapping(symbol: str, wrapper: Callable[..., Any]) -> Callable[[Any], None]:
+def _wrapping(symbol: str, wrapper: Callable[..., Any]) -> Callable[[Any], Any]:
     return lambda module: wrapt.wrap_function_wrapper(module, symbol, wrapper)
 
 
