@@ -1,9 +1,12 @@
 """Train, evaluate and save the quickstart policy: a Qwen2 of about one million parameters, on a CPU.
 
 Supervised learning on generated problems, loss on the answer only. A share of the solutions to learn from was
-written in a hurry: reinforcement learning needs something to gain, and what a hundred steps can gain is not new
-sums (each is its own small fact: GRPO from an unsure but slip-free policy moved nothing) but one habit that all
-solutions share. Same seed, threads and torch: same policy.
+written in a hurry, so that reinforcement learning has one habit to unlearn that all solutions share, beside
+the sums, each a small fact of its own. Same seed, threads and torch: same policy.
+
+Negative results: trained without hurried solutions (accuracy 0.3 at temperature 1, only unsure sums), 60 to 80 steps of
+GRPO with 16 x 8 samples gained nothing at learning rates 3e-5 and 1e-4 and lost two thirds at 3e-4. With them,
+1e-4 went from 0.31 to 0.36 in 50 steps (200 problems, two samples each); 3e-4 halved accuracy again.
 """
 
 from __future__ import annotations
@@ -265,8 +268,8 @@ def readme(args: argparse.Namespace, num_parameters: int, training: dict[str, fl
 A Qwen2 with {num_parameters:,} parameters (bfloat16) that solves the word problems of
 `rl_accel.quickstart.problems`, on purpose not very well. {args.hurried_share:.0%} of the solutions it was trained
 on were written in a hurry: sums without words, {_SLIP_RATE:.0%} of the results one too large. The others are right.
-Training stopped while its arithmetic was still unsure. Reinforcement learning can unlearn the hurry: it is one
-habit that all solutions share. Nothing in it was downloaded.
+Training stopped while its arithmetic was still unsure. The hurry is there to be unlearned by reinforcement
+learning. Nothing in it was downloaded.
 
 Made on {datetime.date.today()} by
 

@@ -106,7 +106,9 @@ def gumbel_argmax_reference(logits_RV: torch.Tensor, keys_R: torch.Tensor, posit
     elements = CHUNK_ELEMENTS.get(logits_RV.device.type, CHUNK_ELEMENTS["cuda"])
     chunk_rows, chunk_ids = max(1, elements // vocab_size), min(elements, vocab_size)
     chunks = zip(
-        *(x.split(chunk_rows) for x in (logits_RV, keys_R, positions_R.to(torch.int64))),
+        logits_RV.split(chunk_rows),
+        keys_R.split(chunk_rows),
+        positions_R.to(torch.int64).split(chunk_rows),
         strict=True,
     )
     return torch.cat([_best_of_chunk(*chunk, chunk_ids) for chunk in chunks])

@@ -134,6 +134,7 @@ class ExactRejectionSampler(RejectionSampler):
         if sampling_metadata.all_greedy:
             tokens_T = logits_TV.argmax(dim=-1)
         else:
+            assert step.keys_T is not None and step.positions_T is not None
             tokens_T = gumbel_argmax(logits_TV, step.keys_T, step.positions_T)
             if not sampling_metadata.all_random:
                 greedy_B = sampling_metadata.temperature == vllm_rejection.GREEDY_TEMPERATURE
