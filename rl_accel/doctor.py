@@ -1,6 +1,6 @@
 """python -m rl_accel.doctor [--json] [--model PATH] [rl_accel.* setting ...]
 
-Says whether rl_accel works here: versions, machine, and what is live, proved by importing verl and starting a vLLM engine
+Says whether rl_accel works here: versions, machine, and what is live, proved by importing verl and starting an engine
 in processes of their own. Settings choose what is asked for; the default asks for exact sampling and ngram drafts.
 Exit status 1 if something asked for is not live.
 """

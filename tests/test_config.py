@@ -3,6 +3,7 @@
 import pickle
 
 import pytest
+
 from rl_accel.config import AccelConfig
 from rl_accel.errors import ConfigError, RLAccelError
 

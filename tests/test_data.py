@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from rl_accel import data
 from rl_accel.errors import ConfigError
 from rl_accel.quickstart.reward import compute_score

@@ -6,6 +6,7 @@ import sys
 import time
 
 import psutil
+
 from rl_accel import processes
 
 RUN = """

@@ -1,6 +1,7 @@
 """Recipes compose on verl's installed configuration, for every machine size and for a recipe of the user's own."""
 
 import pytest
+
 from rl_accel import recipes
 from rl_accel.config import AccelConfig
 from rl_accel.errors import ConfigError

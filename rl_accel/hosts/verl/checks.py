@@ -96,8 +96,46 @@ def _check_batches(config: DictConfig) -> None:
 
 
 def _check_machine(config: DictConfig) -> None:
-    if config.trainer.device != "cpu":
-        return
+    if config.trainer.device == "cpu":
+        _check_memory_without_gpu(config)
+    elif (
+        config.trainer.device == "cuda" and config.trainer.nnodes == 1 and not config.ray_kwargs.ray_init.get("address")
+    ):
+        _check_gpus(config)
+
+
+def _check_gpus(config: DictConfig) -> None:
+    memories, wanted = _gpu_memories(), config.trainer.n_gpus_per_node
+    if len(memories) < wanted:
+        raise ConfigError(f"trainer.n_gpus_per_node={wanted}; this machine has {len(memories)} GPUs")
+    utilization = float(config.actor_rollout_ref.rollout.gpu_memory_utilization)
+    enough = sum(free >= utilization * total for free, total in memories)
+    if enough < wanted:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.gpu_memory_utilization={utilization:g} of its memory is free on {enough} GPUs, "
+            f"{wanted} are needed; the emptiest has {max(memories)[0] / 2**30:.1f} GiB free. End what else runs there"
+        )
+
+
+def _gpu_memories() -> list[tuple[int, int]]:
+    """Return (free, total) bytes of every GPU, asked of the driver: a CUDA context here would itself take memory."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception as error:
+        raise ConfigError(
+            f"trainer.device=cuda, and no NVIDIA driver answers here ({error}). Without a GPU use recipe=gsm8k_grpo/cpu"
+        ) from error
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        memories = [pynvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
+        return [(int(memory.free), int(memory.total)) for memory in memories]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _check_memory_without_gpu(config: DictConfig) -> None:
     available = psutil.virtual_memory().available
     if available < MIN_FREE_MEMORY_CPU:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """From settings to a verl configuration, the same for `rl_accel.train` and for a plain verl command.
 
-`prepare(config)` reads `actor_rollout_ref.rollout.custom.rl_accel`. Without that block the configuration stays as it is.
+`prepare(config)` reads `actor_rollout_ref.rollout.custom.rl_accel`. Without that block nothing is changed.
 With it, everything is checked first and then the configuration is pointed at rl_accel's classes through the keys that
 verl offers for that. Nothing has been started by then.
 """

@@ -1,4 +1,4 @@
-"""The named patches of verl against verl itself: each symbol is where we expect it, and each patch does what it says."""
+"""The named patches of verl against verl itself: each symbol is where we expect it, and each does what it says."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import textwrap
 import threading
 
 import pytest
+
 from rl_accel.errors import WeightSyncError
 from rl_accel.hosts.verl import patches
 from rl_accel.hosts.verl.watchdog import call_within

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 from omegaconf import OmegaConf, open_dict
+
 from rl_accel import recipes
 from rl_accel.errors import ConfigError, VersionError
 from rl_accel.hosts import versions
@@ -93,6 +95,26 @@ def test_suffix_without_its_package_is_refused(make_config, monkeypatch):
     monkeypatch.setattr(versions, "installed", lambda name: None if name == "arctic-inference" else stock(name))
     with pytest.raises(ConfigError, match="pip install arctic-inference"):
         prepare(make_config("rl_accel.draft.method=suffix"))
+
+
+def test_a_gpu_run_on_a_machine_without_a_driver_is_refused(make_config, monkeypatch):
+    def no_driver():
+        raise OSError("no driver")
+
+    pynvml = types.SimpleNamespace(nvmlInit=no_driver)
+    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
+    with pytest.raises(ConfigError, match="no NVIDIA driver answers here"):
+        prepare(make_config("trainer.device=cuda"))
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "message"), [([70.0], "n_gpus_per_node=2; this machine has 1"), ([70.0, 3.0], "free on 1 GPUs")]
+)
+def test_too_few_or_too_full_gpus_are_refused(make_config, monkeypatch, free_gib, message):
+    memories = [(int(gib * 2**30), 80 << 30) for gib in free_gib]
+    monkeypatch.setattr(checks, "_gpu_memories", lambda: memories)
+    with pytest.raises(ConfigError, match=message):
+        prepare(make_config("trainer.device=cuda", "trainer.n_gpus_per_node=2"))
 
 
 def test_two_speculative_configurations_are_refused(make_config):

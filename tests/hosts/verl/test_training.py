@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from rl_accel.compare.runs import load_run
 from rl_accel.compare.tokens import load_tokens
-from safetensors.torch import load_file
 
 STEPS = 4
 
@@ -18,7 +19,7 @@ def tokens(run):
     rows = {}
     for step in range(1, STEPS + 1):
         for key, row in load_tokens(run.path / "tokens" / f"{step}.npz").items():
-            rows[step, *key] = row.token_ids.tolist()
+            rows[(step, *key)] = row.token_ids.tolist()
     assert len(rows) == STEPS * 16
     return rows
 
