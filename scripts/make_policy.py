@@ -268,8 +268,7 @@ def readme(args: argparse.Namespace, num_parameters: int, training: dict[str, fl
 A Qwen2 with {num_parameters:,} parameters (bfloat16) that solves the word problems of
 `rl_accel.quickstart.problems`, on purpose not very well. {args.hurried_share:.0%} of the solutions it was trained
 on were written in a hurry: sums without words, {_SLIP_RATE:.0%} of the results one too large. The others are right.
-Training stopped while its arithmetic was still unsure. The hurry is there to be unlearned by reinforcement
-learning. Nothing in it was downloaded.
+The hurry is there to be unlearned by reinforcement learning. Nothing in it was downloaded.
 
 Made on {datetime.date.today()} by
 
@@ -294,11 +293,11 @@ def parse_args() -> argparse.Namespace:
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of weights, problems and slips")
-    parser.add_argument("--steps", type=int, default=2200, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=4500, help="optimizer steps")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens in a batch, padding included")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--hurried-share", type=float, default=0.5, help="share of hurried solutions")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--hurried-share", type=float, default=0.6, help="share of hurried solutions")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--problems", type=int, default=400, help="test problems to evaluate on, 8 samples each")
     parser.add_argument("--out", type=Path, default=Path("rl_accel/quickstart/policy"), help="folder to write")
     return parser.parse_args()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import rl_accel
 from rl_accel.compare.runs import load_run
 from rl_accel.compare.tokens import load_tokens
 
@@ -69,7 +71,7 @@ def test_learning_moves_the_weights(plain_run):
     gradients = [step["actor/grad_norm"] for step in plain_run.metrics().values()]
     assert all(math.isfinite(norm) for norm in gradients)
     assert max(gradients) > 1e-3
-    policy = load_file("rl_accel/quickstart/policy/model.safetensors")
+    policy = load_file(Path(rl_accel.__file__).parent / "quickstart/policy/model.safetensors")
     moved = max(float((weights(plain_run.path)[name] - start.float()).abs().max()) for name, start in policy.items())
     assert moved > 1e-4
 
