@@ -56,14 +56,15 @@ def test_the_block_points_verl_at_our_classes(make_config):
 
 
 def test_float32_means_float32(make_config):
-    config = make_config()
+    roles = ("actor", "ref")
+    config = make_config(*(f"~actor_rollout_ref.{role}.fsdp_config.mixed_precision" for role in roles))
     prepare(config)
     for role in (config.actor_rollout_ref.actor, config.actor_rollout_ref.ref):
         assert role.fsdp_config.mixed_precision.param_dtype == "fp32"
 
 
 def test_a_mixed_precision_of_the_users_own_stays(make_config):
-    config = make_config("+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16")
+    config = make_config("actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16")
     prepare(config)
     assert config.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype == "bf16"
 
