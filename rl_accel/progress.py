@@ -71,6 +71,5 @@ class Progress:
         self._offset += len(whole)
         for text in whole.splitlines():
             record = json.loads(text)
-            tqdm.write(line(record["step"], record["data"]))
             self._bar.n = max(self._bar.n, record["step"])
-            self._bar.refresh()
+            self._bar.write(line(record["step"], record["data"]))
