@@ -74,6 +74,8 @@ def test_first_metric_that_differs_is_named_to_the_last_bit():
     "name",
     [
         "timing_s/step",
+        "rollout_corr/k3_kl",
+        "training/rollout_probs_diff_max",
         "timing_per_token_ms/gen",
         "perf/mfu",
         "rollout/spec_accept_rate",
