@@ -36,8 +36,8 @@ BOOTSTRAP_RESAMPLES = 4000
 _MAY_DIFFER = re.compile(
     r"^(timing|perf/|rollout/spec_|rl_accel/|rollout_corr/|training/rollout_)|/perf/|_(m?s|seconds)$"
 )
-"""Metrics of time, of drafting, and of the engine's log-probs, whose last bits follow the shape of its batches: they differ
-between runs that train identically."""
+"""Metrics of time, of drafting, and of the engine's log-probs, whose last bits follow the shape of its batches: they
+differ between runs that train identically."""
 
 
 @dataclass(frozen=True)
