@@ -82,18 +82,23 @@ def speculation_metrics(counts: Mapping[str, int]) -> dict[str, float]:
     }
 
 
-def check_mismatch(metrics: Mapping[str, float], step: int) -> None:
+def check_mismatch(metrics: Mapping[str, float], step: int, truncated: bool) -> None:
     """Stop a run whose engine and trainer do not hold the same policy.
 
+    Args:
+        metrics: of the step, with verl's `training/rollout_probs_diff_max` if it has log-probs of the rollout.
+        truncated: sampling by top-k or top-p. The engine's probabilities are then those after truncation, which the
+            trainer does not apply, so that a large difference means nothing.
+
     Raises:
-        MismatchError: if verl's `training/rollout_probs_diff_max` is not a number, or if it is large while the
-            probabilities do not correlate either.
+        MismatchError: if the difference is not a number, or large while the probabilities do not correlate either.
     """
     difference = metrics.get("training/rollout_probs_diff_max")
     if difference is None:
         return
     pearson = metrics.get("training/rollout_actor_probs_pearson_corr", 1.0)
-    if not math.isfinite(difference) or (difference > MAX_PROBS_DIFF and not pearson >= MIN_PEARSON):
+    unrelated = not truncated and difference > MAX_PROBS_DIFF and not pearson >= MIN_PEARSON
+    if unrelated or not math.isfinite(difference):
         raise MismatchError(
             f"step {step}: rollout engine and trainer disagree on the probabilities of the sampled tokens: largest "
             f"difference {difference:.3g}, correlation {pearson:.3g}. The engine samples from other weights or its "

@@ -84,7 +84,9 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         rollouts = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=rollout_metrics.FIELDS)
         metrics.update(rollout_metrics.rollout_metrics(rollouts, self._spec_counts))
         metrics.update(self._sync_report)
-        rollout_metrics.check_mismatch(metrics, global_steps)
+        rollout = self.config.actor_rollout_ref.rollout
+        truncated = rollout.top_k not in (-1, 0) or rollout.top_p < 1.0
+        rollout_metrics.check_mismatch(metrics, global_steps, truncated)
         if self.accel.trace.tokens and self.accel.run_dir:
             path = os.path.join(self.accel.run_dir, "tokens", f"{global_steps}.npz")
             rollout_metrics.save_rollout_tokens(path, keys, rollouts)
