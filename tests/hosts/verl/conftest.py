@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,7 @@ class Trainings:
     def __init__(self, root: Path):
         self.root = root
         self._finished: dict[str, Run] = {}
+        self._started: list[subprocess.Popen] = []
 
     def start(self, name: str, *overrides: str) -> tuple[subprocess.Popen, Path, str]:
         """Start `rl_accel.train` with the tiny settings; returns process, run folder and a mark of its processes."""
@@ -65,8 +68,18 @@ class Trainings:
         command += [f"rl_accel.run_dir={path}", *overrides]
         log = (self.root / f"{name}.log").open("a")
         env = {**os.environ, "RL_ACCEL_TEST_MARK": mark, "RL_ACCEL_DEVICE": "cpu"}
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=self.root)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=self.root, preexec_fn=_hear_ctrl_c
+        )
+        self._started.append(process)
         return process, path, mark
+
+    def end_all(self) -> None:
+        """End what a failed test left running."""
+        for process in self._started:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(60)
 
     def run(self, name: str, *overrides: str) -> Run:
         """Train to the end; a name is trained once."""
@@ -109,6 +122,11 @@ class Trainings:
         return Run(path, result.stdout + result.stderr, result.returncode)
 
 
+def _hear_ctrl_c() -> None:
+    """A shell starts background jobs with SIGINT ignored, and ignored signals are inherited."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def marked_processes(mark: str) -> list[psutil.Process]:
     """Living processes that were started, directly or not, by the training with this mark."""
     found = []
@@ -122,8 +140,10 @@ def marked_processes(mark: str) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="session")
-def trainings(tmp_path_factory) -> Trainings:
-    return Trainings(tmp_path_factory.mktemp("trainings"))
+def trainings(tmp_path_factory) -> Iterator[Trainings]:
+    trainings = Trainings(tmp_path_factory.mktemp("trainings"))
+    yield trainings
+    trainings.end_all()
 
 
 @pytest.fixture(scope="session")

@@ -49,8 +49,11 @@ def test_a_killed_run_resumes_to_the_same_weights(trainings, plain_run):
 
 def test_ctrl_c_leaves_no_process(trainings):
     process, path, mark = trainings.start("interrupted", "trainer.total_training_steps=500", "trainer.save_freq=-1")
-    wait_for_step(path, 1, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 130
+    try:
+        wait_for_step(path, 1, process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130
+    finally:
+        process.kill()
     assert not wait_for_end_of(mark, 30)
     assert "Traceback" not in (trainings.root / "interrupted.log").read_text()
