@@ -241,7 +241,10 @@ def test_interrupt_ends_the_trainer_and_its_children(launcher, tmp_path, number)
     run_dir = tmp_path / "out" / "none-seed0"
     arguments = ["--arms", "none,ngram", "recipe=r", "hang=1", "--out", str(tmp_path / "out"), *launcher]
     process = subprocess.Popen(
-        [sys.executable, "-m", "rl_accel.compare", *arguments], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "rl_accel.compare", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interrupts,
     )
     files = [run_dir / "child", run_dir / "grandchild"]
     wait_for(lambda: all(file.is_file() and file.read_text() for file in files))
@@ -252,6 +255,11 @@ def test_interrupt_ends_the_trainer_and_its_children(launcher, tmp_path, number)
     pids = [int(file.read_text()) for file in files]
     wait_for(lambda: not any(alive(pid) for pid in pids))
     assert not (tmp_path / "out" / "ngram-seed0").exists()
+
+
+def hear_interrupts() -> None:
+    """A shell starts background jobs with SIGINT ignored, and ignored signals are inherited."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wait_for(condition, seconds: float = 30.0) -> None:
