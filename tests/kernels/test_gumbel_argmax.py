@@ -12,8 +12,6 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 VOCAB_SIZES = (1, 7, 63, 257, 1000, 2048, 2049, 32003)
 SPECIAL = (
     "poisoned padding",

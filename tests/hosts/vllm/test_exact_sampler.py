@@ -7,9 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-pytest.importorskip("vllm")
-
 from vllm import SamplingParams
 from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler as vllm_rejection

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("vllm")
-
 from rl_accel.errors import ConfigError, NotLiveError
 from rl_accel.hosts.vllm import plugin
 from rl_accel.hosts.vllm.spec_stats import SpecDecodeCounter

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-pytest.importorskip("vllm")
-
 from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler as vllm_rejection
 from vllm.v1.sample.rejection_sampler import RejectionSampler
