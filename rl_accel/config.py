@@ -13,7 +13,10 @@ from typing import Any, TypeVar, get_type_hints
 
 from rl_accel.errors import ConfigError
 
-DRAFT_METHODS = ("none", "ngram", "suffix")
+DRAFT_METHODS = ("none", "ngram", "suffix", "das")
+DRAFT_POLICIES = ("budget", "classes", "fixed")
+DRAFT_LENGTHS = {"none": 1, "ngram": 5, "suffix": 24, "das": 16}
+"""Longest draft where none is set, by method; `suffix`: vLLM's own default, its tree depth."""
 
 T = TypeVar("T")
 
@@ -23,18 +26,32 @@ class DraftConfig:
     """Speculative decoding of rollouts (`rl_accel.draft.*`)."""
 
     method: str = "none"
-    """`none`, or one of vLLM's own: `ngram` (looks in the request itself), `suffix` (package arctic-inference)."""
-    num_speculative_tokens: int = 5
-    """Most draft tokens per request and engine step, 1 to 128."""
+    """`none`; `das`: rollout history with length-aware budgets; or one of vLLM's own: `ngram` (looks in the request
+    itself), `suffix` (package arctic-inference)."""
+    num_speculative_tokens: int | None = None
+    """Most draft tokens per request and engine step, 1 to 128. None: 16 for `das`, 5 for `ngram`, 24 for `suffix`."""
     prompt_lookup_min: int = 2
     """`ngram`: shortest match, in tokens."""
     prompt_lookup_max: int = 4
     """`ngram`: longest match, in tokens."""
+    policy: str = "budget"
+    """`das`: how long drafts are. `budget`: as long as they pay by measured costs and predicted lengths; `classes`: the
+    paper's long / medium / short; `fixed`: always as long as allowed."""
+    window: int = 8
+    """`das`: epochs of history that are kept, 1 to 8; fewer while old ones predict badly."""
+    history_gib: float = 2.0
+    """`das`: memory for history in each engine, GiB; the oldest epochs go first."""
+    cross_problems: bool = True
+    """`das`: also look into rollouts of other problems."""
+    learn_from_validation: bool = False
+    """`das`: let validation rollouts enter the history."""
+    record: bool = False
+    """Record every training rollout under `run_dir/rollouts.jsonl`, for `scripts/bench_draft.py`."""
 
     def __post_init__(self) -> None:
         if self.method not in DRAFT_METHODS:
             raise ConfigError(_unknown("rl_accel.draft.method", self.method, DRAFT_METHODS))
-        if not 1 <= self.num_speculative_tokens <= 128:
+        if self.num_speculative_tokens is not None and not 1 <= self.num_speculative_tokens <= 128:
             raise ConfigError(
                 f"rl_accel.draft.num_speculative_tokens is {self.num_speculative_tokens}; vLLM takes 1 to 128"
             )
@@ -43,6 +60,17 @@ class DraftConfig:
                 "rl_accel.draft.prompt_lookup_min and prompt_lookup_max must satisfy 1 <= min <= max; got "
                 f"{self.prompt_lookup_min} and {self.prompt_lookup_max}"
             )
+        if self.policy not in DRAFT_POLICIES:
+            raise ConfigError(_unknown("rl_accel.draft.policy", self.policy, DRAFT_POLICIES))
+        if not 1 <= self.window <= 8:
+            raise ConfigError(f"rl_accel.draft.window must be 1 to 8 epochs; got {self.window}")
+        if not self.history_gib > 0:
+            raise ConfigError(f"rl_accel.draft.history_gib must be positive; got {self.history_gib}")
+
+    @property
+    def max_draft(self) -> int:
+        """Longest draft in tokens: what was set, or the method's default."""
+        return self.num_speculative_tokens or DRAFT_LENGTHS[self.method]
 
 
 @dataclass(frozen=True)
@@ -120,7 +148,7 @@ def _convert(expected: Any, value: Any, name: str) -> Any:
         return _build(expected, value, name)  # type: ignore[arg-type]
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if expected is int and isinstance(value, bool):
+    if expected in (int, int | None) and isinstance(value, bool):
         raise ConfigError(f"{name} must be int; got {value!r}")
     if not isinstance(value, expected):
         raise ConfigError(f"{name} must be {getattr(expected, '__name__', expected)}; got {value!r}")

@@ -31,3 +31,7 @@ class MismatchError(RLAccelError):
 
 class CompareError(RLAccelError):
     """Runs cannot be read, aligned or compared."""
+
+
+class DraftError(RLAccelError):
+    """A drafter was used wrongly, or a snapshot of its history is damaged or belongs to another model."""

@@ -1,0 +1,318 @@
+#include "closed.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+namespace rl_accel::suffix {
+namespace {
+
+constexpr char kMagic[8] = {'R', 'L', 'S', 'U', 'F', 'F', 'I', 'X'};
+constexpr u32 kVersion = 1;
+constexpr u32 kLittleEndian = 0x01020304;
+
+struct Header {
+  char magic[8];
+  u32 version;
+  u32 byte_order;
+  u64 size;       // of the file, bytes
+  u64 checksum;   // of everything behind the header, and of the header with this field zero
+  u64 tokenizer;  // whose token ids these are
+  i64 epoch;
+  i64 policy_version;
+  u64 num_problems;
+  u64 num_rollouts;
+  u64 num_tokens;
+};
+static_assert(sizeof(Header) == 80);
+
+// The table, ordered by problem; offsets count 4-byte words from the end of the table.
+struct Entry {
+  u64 problem;
+  u64 text_offset;
+  u64 order_offset;
+  u32 text_size;
+  u32 order_size;
+};
+static_assert(sizeof(Entry) == 32);
+
+u64 checksum_of(const unsigned char* data, std::size_t size) {
+  // Four independent lanes of multiply-xor over 8-byte words: memory speed, and any changed bit changes the result.
+  u64 lanes[4] = {0x9e3779b97f4a7c15ull, 0xc2b2ae3d27d4eb4full, 0x165667b19e3779f9ull, 0x85ebca77c2b2ae63ull};
+  std::size_t i = 0;
+  for (; i + 32 <= size; i += 32) {
+    u64 words[4];
+    std::memcpy(words, data + i, 32);
+    for (int k = 0; k < 4; ++k) lanes[k] = (lanes[k] ^ words[k]) * 0x9fb21c651e98df25ull + 1;
+  }
+  for (; i < size; ++i) lanes[i & 3] = (lanes[i & 3] ^ data[i]) * 0x9fb21c651e98df25ull + 1;
+  return mix64(mix64(mix64(mix64(lanes[0]) ^ lanes[1]) ^ lanes[2]) ^ lanes[3]) ^ size;
+}
+
+u64 checksum_of_file(const unsigned char* data, std::size_t size) {
+  Header header;
+  std::memcpy(&header, data, sizeof header);
+  header.checksum = 0;
+  return mix64(checksum_of(reinterpret_cast<const unsigned char*>(&header), sizeof header)) ^
+         checksum_of(data + sizeof header, size - sizeof header);
+}
+
+const Header& header_of(const unsigned char* data) { return *reinterpret_cast<const Header*>(data); }
+
+const Entry* table_of(const unsigned char* data) { return reinterpret_cast<const Entry*>(data + sizeof(Header)); }
+
+ClosedProblem problem_at(const unsigned char* data, const Entry& entry) {
+  const auto* words =
+      reinterpret_cast<const u32*>(data + sizeof(Header) + header_of(data).num_problems * sizeof(Entry));
+  return {{reinterpret_cast<const Token*>(words + entry.text_offset), entry.text_size},
+          {words + entry.order_offset, entry.order_size}};
+}
+
+// Orders places by reversed context; a text begins with kStart, so no walk leaves it.
+struct ByReversedContext {
+  const Token* text;
+  bool operator()(u32 a, u32 b) const {
+    const u32 first_a = a, first_b = b;
+    for (u32 k = 0; k < kMaxContext; ++k, --a, --b) {
+      if (text[a] != text[b]) return text[a] < text[b];
+      if (text[a] == kStart) break;
+    }
+    return first_a < first_b;
+  }
+};
+
+void place(const ClosedProblem& problem, u32 low, u32 high, u32 len, ClosedCursor& cursor) {
+  cursor.len = len;
+  cursor.total = high - low;
+  cursor.num = std::min(cursor.total, ClosedCursor::kFollow);
+  for (u32 i = 0; i < cursor.num; ++i) {
+    const u64 offset = (static_cast<u64>(2 * i + 1) * cursor.total) / (2 * cursor.num);  // evenly spread
+    cursor.next[i] = problem.order[low + static_cast<u32>(offset)] + 1;
+  }
+}
+
+[[noreturn]] void fail(const std::string& path, const std::string& why) {
+  throw SuffixError("history " + path + ": " + why);
+}
+
+}  // namespace
+
+ClosedCursor search(const ClosedProblem& problem, std::span<const Token> context) {
+  ClosedCursor cursor;
+  const Token* text = problem.text.data();
+  const u32* order = problem.order.data();
+  u32 low = 0, high = static_cast<u32>(problem.order.size()), len = 0;
+  const u32 longest = static_cast<u32>(std::min<std::size_t>(context.size(), kMaxContext));
+  while (len < longest) {
+    const Token token = context[context.size() - 1 - len];
+    if (high - low == 1) {  // one occurrence left: compare on
+      if (text[order[low] - len] != token) break;
+      ++len;
+      if (token == kStart) break;
+      continue;
+    }
+    const auto at = [&](u32 i) { return text[order[i] - len]; };
+    u32 first = low, last = high;
+    while (first < last) {
+      const u32 middle = first + (last - first) / 2;
+      if (at(middle) < token) first = middle + 1;
+      else last = middle;
+    }
+    if (first == high || at(first) != token) break;
+    u32 end = first + 1;
+    last = high;
+    while (end < last) {
+      const u32 middle = end + (last - end) / 2;
+      if (at(middle) <= token) end = middle + 1;
+      else last = middle;
+    }
+    low = first;
+    high = end;
+    ++len;
+    if (token == kStart) break;
+  }
+  if (len > 0) place(problem, low, high, len, cursor);
+  return cursor;
+}
+
+void advance(ClosedCursor& cursor, const ClosedProblem& problem, Token token, std::span<const Token> context) {
+  const bool sampled = cursor.total > ClosedCursor::kFollow;
+  u32 kept = 0;
+  for (u32 i = 0; i < cursor.num; ++i) {
+    const u32 next = cursor.next[i];
+    if (problem.text[next] != token) continue;
+    // A rollout ends at the next kStart or at the end of the text.
+    if (next + 1 < problem.text.size() && problem.text[next + 1] != kStart) cursor.next[kept++] = next + 1;
+  }
+  cursor.num = kept;
+  ++cursor.len;
+  if (kept == 0 || (sampled && kept < ClosedCursor::kFollow / 2)) {
+    cursor = search(problem, context);
+  } else if (!sampled) {
+    cursor.total = kept;
+  }
+}
+
+std::shared_ptr<const Segment> Segment::build(i64 epoch, i64 policy_version, u64 tokenizer,
+                                              std::vector<ProblemTexts> problems) {
+  std::sort(problems.begin(), problems.end(),
+            [](const ProblemTexts& a, const ProblemTexts& b) { return a.problem < b.problem; });
+  std::vector<Entry> table;
+  u64 words = 0, rollouts = 0, tokens = 0;
+  for (const ProblemTexts& problem : problems) {
+    u64 text = 0, order = 0;
+    for (const auto& rollout : problem.rollouts) {
+      text += rollout.size() + 1;
+      order += rollout.size();
+      tokens += rollout.size();
+    }
+    if (text > 0x7fffffffull) throw SuffixError("a problem has more than 2^31 tokens in one epoch");
+    rollouts += problem.rollouts.size();
+    table.push_back({problem.problem, words, words + text, static_cast<u32>(text), static_cast<u32>(order)});
+    words += text + order;
+  }
+  std::shared_ptr<Segment> segment(new Segment);
+  segment->size_ = sizeof(Header) + table.size() * sizeof(Entry) + words * sizeof(u32);
+  segment->owned_.resize((segment->size_ + 7) / 8);
+  auto* data = reinterpret_cast<unsigned char*>(segment->owned_.data());
+  segment->data_ = data;
+  Header header{{}, kVersion, kLittleEndian, segment->size_, 0, tokenizer, epoch, policy_version,
+                table.size(), rollouts, tokens};
+  std::memcpy(header.magic, kMagic, sizeof kMagic);
+  std::memcpy(data, &header, sizeof header);
+  if (!table.empty()) std::memcpy(data + sizeof header, table.data(), table.size() * sizeof(Entry));
+  auto* body = reinterpret_cast<u32*>(data + sizeof header + table.size() * sizeof(Entry));
+  for (std::size_t i = 0; i < problems.size(); ++i) {
+    auto* text = reinterpret_cast<Token*>(body + table[i].text_offset);
+    u32* order = body + table[i].order_offset;
+    u32 at = 0, listed = 0;
+    for (const auto& rollout : problems[i].rollouts) {
+      text[at++] = kStart;
+      for (const Token token : rollout) {
+        order[listed++] = at - 1;
+        text[at++] = token;
+      }
+    }
+    std::sort(order, order + listed, ByReversedContext{text});
+  }
+  header.checksum = checksum_of_file(data, segment->size_);
+  std::memcpy(data, &header, sizeof header);
+  return segment;
+}
+
+std::shared_ptr<const Segment> Segment::open(const std::string& path, u64 tokenizer) {
+  const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file < 0) fail(path, std::strerror(errno));
+  struct stat info {};
+  if (::fstat(file, &info) != 0) {
+    const std::string why = std::strerror(errno);
+    ::close(file);
+    fail(path, why);
+  }
+  const auto size = static_cast<std::size_t>(info.st_size);
+  if (size < sizeof(Header)) {
+    ::close(file);
+    fail(path, "too short to be a segment (" + std::to_string(size) + " bytes)");
+  }
+  void* mapped = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, file, 0);
+  const std::string why = std::strerror(errno);
+  ::close(file);
+  if (mapped == MAP_FAILED) fail(path, why);
+  std::shared_ptr<Segment> segment(new Segment);
+  segment->data_ = static_cast<const unsigned char*>(mapped);
+  segment->size_ = size;
+  segment->mapped_ = true;
+  const Header& header = header_of(segment->data_);
+  if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) fail(path, "not a segment (wrong magic)");
+  if (header.version != kVersion || header.byte_order != kLittleEndian)
+    fail(path, "format version " + std::to_string(header.version) + ", this build reads " + std::to_string(kVersion));
+  if (header.size != size)
+    fail(path, "truncated: " + std::to_string(size) + " of " + std::to_string(header.size) + " bytes");
+  if (checksum_of_file(segment->data_, size) != header.checksum) fail(path, "damaged (checksum differs)");
+  if (header.tokenizer != tokenizer) fail(path, "written with another tokenizer");
+  try {
+    segment->check_integrity();
+  } catch (const SuffixError& error) {
+    fail(path, error.what());
+  }
+  return segment;
+}
+
+void Segment::write(const std::string& path) const {
+  const std::string temporary = path + ".tmp" + std::to_string(::getpid());
+  const int file = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  if (file < 0) fail(temporary, std::strerror(errno));
+  std::size_t done = 0;
+  while (done < size_) {
+    const ssize_t n = ::write(file, data_ + done, size_ - done);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) {
+      const std::string why = std::strerror(errno);
+      ::close(file);
+      ::unlink(temporary.c_str());
+      fail(temporary, why);
+    }
+    done += static_cast<std::size_t>(n);
+  }
+  const bool synced = ::fsync(file) == 0;
+  if ((::close(file) != 0) || !synced || ::rename(temporary.c_str(), path.c_str()) != 0) {
+    const std::string why = std::strerror(errno);
+    ::unlink(temporary.c_str());
+    fail(path, why);
+  }
+}
+
+Segment::~Segment() {
+  if (mapped_) ::munmap(const_cast<unsigned char*>(data_), size_);
+}
+
+i64 Segment::epoch() const { return header_of(data_).epoch; }
+i64 Segment::policy_version() const { return header_of(data_).policy_version; }
+u64 Segment::num_tokens() const { return header_of(data_).num_tokens; }
+u64 Segment::num_rollouts() const { return header_of(data_).num_rollouts; }
+u64 Segment::num_problems() const { return header_of(data_).num_problems; }
+
+bool Segment::find(u64 problem, ClosedProblem& out) const {
+  const Entry* table = table_of(data_);
+  const Entry* end = table + header_of(data_).num_problems;
+  const Entry* entry =
+      std::lower_bound(table, end, problem, [](const Entry& e, u64 key) { return e.problem < key; });
+  if (entry == end || entry->problem != problem) return false;
+  out = problem_at(data_, *entry);
+  return true;
+}
+
+void Segment::check_integrity() const {
+  const Header& header = header_of(data_);
+  if (header.num_problems > (size_ - sizeof(Header)) / sizeof(Entry)) throw SuffixError("table beyond the end");
+  const u64 words = (size_ - sizeof(Header) - header.num_problems * sizeof(Entry)) / sizeof(u32);
+  const Entry* table = table_of(data_);
+  for (u64 i = 0; i < header.num_problems; ++i) {
+    const Entry& entry = table[i];
+    if (i > 0 && table[i - 1].problem >= entry.problem) throw SuffixError("table is not in order");
+    if (entry.text_offset > words || entry.text_size > words - entry.text_offset || entry.order_offset > words ||
+        entry.order_size > words - entry.order_offset)
+      throw SuffixError("problem beyond the end");
+    const ClosedProblem problem = problem_at(data_, entry);
+    if (problem.text.empty()) {
+      if (!problem.order.empty()) throw SuffixError("order without a text");
+      continue;
+    }
+    if (problem.text[0] != kStart) throw SuffixError("text does not begin with a start");
+    for (const Token token : problem.text)
+      if (token < kStart) throw SuffixError("negative token");
+    for (const u32 place : problem.order)
+      if (place + 1 >= problem.text.size() || place + 1 == 0 || problem.text[place + 1] == kStart)
+        throw SuffixError("place without a continuation");
+    const ByReversedContext before{problem.text.data()};
+    for (std::size_t k = 1; k < problem.order.size(); ++k)
+      if (!before(problem.order[k - 1], problem.order[k])) throw SuffixError("order is not in order");
+  }
+}
+
+}  // namespace rl_accel::suffix

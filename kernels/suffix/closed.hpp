@@ -1,0 +1,81 @@
+// The closed tier: the rollouts of one finished epoch, immutable, in one block of bytes that is the file as well.
+//
+// Per problem the text of its rollouts, each opened by kStart, and the places of that text ordered by the context that
+// ends there, read backwards ("reversed-context suffix array"). Narrowing an interval by one context token after the
+// other gives the longest match and the number of occurrences at every shorter length. 8 bytes a token.
+//
+// Immutable after construction, so any number of threads and (through mmap) processes may read it.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "common.hpp"
+
+namespace rl_accel::suffix {
+
+inline constexpr Token kStart = -1;    // opens every rollout in a text
+inline constexpr u32 kMaxContext = 64; // longest context that the order looks at
+
+struct ClosedProblem {
+  std::span<const Token> text;
+  std::span<const u32> order;  // places i with a continuation text[i + 1], by reversed context text[i], text[i - 1], ...
+};
+
+// The occurrences that a request follows in one closed problem.
+struct ClosedCursor {
+  static constexpr u32 kFollow = 8;
+  std::array<u32, kFollow> next{};  // places of the next token
+  u32 num = 0;
+  u32 len = 0;    // tokens matched, kStart included
+  u32 total = 0;  // occurrences when it was last searched
+};
+
+// Finds the longest suffix of `context` (at most kMaxContext tokens) in `problem`.
+ClosedCursor search(const ClosedProblem& problem, std::span<const Token> context);
+
+// Moves the cursor behind `token`; `context` ends with it.
+void advance(ClosedCursor& cursor, const ClosedProblem& problem, Token token, std::span<const Token> context);
+
+// The rollouts of one problem, as they go into a segment.
+struct ProblemTexts {
+  u64 problem;
+  std::vector<std::span<const Token>> rollouts;
+};
+
+class Segment {
+ public:
+  // Sorts and packs; costs about 1 us a token.
+  static std::shared_ptr<const Segment> build(i64 epoch, i64 policy_version, u64 tokenizer,
+                                              std::vector<ProblemTexts> problems);
+  // Maps a file. Throws SuffixError if it is damaged, of another format, or of another tokenizer.
+  static std::shared_ptr<const Segment> open(const std::string& path, u64 tokenizer);
+  // Writes to a temporary file beside `path`, syncs and renames it. Throws SuffixError.
+  void write(const std::string& path) const;
+
+  ~Segment();
+  Segment(const Segment&) = delete;
+  Segment& operator=(const Segment&) = delete;
+
+  i64 epoch() const;
+  i64 policy_version() const;
+  u64 num_tokens() const;
+  u64 num_rollouts() const;
+  u64 num_problems() const;
+  std::size_t memory_bytes() const { return size_; }
+  bool find(u64 problem, ClosedProblem& out) const;
+  // Throws SuffixError if a text, an order or the table is not as it must be.
+  void check_integrity() const;
+
+ private:
+  Segment() = default;
+  const unsigned char* data_ = nullptr;
+  std::size_t size_ = 0;
+  bool mapped_ = false;
+  std::vector<u64> owned_;
+};
+
+}  // namespace rl_accel::suffix

@@ -1,0 +1,312 @@
+"""The drafter: request names and prompts in, drafts out; knows problems, epochs, budgets and its own history.
+
+    drafter = SuffixDrafter(DraftConfig())
+    drafter.begin("r1", "problem 7", prompt_token_ids)
+    drafts = drafter.propose(["r1"], [[first_token]], max_draft_tokens=8)
+    ...                                      # each call: what every request gained, accepted tokens and the target's own
+    drafter.end("r1")
+    drafter.close_epoch(epoch=0)
+
+The index finds likely continuations (`index.py`), the planner decides how many are worth their price (`planner.py`).
+Without `observe_pass` prices are unknown and drafts run up to their caps. Not thread-safe. Host glue: `hosts/vllm/das.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rl_accel.config import DraftConfig
+from rl_accel.draft import history
+from rl_accel.draft.index import MAX_DRAFT, NO_TOTALS, SuffixIndex, problem_key
+from rl_accel.draft.planner import PLAN_EVERY, Planner
+from rl_accel.errors import DraftError
+
+logger = logging.getLogger(__name__)
+
+NO_LIMIT = 1 << 30
+CROSS_TOKENS = 1 << 18
+MAX_LIVE_SHARE = 0.5
+"""Of the memory for history; beyond it finished rollouts are packed before the epoch ends."""
+FALLING, RISING = 0.85, 1.0
+"""Of the last epoch's acceptance: below, the window is halved; above, it grows by an epoch."""
+
+
+class SuffixDrafter:
+    """Drafts from earlier rollouts of the same problem, from siblings, prompt, own text, and other problems.
+
+    Args:
+        config: `max_draft`, `policy`, `window`, `history_gib`, `cross_problems` are used.
+        tokenizer: fingerprint (64 bit) of the tokenizer; a snapshot of another one is refused.
+        stop_token_ids: end-of-text tokens, behind which nothing is drafted.
+        seed: of the planner's length scenarios.
+    """
+
+    def __init__(
+        self,
+        config: DraftConfig | None = None,
+        *,
+        tokenizer: int = 0,
+        stop_token_ids: Sequence[int] = (),
+        seed: int = 0,
+    ):
+        self.config = config or DraftConfig(method="das")
+        self.tokenizer = tokenizer
+        self.max_draft = self.config.num_speculative_tokens or MAX_DRAFT
+        if self.config.method == "das":
+            self.max_draft = self.config.max_draft
+        self.index = SuffixIndex(
+            tokenizer=tokenizer,
+            max_draft=self.max_draft,
+            stop_token_ids=stop_token_ids,
+            cross_tokens=CROSS_TOKENS if self.config.cross_problems else 0,
+        )
+        self.planner = Planner(self.config.policy, self.max_draft, seed)
+        self.epoch = 0
+        self.window = self.config.window
+        self.totals: npt.NDArray[np.uint32] = NO_TOTALS
+        """Sizes (requests + draft tokens) that a pass should fill, ascending, as CUDA graphs want; the last is the limit."""
+        self._slots: dict[str, int] = {}
+        self._free: list[int] = []
+        self._handles = np.zeros(0, np.int64)
+        self._problems = np.zeros(0, np.int64)
+        self._prompt_lengths = np.zeros(0, np.int64)
+        self._generated = np.zeros(0, np.int64)
+        self._limits = np.zeros(0, np.int64)
+        self._caps = np.zeros(0, np.uint32)
+        self._thresholds = np.zeros(0, np.float32)
+        self._passes_to_plan, self._planned_for = 0, 0
+        self._usual_threshold = 0.0
+        self._accepted, self._drafted, self._passes = 0, 0, 0
+        self._last_rate: float | None = None
+        self._by_source: dict[tuple[int, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._slots
+
+    def begin(
+        self,
+        request_id: str,
+        problem: str | int,
+        prompt_token_ids: Sequence[int] | npt.NDArray[np.int32],
+        max_tokens: int = NO_LIMIT,
+    ) -> None:
+        """Start a request.
+
+        Args:
+            request_id: unique among live requests.
+            problem: what its siblings and earlier epochs share, e.g. the data set's row.
+            prompt_token_ids: int [P].
+            max_tokens: longest response, in tokens; the length forecast does not go beyond.
+
+        Raises:
+            DraftError: if the request is live already, or a token is negative.
+        """
+        if request_id in self._slots:
+            raise DraftError(f"request {request_id!r} has begun already")
+        key = problem_key(problem)
+        handle = self.index.begin(key, prompt_token_ids)
+        if not self._free:
+            self._grow()
+        slot = self._free.pop()
+        self._slots[request_id] = slot
+        self._handles[slot], self._problems[slot] = handle, key
+        self._prompt_lengths[slot], self._generated[slot] = len(prompt_token_ids), 0
+        self._limits[slot] = min(max_tokens, NO_LIMIT)
+        self._caps[slot], self._thresholds[slot] = min(self.max_draft, max_tokens), self._usual_threshold
+
+    def propose(
+        self,
+        request_ids: Sequence[str],
+        new_token_ids: Sequence[Sequence[int]],
+        max_draft_tokens: int | Sequence[int],
+    ) -> list[list[int]]:
+        """Take the tokens that each request has gained since the last call, then draft.
+
+        Args:
+            request_ids: live requests, each once.
+            new_token_ids: per request: the accepted draft tokens and the one that the target added.
+            max_draft_tokens: longest draft, one for all or one per request; 0 only appends.
+
+        Returns:
+            A draft per request, maybe empty.
+
+        Raises:
+            DraftError: on an unknown request or lists of different lengths.
+        """
+        slots = self._slots_of(request_ids)
+        n = len(slots)
+        if len(new_token_ids) != n:
+            raise DraftError(f"{n} requests, but {len(new_token_ids)} lists of new tokens")
+        lengths = np.fromiter(map(len, new_token_ids), np.int64, n)
+        offsets = np.zeros(n + 1, np.uint32)
+        np.cumsum(lengths, out=offsets[1:])
+        tokens = np.fromiter((t for row in new_token_ids for t in row), np.int32, int(lengths.sum()))
+        wanted = np.broadcast_to(np.asarray(max_draft_tokens, np.int64), (n,))
+        self._generated[slots] += lengths
+        caps, thresholds = self._prices(slots)
+        caps = np.minimum(caps, np.maximum(wanted, 0)).astype(np.uint32)
+        drafts, ends, _ = self.index.propose_batch(
+            self._handles[slots], tokens, offsets, caps, thresholds, self.totals
+        )
+        return [drafts[ends[i] : ends[i + 1]].tolist() for i in range(n)]
+
+    def propose_rows(
+        self, request_ids: Sequence[str], token_ids: npt.NDArray[np.int32], rows: npt.NDArray[np.uint32],
+        num_tokens: npt.NDArray[np.uint32],
+    ) -> list[list[int]]:
+        """`propose` for a host that keeps each request's text (prompt first) in a row of `token_ids`."""
+        slots = self._slots_of(request_ids)
+        self._generated[slots] = num_tokens - self._prompt_lengths[slots]
+        caps, thresholds = self._prices(slots)
+        return self.index.propose_rows(
+            self._handles[slots], token_ids, rows, num_tokens, caps, thresholds, self.totals
+        )
+
+    def observe_pass(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
+        """Report the wall time of one pass without prefills; from then on drafts are priced."""
+        self.planner.observe_pass(seconds, num_requests, num_draft_tokens)
+
+    def end(self, request_id: str, keep: bool = True) -> None:
+        """End a request. With `keep` its response enters the history.
+
+        Raises:
+            DraftError: if the request is not live.
+        """
+        slot = int(self._slots_of([request_id])[0])
+        del self._slots[request_id]
+        self.index.end(int(self._handles[slot]), keep)
+        if keep and self._generated[slot] > 0:
+            self.planner.lengths.observe(int(self._problems[slot]), int(self._generated[slot]))
+        self._free.append(slot)
+
+    def close_epoch(self, epoch: int, policy_version: int = 0) -> dict[str, int]:
+        """Close an epoch: pack what ended, shrink or widen the window, forget what is beyond it."""
+        self.collect()
+        info = self.index.close_epoch(epoch, policy_version)
+        rate = self._accepted / self._passes if self._passes else None
+        if rate is not None and self._last_rate is not None:
+            if rate < FALLING * self._last_rate:
+                self.window = max(1, self.window // 2)
+            elif rate >= RISING * self._last_rate:
+                self.window = min(self.config.window, self.window + 1)
+        self._last_rate = self._last_rate if rate is None else rate
+        self._accepted = self._drafted = self._passes = 0
+        self.epoch = max(self.epoch, epoch + 1)
+        self.drop_before(self.epoch - self.window)
+        self.bound_memory()
+        return info
+
+    def drop_before(self, epoch: int) -> None:
+        """Forget closed epochs before this one."""
+        self.index.drop_before(epoch)
+
+    def bound_memory(self) -> None:
+        """Keep within `history_gib`: pack finished rollouts of the running epoch, then drop the oldest epochs."""
+        limit = self.config.history_gib * 2**30
+        if self.index.memory_bytes()["live"] > MAX_LIVE_SHARE * limit:
+            self.index.close_epoch(self.epoch)
+        segments = self.index.segments()
+        total = sum(segment["num_bytes"] for segment in segments)
+        while len(segments) > 1 and total > limit:
+            oldest = segments[-1]["epoch"]
+            self.index.drop_before(oldest + 1)
+            segments = self.index.segments()
+            total = sum(segment["num_bytes"] for segment in segments)
+
+    def collect(self) -> dict[str, Any]:
+        """Take the index's counters into account; returns them (see `SuffixIndex.take_stats`)."""
+        stats = self.index.take_stats()
+        self.planner.observe_candidates(stats["passes"], stats["expected_first"], stats["expected_all"])
+        self._passes += stats["passes"]
+        for source, length, drafts, drafted, accepted in stats["by_source"]:
+            self._drafted += drafted
+            self._accepted += accepted
+            key = (source, length)
+            self._by_source[key] = self._by_source.get(key, 0) + np.array([drafts, drafted, accepted])
+        return stats
+
+    def take_source_stats(self) -> dict[tuple[int, int], np.ndarray]:
+        """Return and reset (source, match length) -> int64 [drafts, drafted, accepted]."""
+        self.collect()
+        found, self._by_source = self._by_source, {}
+        return found
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a snapshot to a folder: closed epochs, finished rollouts of the running one, what was learned.
+
+        Raises:
+            DraftError: if it cannot be written.
+        """
+        self.collect()
+        self.index.close_epoch(self.epoch)
+        history.save_snapshot(
+            path,
+            self.index,
+            {
+                "tokenizer": self.tokenizer,
+                "epoch": self.epoch,
+                "window": self.window,
+                "planner": self.planner.state_dict(),
+            },
+        )
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike,
+        config: DraftConfig | None = None,
+        *,
+        tokenizer: int = 0,
+        stop_token_ids: Sequence[int] = (),
+        seed: int = 0,
+    ) -> SuffixDrafter:
+        """Return a drafter with the history of a snapshot.
+
+        Raises:
+            DraftError: if the snapshot is missing, truncated, damaged, or of another tokenizer.
+        """
+        drafter = cls(config, tokenizer=tokenizer, stop_token_ids=stop_token_ids, seed=seed)
+        manifest = history.read_manifest(path, tokenizer)
+        history.load_segments(path, drafter.index, manifest)
+        drafter.planner.load_state_dict(manifest["planner"])
+        drafter.epoch = manifest["epoch"]
+        drafter.window = min(max(manifest["window"], 1), drafter.config.window)
+        drafter.drop_before(drafter.epoch - drafter.window)
+        return drafter
+
+    def _slots_of(self, request_ids: Sequence[str]) -> npt.NDArray[np.int64]:
+        try:
+            return np.fromiter(map(self._slots.__getitem__, request_ids), np.int64, len(request_ids))
+        except KeyError as error:
+            raise DraftError(f"request {error.args[0]!r} has not begun") from None
+
+    def _prices(self, slots: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
+        """Plan anew now and then, and when the batch changed; return caps and thresholds of these requests."""
+        self._passes_to_plan -= 1
+        if self._passes_to_plan < 0 or not 0.9 <= len(self._slots) / max(self._planned_for, 1) <= 1.1:
+            self.collect()
+            live = np.fromiter(self._slots.values(), np.int64, len(self._slots))
+            left = np.maximum(self._limits[live] - self._generated[live], 1)
+            self._caps[live], self._thresholds[live] = self.planner.plan(
+                self._problems[live], self._generated[live], left
+            )
+            self._passes_to_plan, self._planned_for = PLAN_EVERY, len(live)
+            self._usual_threshold = float(np.median(self._thresholds[live]))
+        return self._caps[slots], self._thresholds[slots]
+
+    def _grow(self) -> None:
+        size = len(self._handles)
+        more = max(64, size)
+        for name in ("_handles", "_problems", "_prompt_lengths", "_generated", "_limits", "_caps", "_thresholds"):
+            old = getattr(self, name)
+            setattr(self, name, np.concatenate([old, np.zeros(more, old.dtype)]))
+        self._free.extend(range(size + more - 1, size - 1, -1))

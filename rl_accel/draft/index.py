@@ -1,0 +1,218 @@
+"""The suffix index as Python sees it: flat numpy arrays in, drafts out, `DraftError` for everything it refuses.
+
+The work is done by `rl_accel.kernels.suffix` (C++). Its naive twin for tests is in `naive.py`.
+Cost: one call per engine step for all requests, without Python's lock; about 1 us a request.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from rl_accel.errors import DraftError, NotLiveError
+
+try:
+    from rl_accel.kernels.suffix import _suffix  # type: ignore[import-not-found]
+except ImportError as _error:  # the extension was not built; said where it is needed, not on import
+    _suffix = None
+    _import_error: ImportError | None = _error
+
+F = TypeVar("F", bound=Callable[..., Any])
+MAX_DRAFT = 128
+"""vLLM verifies no longer drafts (`MAX_SPEC_LEN`)."""
+NO_TOTALS = np.zeros(0, np.uint32)
+
+
+def problem_key(problem: str | int | bytes | Sequence[int]) -> int:
+    """Return the key of a problem, 63 bits: of its name, or of its prompt's token ids."""
+    if isinstance(problem, (int, np.integer)):
+        data = b"i" + int(problem).to_bytes(16, "little", signed=True)
+    elif isinstance(problem, str):
+        data = b"s" + problem.encode()
+    elif isinstance(problem, bytes):
+        data = b"b" + problem
+    else:
+        data = b"p" + np.asarray(problem, dtype=np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def _draft_errors(call: F) -> F:
+    @functools.wraps(call)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except _suffix.SuffixError as error:
+            raise DraftError(str(error)) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+class SuffixIndex:
+    """Live and closed rollouts of all problems; see `kernels/suffix/README.md` for structure and maths.
+
+    Args:
+        tokenizer: 64-bit fingerprint of the tokenizer; segments of another one are refused.
+        max_draft: longest draft, 1 to 128 tokens.
+        max_closed: closed epochs that a request looks into, newest first, at most 8.
+        min_probability: a draft ends where its path becomes less likely than this.
+        stop_token_ids: nothing is drafted behind these.
+        cross_tokens: tokens in each of two generations of the index over all problems; 0: none.
+
+    Raises:
+        NotLiveError: if the C++ extension is not built.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: int = 0,
+        max_draft: int = 32,
+        max_closed: int = 8,
+        min_probability: float = 0.02,
+        stop_token_ids: Sequence[int] = (),
+        cross_tokens: int = 1 << 18,
+    ):
+        if _suffix is None:
+            raise NotLiveError(
+                f"the C++ extension rl_accel.kernels.suffix cannot be imported ({_import_error}); install rl-accel again"
+            )
+        if not 1 <= max_draft <= MAX_DRAFT:
+            raise DraftError(f"max_draft must be 1 to {MAX_DRAFT}; got {max_draft}")
+        self._index = _suffix.SuffixIndex(
+            tokenizer=tokenizer,
+            max_draft=max_draft,
+            max_closed=max_closed,
+            min_probability=min_probability,
+            stop_tokens=list(stop_token_ids),
+            cross_tokens=cross_tokens,
+        )
+
+    @_draft_errors
+    def begin(self, problem: int, prompt_token_ids: Sequence[int] | npt.NDArray[np.int32]) -> int:
+        """Start a request; returns its handle. `problem` is a key of `problem_key`."""
+        return self._index.begin(problem, np.ascontiguousarray(prompt_token_ids, dtype=np.int32))
+
+    @_draft_errors
+    def end(self, handle: int, keep: bool = True) -> None:
+        """End a request. With `keep` its tokens go into the next closed epoch."""
+        self._index.end(handle, keep)
+
+    @_draft_errors
+    def propose_batch(
+        self,
+        handles: npt.NDArray[np.int64],
+        new_token_ids: npt.NDArray[np.int32],
+        offsets: npt.NDArray[np.uint32],
+        caps: npt.NDArray[np.uint32],
+        thresholds: npt.NDArray[np.float32],
+        totals: npt.NDArray[np.uint32] = NO_TOTALS,
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
+        """Take new tokens, then draft, for n requests in one call.
+
+        Args:
+            handles: int64 [n], each once.
+            new_token_ids: int32 [T], what the requests gained since the last call; those of request i are
+                `new_token_ids[offsets[i]:offsets[i + 1]]`.
+            offsets: uint32 [n + 1].
+            caps: uint32 [n], longest draft of each request; 0 only appends.
+            thresholds: float32 [n], least probability of a draft's path; above 1 nothing is drafted.
+            totals: uint32, ascending sizes (requests + draft tokens) that a pass should fill, the last is its limit.
+
+        Returns:
+            Draft tokens int32 [D], offsets uint32 [n + 1], path probabilities float32 [D].
+
+        Raises:
+            DraftError: on an ended handle, a negative token or arrays that do not fit together.
+        """
+        return self._index.propose_batch(handles, new_token_ids, offsets, caps, thresholds, totals)
+
+    @_draft_errors
+    def propose_rows(
+        self,
+        handles: npt.NDArray[np.int64],
+        token_ids: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.uint32],
+        num_tokens: npt.NDArray[np.uint32],
+        caps: npt.NDArray[np.uint32],
+        thresholds: npt.NDArray[np.float32],
+        totals: npt.NDArray[np.uint32] = NO_TOTALS,
+    ) -> list[list[int]]:
+        """`propose_batch` that reads each request's whole text (prompt first) from `token_ids[rows[i], :num_tokens[i]]`.
+
+        Only what a request gained since it was last seen is taken, so calls may have been missed.
+        """
+        return self._index.propose_rows(handles, token_ids, rows, num_tokens, caps, thresholds, totals)
+
+    @_draft_errors
+    def close_epoch(self, epoch: int, policy_version: int = 0) -> dict[str, int]:
+        """Pack the kept rollouts that ended since the last close; returns the new segment's description.
+
+        About 0.2 us a token. Requests may be live; their own tokens wait for the next close.
+        """
+        return self._index.close_epoch(epoch, policy_version)
+
+    def drop_before(self, epoch: int) -> None:
+        """Forget the segments of older epochs, O(1) each."""
+        self._index.drop_before(epoch)
+
+    def segments(self) -> list[dict[str, int]]:
+        """Return the closed segments, newest first: epoch, policy_version, num_{problems,rollouts,tokens,bytes}."""
+        return self._index.segments()
+
+    @_draft_errors
+    def write_segment(self, number: int, path: str) -> None:
+        """Write segment `number` of `segments()` to a file, atomically."""
+        self._index.write_segment(number, path)
+
+    @_draft_errors
+    def open_segment(self, path: str) -> dict[str, int]:
+        """Map a segment's file, which other processes may map as well, after checking all of it.
+
+        Raises:
+            DraftError: if it is truncated, damaged, of another format or of another tokenizer.
+        """
+        return self._index.open_segment(path)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Return bytes of the `live` tier, the `closed` tier, and the index over all problems (`cross`)."""
+        return {
+            "live": self._index.live_bytes(),
+            "closed": self._index.closed_bytes(),
+            "cross": self._index.cross_bytes(),
+        }
+
+    def live_tokens(self) -> int:
+        """Return the tokens in the live tier, prompts included."""
+        return self._index.live_tokens()
+
+    @_draft_errors
+    def check_integrity(self) -> None:
+        """Raise DraftError if any structure contradicts itself; reads everything."""
+        self._index.check_integrity()
+
+    @_draft_errors
+    def inspect(self, handle: int) -> dict[str, Any]:
+        """Return the match of a request: `live_len`, `live_count`, `closed` [(epoch, match length, occurrences)]."""
+        return self._index.inspect(handle)
+
+    def take_stats(self) -> dict[str, Any]:
+        """Return and reset the counters: `passes`, `candidates`, `expected_first`, `expected_all`, `by_source`."""
+        return self._index.take_stats()
+
+    def reliability(self) -> dict[str, float]:
+        """Return per source how often its prediction was right, over matches of four tokens and more."""
+        return {name: self._index.reliability(i) for i, name in enumerate(_suffix.SOURCES)}
+
+    def scoring_state(self) -> npt.NDArray[np.float32]:
+        """Return what was learned about acceptance, for `load_scoring_state`."""
+        return self._index.scoring_state()
+
+    @_draft_errors
+    def load_scoring_state(self, state: npt.NDArray[np.float32]) -> None:
+        """Restore what `scoring_state` returned."""
+        self._index.load_scoring_state(np.ascontiguousarray(state, dtype=np.float32))

@@ -1,0 +1,133 @@
+"""How long each request's next draft may be: the length-aware budget, the paper's classes, or a fixed length.
+
+The budget prices a draft token. Pass times are fitted (`cost.py`), remaining lengths predicted (`lengths.py`), and the
+makespan optimum (`budget.py`) says what a token less is worth for each request; a candidate token is admitted while its
+acceptance probability is worth its price. Where no candidate is, nothing is drafted: speculation is off by itself. The
+index goes on comparing its predictions with what is sampled, so it notices by itself when they would be good enough;
+the price of a draft token, which only drafts can show, is probed every `PROBE_EVERY` passes.
+
+Source: DAS §4.2; differs: see `budget.py`; half of the value of a pass is shared equally, because a rollout that ends
+early also frees its place, and a forecast can be wrong.
+Cost: about 5 us a pass, and 1 to 3 ms for 512 requests every `PLAN_EVERY` passes.
+
+Shape suffixes: N requests, S scenarios.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rl_accel.draft import budget
+from rl_accel.draft.cost import PassCost
+from rl_accel.draft.lengths import LengthModel
+from rl_accel.errors import DraftError
+
+PLAN_EVERY = 16
+"""Passes between two forecasts; thresholds hold in between."""
+PROBE_EVERY = 128
+"""Passes without any draft after which one pass drafts what is likely, to see what drafts cost now."""
+NUM_SCENARIOS = 8
+EQUAL_SHARE = 0.5
+FIRST_THRESHOLD = 0.4
+"""Until the price of a draft token is known, and when it is probed."""
+RATE = 1.0 / 64.0
+
+
+class Planner:
+    """Thresholds and caps for the next drafts. Not thread-safe."""
+
+    def __init__(self, policy: str, max_draft: int, seed: int = 0):
+        self.policy, self.max_draft = policy, max_draft
+        self.cost = PassCost()
+        self.lengths = LengthModel()
+        self.last_plan_s = 0.0
+        self._rng = np.random.default_rng(seed)
+        self._accepted, self._first = 0.5, 0.3  # per request and pass, if everything were drafted; of first tokens
+        self._passes_without_draft = 0
+        self.timed = False
+        """Whether pass times are reported; without them nothing has a price."""
+
+    @property
+    def probing(self) -> bool:
+        """Whether drafts should be made to learn what they cost."""
+        return not self.cost.ready or self._passes_without_draft >= PROBE_EVERY
+
+    def observe_pass(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
+        """Learn from one pass without prefills: its wall time, live requests and verified draft tokens."""
+        self.timed = True
+        self.cost.observe(seconds, num_requests, num_draft_tokens)
+        self._passes_without_draft = 0 if num_draft_tokens else self._passes_without_draft + 1
+
+    def observe_candidates(self, passes: int, expected_first: float, expected_all: float) -> None:
+        """Learn how much is there to be accepted: sums over `passes` request-steps of acceptance probabilities."""
+        if passes > 0:
+            rate = 1.0 - (1.0 - RATE) ** max(1.0, passes / 64.0)
+            self._accepted += rate * (expected_all / passes - self._accepted)
+            self._first += rate * (expected_first / passes - self._first)
+
+    def plan(
+        self, problems_N: npt.NDArray[np.int64], generated_N: npt.NDArray[np.int64], limits_N: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
+        """Return longest drafts and least path probabilities for the live requests.
+
+        Args:
+            problems_N: keys.
+            generated_N: response tokens so far.
+            limits_N: most response tokens that each request may still generate, at least 1.
+        """
+        started = time.perf_counter()
+        n = len(problems_N)
+        caps_N = np.minimum(np.full(n, self.max_draft), np.maximum(limits_N - 1, 0)).astype(np.uint32)
+        if self.policy == "fixed" or (self.policy == "budget" and not self.timed):
+            thresholds_N = np.zeros(n, np.float32)
+        elif self.policy == "classes":
+            thresholds_N = np.zeros(n, np.float32)
+            allowed_N = budget.class_caps(self.lengths.length_class(problems_N, generated_N), self.max_draft)
+            caps_N = np.minimum(caps_N, allowed_N.astype(np.uint32))
+        elif self.probing:
+            thresholds_N = np.full(n, FIRST_THRESHOLD, np.float32)
+        else:
+            thresholds_N = self._price(problems_N, generated_N, limits_N)
+        self.last_plan_s = time.perf_counter() - started
+        return caps_N, thresholds_N
+
+    def _price(self, problems_N: Any, generated_N: Any, limits_N: Any) -> npt.NDArray[np.float32]:
+        left_SN = self.lengths.remaining(
+            problems_N, generated_N, NUM_SCENARIOS, self._rng, max_remaining=np.maximum(limits_N, 1)
+        )
+        k = float(np.clip(self._accepted / (1.0 + self._accepted), 0.05, 0.98))
+        alpha = max(self._first, 0.02) / k
+        last_N = budget.expected_multipliers(np.maximum(left_SN, 1.0), k, alpha, self.cost)
+        equal = self.cost.base_s / len(problems_N)
+        return budget.thresholds(EQUAL_SHARE * equal + (1.0 - EQUAL_SHARE) * last_N, self.cost)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learned, in plain numbers and lists."""
+        return {
+            "cost": self.cost.state_dict(),
+            "lengths": self.lengths.state_dict(),
+            "accepted": self._accepted,
+            "first": self._first,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what was learned before; pass times are learned anew where the machine may be another.
+
+        Raises:
+            DraftError: if the content is not a state.
+        """
+        cost, lengths = PassCost(), LengthModel()
+        try:
+            cost.load_state_dict(state["cost"])
+            lengths.load_state_dict(state["lengths"])
+            accepted, first = float(state["accepted"]), float(state["first"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DraftError(f"not a saved state of the draft planner ({error!r})") from error
+        if not (0.0 <= accepted < 1e3 and 0.0 <= first <= 1.0):
+            raise DraftError("not a saved state of the draft planner (acceptance out of range)")
+        self.cost, self.lengths, self._accepted, self._first = cost, lengths, accepted, first

@@ -1,0 +1,273 @@
+"""DAS as a proposer of vLLM: `speculative_config={"model": "rl_accel.hosts.vllm.das.DASProposer", ...}`.
+
+vLLM tells a custom proposer neither request ids nor sampling parameters, moves rows between steps, leaves rows of
+unfinished prompts empty, and does not call it at all while any request is within a draft of `max_model_len`. So the
+proposer reads the model runner that `plugin.install` gives it: state is keyed by request id, texts are read from the
+runner's token table from where they were last seen, and requests that the runner has forgotten have ended or were
+aborted; preempted ones it still knows. Problems come from `extra_args["rl_accel"]`, else from the prompt.
+
+Only the tensor-parallel rank whose output vLLM uses drafts; the others answer with empty rows, so there is nothing to
+keep equal. Async scheduling is off for every custom proposer (vLLM decides that).
+Cost: about 0.1 ms of Python a step beside the index.
+
+Host symbols (vLLM 0.28.0): `SpeculativeConfig.model` with a dotted path; the caller's arguments of `propose`;
+`GPUModelRunner.{requests,input_batch}`, `InputBatch.{req_ids,num_prompt_tokens}`; `CPUModelRunner.load_model` calls
+`drafter.load_model`; `CompilationConfig.cudagraph_capture_sizes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rl_accel.config import AccelConfig, DraftConfig
+from rl_accel.draft.drafter import SuffixDrafter
+from rl_accel.errors import DraftError, NotLiveError
+
+logger = logging.getLogger(__name__)
+
+CLASS_PATH = "rl_accel.hosts.vllm.das.DASProposer"
+FOREIGN_EPOCH_TOKENS = 1 << 20
+"""Response tokens of requests without identity after which their epoch is closed: serving has no epochs of its own."""
+
+
+class DASProposer:
+    """Glue between vLLM's model runner and `SuffixDrafter`. Settings: `additional_config["rl_accel"]["draft"]`."""
+
+    def __init__(self, vllm_config: Any):
+        self.vllm_config = vllm_config
+        settings = (getattr(vllm_config, "additional_config", None) or {}).get("rl_accel") or {}
+        draft = {**settings.get("draft", {}), "method": "das"}
+        draft["num_speculative_tokens"] = vllm_config.speculative_config.num_speculative_tokens
+        self.config: DraftConfig = AccelConfig.from_mapping({"draft": draft}).draft
+        self.max_model_len = vllm_config.model_config.max_model_len
+        self.runner: Any = None
+        self.drafter: SuffixDrafter | None = None
+        self._keep: dict[str, bool] = {}
+        self._foreign_tokens = 0
+        self._last_start: float | None = None
+        self._last_ids: list[str] = []
+        self._last_drafted = 0
+        self._propose_s, self._passes = 0.0, 0
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """There is no draft model; vLLM's CPU runner calls this in any case."""
+
+    def attach(self, runner: Any) -> None:
+        """Bind to the model runner; only the rank whose drafts vLLM uses gets an index."""
+        self.runner = runner
+        if not _is_output_rank(self.vllm_config):
+            return
+        self.drafter = self._new_drafter()
+        self.drafter.totals = _capture_sizes(self.vllm_config)
+
+    def _identity_of_tokenizer(self) -> dict[str, Any]:
+        return {
+            "tokenizer": tokenizer_fingerprint(self.vllm_config.model_config),
+            "stop_token_ids": _stop_token_ids(self.vllm_config.model_config),
+        }
+
+    def _new_drafter(self) -> SuffixDrafter:
+        return SuffixDrafter(self.config, **self._identity_of_tokenizer())
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: np.ndarray,
+        token_ids_cpu: np.ndarray,
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Return a draft per row of the batch, maybe empty.
+
+        Args:
+            sampled_token_ids: per row what this step sampled; empty for a prompt that is not finished.
+            num_tokens_no_spec: int [rows], tokens of each row.
+            token_ids_cpu: int32 [rows, max_model_len], the texts.
+            slot_mappings: not used.
+        """
+        started = time.perf_counter()
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        if self.drafter is None:
+            if self.runner is None:
+                raise NotLiveError(
+                    "the DAS proposer was not attached to its model runner; rl_accel's plug-in of the group "
+                    "vllm.general_plugins must be installed and not filtered by VLLM_PLUGINS"
+                )
+            return drafts
+        batch = self.runner.input_batch
+        ids = batch.req_ids[: len(sampled_token_ids)]
+        self._end_gone()
+        rows = [row for row, sampled in enumerate(sampled_token_ids) if sampled]
+        row_ids = [ids[row] for row in rows]
+        fresh = [row for row, name in zip(rows, row_ids, strict=True) if name not in self._keep]
+        for row in fresh:
+            self._begin(ids[row], token_ids_cpu[row, : batch.num_prompt_tokens[row]])
+        self._time_pass(started, row_ids, steady=not fresh and len(rows) == len(sampled_token_ids))
+        if rows:
+            where = np.array(rows, np.uint32)
+            found = self.drafter.propose_rows(
+                row_ids, token_ids_cpu, where, np.ascontiguousarray(num_tokens_no_spec[where], np.uint32)
+            )
+            for row, draft in zip(rows, found, strict=True):
+                drafts[row] = draft
+        self._last_drafted = sum(map(len, drafts))
+        self._last_start, self._last_ids = started, row_ids
+        self._propose_s += time.perf_counter() - started
+        self._passes += 1
+        return drafts
+
+    def _begin(self, name: str, prompt_token_ids: np.ndarray) -> None:
+        assert self.drafter is not None
+        params = self.runner.requests[name].sampling_params
+        identity = (params.extra_args or {}).get("rl_accel") if params is not None else None
+        if identity is None:
+            problem, keep = "prompt/" + hashlib.blake2b(prompt_token_ids.tobytes(), digest_size=12).hexdigest(), True
+        else:
+            # Validation looks at its own texts only, so that it can never find its way into a training rollout's.
+            problem = ("validation/" if identity.get("validate") else "problem/") + str(identity["problem_id"])
+            keep = not identity.get("validate") or self.config.learn_from_validation
+            if keep and identity.get("validate"):
+                problem = "problem/" + str(identity["problem_id"])
+        room = self.max_model_len - len(prompt_token_ids)
+        max_tokens = room if params is None or params.max_tokens is None else min(params.max_tokens, room)
+        self.drafter.begin(name, problem, prompt_token_ids, max_tokens)
+        self._keep[name] = keep
+        if identity is None:
+            self._foreign_tokens += max_tokens if params is None else 0
+
+    def _end_gone(self) -> None:
+        """End what the runner no longer knows."""
+        assert self.drafter is not None
+        gone = self._keep.keys() - self.runner.requests.keys()
+        for name in sorted(gone):  # a set has no order, and history should not depend on hashing
+            self.drafter.end(name, self._keep.pop(name))
+
+    def _time_pass(self, started: float, ids: list[str], steady: bool) -> None:
+        """A pass took from one call to the next, if the same requests ran on and no prompt was processed."""
+        assert self.drafter is not None
+        if self._last_start is not None and steady and ids and self._last_ids and set(ids) <= set(self._last_ids):
+            self.drafter.observe_pass(started - self._last_start, len(ids), self._last_drafted)
+
+    def close_epoch(self, epoch: int, policy_version: int, path: str | None = None) -> dict[str, Any]:
+        """End what has ended, close the epoch; with `path`, write the new segment there for other engines."""
+        if self.drafter is None:
+            return {}
+        self._end_gone()
+        self._last_start = None
+        info = self.drafter.close_epoch(epoch, policy_version)
+        if path is not None and info["num_tokens"] > 0:
+            segments = self.drafter.index.segments()
+            newest = next(i for i, s in enumerate(segments) if s["epoch"] == epoch)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self.drafter.index.write_segment(newest, path)
+        return info
+
+    def read_segments(self, paths: list[str]) -> int:
+        """Map segments that other engines wrote; returns how many."""
+        if self.drafter is None:
+            return 0
+        for path in paths:
+            if os.path.exists(path):
+                self.drafter.index.open_segment(path)
+        self.drafter.bound_memory()
+        return len(paths)
+
+    def save(self, path: str) -> bool:
+        """Write a snapshot of the history; False on ranks without one."""
+        if self.drafter is None:
+            return False
+        self._end_gone()
+        self._last_start = None
+        self.drafter.save(path)
+        return True
+
+    def open(self, path: str) -> dict[str, Any]:
+        """Replace the history by a snapshot's.
+
+        Returns:
+            `{"restored": True, "tokens": int}`, or `{"restored": False, "reason": str}` where the snapshot is refused:
+            drafting then starts without history, which costs speed and nothing else.
+        """
+        if self.drafter is None:
+            return {}
+        try:
+            drafter = SuffixDrafter.open(path, self.config, **self._identity_of_tokenizer())
+        except DraftError as error:
+            logger.error("rl_accel: history is not restored, drafting starts without it: %s", error)
+            return {"restored": False, "reason": str(error)}
+        drafter.totals = self.drafter.totals
+        self.drafter, self._keep = drafter, {}
+        return {"restored": True, "tokens": sum(s["num_tokens"] for s in drafter.index.segments())}
+
+    def drain_metrics(self) -> dict[str, float]:
+        """Return what happened since the last call, by name and unit of `docs/metrics.md`."""
+        if self.drafter is None:
+            return {}
+        self._end_gone()
+        drafter, memory = self.drafter, self.drafter.index.memory_bytes()
+        cost = drafter.planner.cost
+        metrics = {
+            "propose_ms": 1e3 * self._propose_s / max(self._passes, 1),
+            "num_passes": float(self._passes),
+            "base_ms": 1e3 * cost.base_s,
+            "per_request_us": 1e6 * cost.per_request_s,
+            "per_draft_us": 1e6 * cost.per_draft_s,
+            "cost_error": cost.relative_error,
+            "window": float(drafter.window),
+            "live_bytes": float(memory["live"]),
+            "closed_bytes": float(memory["closed"]),
+            "cross_bytes": float(memory["cross"]),
+        }
+        from rl_accel.kernels.suffix import _suffix
+
+        for (source, _), (_, drafted, accepted) in drafter.take_source_stats().items():
+            for what, value in (("drafted", drafted), ("accepted", accepted)):
+                name = f"{what}_by_{_suffix.SOURCES[source]}"
+                metrics[name] = metrics.get(name, 0.0) + float(value)
+        self._propose_s, self._passes = 0.0, 0
+        return metrics
+
+
+def tokenizer_fingerprint(model_config: Any) -> int:
+    """Return 63 bits that tell tokenizers apart: of its files where they can be read, else of its name and size."""
+    digest = hashlib.blake2b(digest_size=8)
+    name = str(model_config.tokenizer)
+    files = [Path(name) / file for file in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")]
+    found = [file for file in files if file.is_file()]
+    for file in found:
+        digest.update(file.read_bytes())
+    if not found:
+        digest.update(name.encode())
+    digest.update(str(model_config.get_vocab_size()).encode())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def _stop_token_ids(model_config: Any) -> list[int]:
+    stops = getattr(model_config.hf_text_config, "eos_token_id", None)
+    generation = model_config.try_get_generation_config().get("eos_token_id")
+    found = set()
+    for value in (stops, generation):
+        found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return sorted(int(token) for token in found)
+
+
+def _is_output_rank(vllm_config: Any) -> bool:
+    if vllm_config.parallel_config.tensor_parallel_size == 1:
+        return True
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return get_tensor_model_parallel_rank() == 0
+
+
+def _capture_sizes(vllm_config: Any) -> np.ndarray:
+    """Token counts of the captured CUDA graphs: a pass is padded to the next one, so up to it drafts are free."""
+    sizes = getattr(vllm_config.compilation_config, "cudagraph_capture_sizes", None) or []
+    if vllm_config.device_config.device_type != "cuda" or vllm_config.model_config.enforce_eager:
+        sizes = []
+    return np.array(sorted(sizes), np.uint32)
