@@ -60,11 +60,11 @@ def _check_verl() -> list[dict[str, Any]]:
 
 
 def _check_engine(accel: AccelConfig, model: str) -> list[dict[str, Any]]:
-    from rl_accel.hosts.verl.prepare import speculative_config
+    from rl_accel.hosts.verl.prepare import draft_settings, speculative_config
 
     settings = {
         "sampling": {"exact": accel.sampling.exact, "seed": accel.sampling.seed},
-        "draft": {"method": accel.draft.method},
+        "draft": draft_settings(accel),
     }
     arguments = [model, json.dumps(settings)]
     speculative = speculative_config(accel)

@@ -53,6 +53,7 @@ nb::ndarray<nb::numpy, T, nb::ndim<1>> copy_of(const std::vector<T>& values) {
 
 NB_MODULE(_suffix, m) {
   m.doc() = "Suffix index over rollouts; see kernels/suffix/README.md";
+  nb::set_leak_warnings(false);  // an engine that is still alive at exit is no leak
   nb::exception<SuffixError>(m, "SuffixError", PyExc_RuntimeError);
   nb::class_<SuffixIndex>(m, "SuffixIndex")
       .def(

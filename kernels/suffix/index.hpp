@@ -30,7 +30,7 @@ struct IndexOptions {
   u64 tokenizer = 0;          // fingerprint of the tokenizer whose ids are indexed
   u32 max_draft = 32;         // tokens of the longest draft
   u32 max_closed = kMaxClosed;  // closed epochs that a request looks into, newest first
-  float min_probability = .02f;  // a draft ends where its path is less likely than this
+  float min_probability = .001f;  // a draft ends where its path is less likely than this
   std::vector<Token> stop_tokens;  // nothing is drafted behind these
   u32 cross_tokens = 1u << 18;  // size of each of the two generations of the index over all problems; 0: none
 };

@@ -73,7 +73,7 @@ class SuffixIndex:
         tokenizer: int = 0,
         max_draft: int = 32,
         max_closed: int = 8,
-        min_probability: float = 0.02,
+        min_probability: float = 0.001,
         stop_token_ids: Sequence[int] = (),
         cross_tokens: int = 1 << 18,
     ):

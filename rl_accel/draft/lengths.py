@@ -146,7 +146,8 @@ class LengthModel:
         initial_N = self._initial_class(self._lengths[self._rows_of(problem_keys)])
         class_N = np.maximum(initial_N, self._majority_behind(self._sorted, generated_N))
         for initial, lengths in enumerate(self._sorted_by_class):
-            chosen = np.nonzero((initial_N == initial) & (generated_N < lengths[-1:].sum()))[0]
+            longest = lengths[-1] if len(lengths) else 0
+            chosen = np.nonzero((initial_N == initial) & (generated_N < longest))[0]
             class_N[chosen] = self._majority_behind(lengths, generated_N[chosen])
         return class_N
 

@@ -31,7 +31,8 @@ PLAN_EVERY = 16
 """Passes between two forecasts; thresholds hold in between."""
 PROBE_EVERY = 128
 """Passes without any draft after which one pass drafts what is likely, to see what drafts cost now."""
-NUM_SCENARIOS = 8
+SCENARIO_CELLS = 4096
+"""Requests times scenarios of a forecast: few requests get many scenarios, as their values scatter more."""
 EQUAL_SHARE = 0.5
 FIRST_THRESHOLD = 0.4
 """Until the price of a draft token is known, and when it is probed."""
@@ -97,14 +98,18 @@ class Planner:
         return caps_N, thresholds_N
 
     def _price(self, problems_N: Any, generated_N: Any, limits_N: Any) -> npt.NDArray[np.float32]:
+        n = len(problems_N)
+        equal_N = np.full(n, self.cost.base_s / n)
+        if len(self.lengths) == 0:
+            return budget.thresholds(equal_N, self.cost)
+        num_scenarios = min(max(SCENARIO_CELLS // n, 8), 128)
         left_SN = self.lengths.remaining(
-            problems_N, generated_N, NUM_SCENARIOS, self._rng, max_remaining=np.maximum(limits_N, 1)
+            problems_N, generated_N, num_scenarios, self._rng, max_remaining=np.maximum(limits_N, 1)
         )
         k = float(np.clip(self._accepted / (1.0 + self._accepted), 0.05, 0.98))
         alpha = max(self._first, 0.02) / k
         last_N = budget.expected_multipliers(np.maximum(left_SN, 1.0), k, alpha, self.cost)
-        equal = self.cost.base_s / len(problems_N)
-        return budget.thresholds(EQUAL_SHARE * equal + (1.0 - EQUAL_SHARE) * last_N, self.cost)
+        return budget.thresholds(EQUAL_SHARE * equal_N + (1.0 - EQUAL_SHARE) * last_N, self.cost)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned, in plain numbers and lists."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rl_accel.compare.tokens import save_tokens
+from rl_accel.draft.record import Rollout, append_rollouts
 from rl_accel.errors import MismatchError
 from rl_accel.hosts.verl.identity import OCCURRENCE, PROBLEM_ID
 
@@ -108,16 +109,38 @@ def check_mismatch(metrics: Mapping[str, float], step: int, truncated: bool) -> 
 
 def save_rollout_tokens(path: str, keys: Sequence[str], rollouts) -> None:
     """Write the token ids of one step for `rl_accel.compare`."""
-    samples = [int(key.rsplit("_", 2)[1]) for key in keys]
-    occurrences = [int(_unwrap(value)) for value in rollouts[OCCURRENCE]]
-    width = max(samples) + 1
     save_tokens(
         path,
         problem_ids=[str(_unwrap(value)) for value in rollouts[PROBLEM_ID]],
-        sample_indices=[occurrence * width + sample for occurrence, sample in zip(occurrences, samples, strict=True)],
+        sample_indices=_sample_indices(keys, rollouts),
         prompt_lengths=rollouts["prompts"].offsets().diff().tolist(),
         responses=[row.tolist() for row in rollouts["responses"].unbind()],
     )
+
+
+def record_rollouts(path: str, keys: Sequence[str], rollouts, epoch: int, step: int) -> None:
+    """Append the rollouts of one step to a file for `scripts/bench_draft.py`."""
+    append_rollouts(
+        path,
+        [
+            Rollout(int(epoch), int(step), str(_unwrap(problem)), sample, tuple(prompt.tolist()), tuple(response.tolist()))
+            for problem, sample, prompt, response in zip(
+                rollouts[PROBLEM_ID],
+                _sample_indices(keys, rollouts),
+                rollouts["prompts"].unbind(),
+                rollouts["responses"].unbind(),
+                strict=True,
+            )
+        ],
+    )
+
+
+def _sample_indices(keys: Sequence[str], rollouts) -> list[int]:
+    """Number the responses of a problem, also where it occurs more than once in a batch."""
+    samples = [int(key.rsplit("_", 2)[1]) for key in keys]
+    occurrences = [int(_unwrap(value)) for value in rollouts[OCCURRENCE]]
+    width = max(samples) + 1
+    return [occurrence * width + sample for occurrence, sample in zip(occurrences, samples, strict=True)]
 
 
 def _unwrap(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import asdict
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -21,6 +22,7 @@ from rl_accel.hosts.verl import checks
 TRAINER_NAME = "rl_accel_sync"
 BLOCK = "actor_rollout_ref.rollout.custom.rl_accel"
 MANAGER_CLASS = "rl_accel.hosts.verl.agent_loop.IdentifiedAgentLoopManager"
+DAS_PROPOSER = "rl_accel.hosts.vllm.das.DASProposer"
 WORKER_EXTENSION = "rl_accel.hosts.verl.worker_extension.AcceleratedWorkerExtension"
 
 
@@ -85,7 +87,7 @@ def _pass_settings_to_vllm(config: DictConfig, accel: AccelConfig) -> None:
     additional = OmegaConf.to_container(engine.get("additional_config") or OmegaConf.create({}), resolve=True)
     additional["rl_accel"] = {
         "sampling": {"exact": accel.sampling.exact, "seed": accel.sampling.seed},
-        "draft": {"method": accel.draft.method},
+        "draft": draft_settings(accel),
         "sync": {"readback": accel.sync.readback},
     }
     engine.additional_config = additional
@@ -100,7 +102,14 @@ def _pass_settings_to_vllm(config: DictConfig, accel: AccelConfig) -> None:
     engine.speculative_config = speculative
     if rollout.max_model_len is not None:
         # Near the end of the context vLLM stops drafting for the whole batch; leave room for one more draft.
-        rollout.max_model_len += accel.draft.num_speculative_tokens
+        rollout.max_model_len += accel.draft.max_draft
+
+
+def draft_settings(accel: AccelConfig) -> dict[str, Any]:
+    """Return what the engine needs of `rl_accel.draft`, as plain values."""
+    if accel.draft.method != "das":
+        return {"method": accel.draft.method}
+    return {name: value for name, value in asdict(accel.draft).items() if name not in ("record",)}
 
 
 def speculative_config(accel: AccelConfig) -> dict[str, Any] | None:
@@ -108,7 +117,9 @@ def speculative_config(accel: AccelConfig) -> dict[str, Any] | None:
     draft = accel.draft
     if draft.method == "none":
         return None
-    common = {"method": draft.method, "num_speculative_tokens": draft.num_speculative_tokens}
+    if draft.method == "das":
+        return {"model": DAS_PROPOSER, "num_speculative_tokens": draft.max_draft}
+    common = {"method": draft.method, "num_speculative_tokens": draft.max_draft}
     if draft.method == "ngram":
         return {
             **common,

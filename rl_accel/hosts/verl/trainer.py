@@ -5,6 +5,7 @@ What differs from `PPOTrainerSync` of verl 0.9.1, which verl keeps running uncha
   used: verl takes groups as they finish, so two runs of the same seed sum their gradients in different orders;
 - the replay buffer is polled every 50 ms instead of every 2 s;
 - a weight sync that does not answer is an error (`sync.timeout_s`) instead of an endless wait;
+- drafting history is closed with the epochs, and saved and restored with checkpoints (`draft_history.py`);
 - every step records lengths, request times, speculation counts and the mismatch of log-probs (`metrics.py`);
 - what was asked for must be live in every rollout engine before the first step (`NotLiveError`).
 """
@@ -23,6 +24,7 @@ from verl.utils import tensordict_utils as tu
 from rl_accel.config import AccelConfig
 from rl_accel.errors import NotLiveError
 from rl_accel.hosts.verl import metrics as rollout_metrics
+from rl_accel.hosts.verl.draft_history import DraftHistory
 from rl_accel.hosts.verl.prepare import TRAINER_NAME, accel_block
 from rl_accel.hosts.verl.watchdog import call_within
 
@@ -40,6 +42,9 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         self._group_count: dict[int, int] = {}
         self._spec_counts: dict[str, int] = {}
         self._sync_report: dict[str, float] = {}
+        self._draft_metrics: dict[str, float] = {}
+        self.draft_history = DraftHistory(self)
+        self.resumed_from_step = -1
 
     @property
     def trainer_mode(self) -> str:
@@ -52,16 +57,25 @@ class AcceleratedTrainerSync(PPOTrainerSync):
     def on_init_end(self) -> None:
         self._check_live()
         self._sync_weights(super().on_init_end)
+        self.resumed_from_step = self.global_steps
+        self.draft_history.restore()
 
     def on_step_end(self) -> None:
         self._sync_weights(super().on_step_end)
+        self.draft_history.on_step_end()
+
+    def _save_checkpoint(self) -> None:
+        self.draft_history.save()  # first: verl names the checkpoint the latest one when it is done
+        super()._save_checkpoint()
 
     def on_sample_end(self) -> None:
         self._spec_counts = rollout_metrics.sum_counts(self._engine_rpc("rl_accel_drain_spec_stats"))
+        self._draft_metrics = self.draft_history.metrics()
         super().on_sample_end()
 
     def on_validate_end(self) -> None:
         self._engine_rpc("rl_accel_drain_spec_stats")  # validation does not count as rollout
+        self.draft_history.metrics()
         super().on_validate_end()
 
     def _fetch_one_gen_batch(self):
@@ -83,6 +97,7 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         keys = [key for key, keep in zip(batch.keys, real, strict=True) if keep]
         rollouts = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=rollout_metrics.FIELDS)
         metrics.update(rollout_metrics.rollout_metrics(rollouts, self._spec_counts))
+        metrics.update(self._draft_metrics)
         metrics.update(self._sync_report)
         rollout = self.config.actor_rollout_ref.rollout
         truncated = rollout.top_k not in (-1, 0) or rollout.top_p < 1.0
@@ -90,6 +105,9 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         if self.accel.trace.tokens and self.accel.run_dir:
             path = os.path.join(self.accel.run_dir, "tokens", f"{global_steps}.npz")
             rollout_metrics.save_rollout_tokens(path, keys, rollouts)
+        if self.accel.draft.record and self.accel.run_dir:
+            path = os.path.join(self.accel.run_dir, "rollouts.jsonl")
+            rollout_metrics.record_rollouts(path, keys, rollouts, epoch, global_steps)
 
     def _engine_rpc(self, method: str) -> list[Any]:
         """Call a method of the worker extension in every engine; returns one answer per tensor-parallel group."""
@@ -101,6 +119,7 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         wanted = {
             "exact_sampling": self.accel.sampling.exact,
             "spec_stats": self.accel.draft.method != "none",
+            "das": self.accel.draft.method == "das",
         }
         for replica, live in enumerate(self._engine_rpc("rl_accel_live")):
             for feature, asked in wanted.items():

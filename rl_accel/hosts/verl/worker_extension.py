@@ -35,6 +35,26 @@ class AcceleratedWorkerExtension(vLLMColocateWorkerExtension):
         stats = getattr(self.model_runner, "rl_accel_spec_stats", None)
         return stats.drain() if stats is not None else None
 
+    def rl_accel_draft_metrics(self) -> dict[str, float]:
+        """Return and reset the drafter's numbers; empty on ranks that do not draft."""
+        return self.model_runner.drafter.drain_metrics()
+
+    def rl_accel_draft_close_epoch(self, epoch: int, policy_version: int, path: str | None) -> dict:
+        """Close an epoch of drafting history; with `path`, write its segment there."""
+        return self.model_runner.drafter.close_epoch(epoch, policy_version, path)
+
+    def rl_accel_draft_read_segments(self, paths: list[str]) -> int:
+        """Map the segments that other engines wrote."""
+        return self.model_runner.drafter.read_segments(paths)
+
+    def rl_accel_draft_save(self, path: str) -> bool:
+        """Write a snapshot of the drafting history."""
+        return self.model_runner.drafter.save(path)
+
+    def rl_accel_draft_open(self, path: str) -> dict:
+        """Replace the drafting history by a snapshot's, or say why not."""
+        return self.model_runner.drafter.open(path)
+
     def rl_accel_sync_report(self) -> dict[str, float]:
         """Return seconds, bytes and read-back error of the last weight sync."""
         return dict(getattr(self, "_rl_accel_sync_report", {}))

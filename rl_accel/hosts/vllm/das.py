@@ -32,7 +32,6 @@ from rl_accel.errors import DraftError, NotLiveError
 
 logger = logging.getLogger(__name__)
 
-CLASS_PATH = "rl_accel.hosts.vllm.das.DASProposer"
 FOREIGN_EPOCH_TOKENS = 1 << 20
 """Response tokens of requests without identity after which their epoch is closed: serving has no epochs of its own."""
 

@@ -23,6 +23,7 @@ from rl_accel.errors import ConfigError, NotLiveError
 
 logger = logging.getLogger(__name__)
 
+DAS_PROPOSER = "rl_accel.hosts.vllm.das.DASProposer"
 CONFIG_KEY = "rl_accel"
 """Where rl_accel's settings live in vLLM's `additional_config`."""
 
@@ -70,7 +71,7 @@ def install(runner: Any, config: Mapping[str, Any]) -> None:
             "pass one, or set rl_accel.draft.method=none"
         )
     verifies = hasattr(runner, "rejection_sampler")  # only on the last pipeline rank
-    live = {"exact_sampling": False, "cpu_repair": False, "spec_stats": False, "self_test": "not needed"}
+    live = {"exact_sampling": False, "cpu_repair": False, "spec_stats": False, "das": False, "self_test": "not needed"}
     runner.rl_accel_spec_stats = None
     if verifies:
         from rl_accel.hosts.vllm import cpu_repair
@@ -89,6 +90,14 @@ def install(runner: Any, config: Mapping[str, Any]) -> None:
         live["self_test"] = "passed"
         runner.rl_accel_spec_stats = spec_stats.install(runner)
         live["spec_stats"] = True
+        if _drafts_by_das(runner.vllm_config):
+            runner.drafter.attach(runner)
+            live["das"] = True
+        elif draft_method == "das":
+            raise NotLiveError(
+                f"rl_accel.draft.method is 'das', but vLLM's speculative_config names another drafter; set its model to "
+                f"{DAS_PROPOSER}"
+            )
     runner.rl_accel_live = live
     logger.info("rl_accel on %s: %s", type(runner).__name__, live)
 
@@ -100,12 +109,19 @@ def settings(vllm_config: Any) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def _drafts_by_das(vllm_config: Any) -> bool:
+    speculative = getattr(vllm_config, "speculative_config", None)
+    return speculative is not None and getattr(speculative, "model", None) == DAS_PROPOSER
+
+
 def _wrapping(symbol: str, wrapper: Callable[..., Any]) -> Callable[[Any], Any]:
     return lambda module: wrapt.wrap_function_wrapper(module, symbol, wrapper)
 
 
 def _install_then_load(load_model: Callable[..., Any], runner: Any, args: tuple, kwargs: dict) -> Any:
     config = settings(runner.vllm_config)
+    if config is None and _drafts_by_das(runner.vllm_config):
+        config = {}  # `vllm serve --speculative-config`: our drafter without any other setting
     if config is not None and not hasattr(runner, "rl_accel_live"):
         install(runner, config)
     return load_model(*args, **kwargs)
