@@ -223,6 +223,7 @@ i64 SuffixIndex::begin(u64 key, std::span<const Token> prompt) {
   problem.sequences.back().tokens.push_back(kStart);
   ++problem.num_live;
   r.num_consumed = static_cast<u32>(prompt.size());
+  r.num_fresh = 0;
   if (std::equal(prompt.begin(), prompt.end(), problem.prompt.begin(), problem.prompt.end())) {
     r.last = problem.prompt_state;
   } else {  // the problem was asked in other words: this prompt is a text of its own
@@ -235,11 +236,7 @@ i64 SuffixIndex::begin(u64 key, std::span<const Token> prompt) {
   for (const Attached& closed : problem.closed)
     r.cursors.push_back(search(closed.problem, problem.sequences.back().tokens));
   for (u32 g = 0; g < 2; ++g) r.cross[g] = CrossCursor{};
-  r.path.clear();
-  r.scores.clear();
-  r.paths.clear();
-  r.votes.clear();
-  r.num_admitted = 0;
+  forget_draft(r);
   return static_cast<i64>(r.handle_generation) << 32 | slot;
 }
 
@@ -250,8 +247,7 @@ void SuffixIndex::end(i64 handle, bool keep) {
   Sequence& sequence = problem.sequences[r.sequence];
   sequence.ended = true;
   // The engine cuts what was accepted behind a stop token only after the drafter has seen it.
-  const std::size_t tail_at = std::max<std::size_t>(1, sequence.tokens.size() - std::min<std::size_t>(sequence.tokens.size() - 1, kMaxDraft + 1));
-  for (std::size_t i = tail_at; i + 1 < sequence.tokens.size(); ++i)
+  for (std::size_t i = sequence.tokens.size() - std::min<std::size_t>(sequence.tokens.size() - 1, r.num_fresh); i + 1 < sequence.tokens.size(); ++i)
     if (is_stop(sequence.tokens[i])) {
       sequence.tokens.resize(i + 1);
       break;
@@ -286,6 +282,10 @@ void SuffixIndex::learn(Request& r, std::span<const Token> tokens) {
       s.accepted += std::min(right, r.num_admitted);
     }
   }
+  forget_draft(r);
+}
+
+void SuffixIndex::forget_draft(Request& r) {
   r.path.clear();
   r.scores.clear();
   r.paths.clear();
@@ -307,6 +307,7 @@ void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
     for (std::size_t i = 0; i < r.cursors.size(); ++i) advance(r.cursors[i], problem.closed[i].problem, token, context);
   }
   r.num_consumed += static_cast<u32>(tokens.size());
+  r.num_fresh = static_cast<u32>(tokens.size());
   if (options_.cross_tokens == 0) return;
   for (u32 g = 0; g < 2; ++g) {
     if (!cross_[g]) continue;
@@ -469,14 +470,34 @@ void SuffixIndex::emit(std::span<Request*> requests) {
   }
 }
 
-const Drafts& SuffixIndex::draft_all(std::span<const u32> caps, std::span<const float> thresholds,
-                                     std::span<const u32> totals) {
+// Requests of one problem that follow each other are taken together: all of them append, then all of them draft, so that
+// siblings see each other's newest tokens while the problem is still in the cache.
+template <typename F>
+const Drafts& SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps,
+                               std::span<const float> thresholds, std::span<const u32> totals) {
   // With room to fill, candidates below the price are wanted as well.
   const float below = totals.size() > 1 ? .25f : 1.f;
-  for (std::size_t i = 0; i < batch_.size(); ++i) {
-    if (i + 4 < batch_.size()) batch_[i + 4]->problem->automaton.prefetch(batch_[i + 4]->last);
-    const float floor = std::max(options_.min_probability, std::min(thresholds[i], 1.f) * below);
-    draft(*batch_[i], caps[i], floor);
+  batch_.clear();
+  for (const i64 handle : handles) batch_.push_back(&request(handle));
+  const std::size_t n = batch_.size();
+  for (std::size_t first = 0, last = 0; first < n; first = last) {
+    while (last < n && batch_[last]->problem == batch_[first]->problem) ++last;
+    for (std::size_t i = last; i < std::min(n, last + (last - first)); ++i) {
+      __builtin_prefetch(&batch_[i]->last);
+      __builtin_prefetch(&batch_[i]->votes);
+      batch_[i]->problem->automaton.prefetch(batch_[i]->last);
+    }
+    for (std::size_t i = first; i < last; ++i) {
+      const std::span<const Token> fresh = fresh_of(i);
+      if (fresh.empty()) {
+        forget_draft(*batch_[i]);
+      } else {
+        learn(*batch_[i], fresh);
+        take(*batch_[i], fresh);
+      }
+    }
+    for (std::size_t i = first; i < last; ++i)
+      draft(*batch_[i], caps[i], std::max(options_.min_probability, std::min(thresholds[i], 1.f) * below));
   }
   admit(batch_, thresholds, totals);
   emit(batch_);
@@ -494,20 +515,8 @@ const Drafts& SuffixIndex::propose(std::span<const i64> handles, std::span<const
   for (std::size_t i = 0; i < n; ++i)
     if (offsets[i] > offsets[i + 1] || offsets[i + 1] > tokens.size())
       throw SuffixError("propose: offsets must not fall and stay within the tokens");
-  batch_.clear();
-  for (const i64 handle : handles) batch_.push_back(&request(handle));
-  for (std::size_t i = 0; i < n; ++i) {
-    if (i + 4 < n) batch_[i + 4]->problem->automaton.prefetch(batch_[i + 4]->last);
-    const auto fresh = tokens.subspan(offsets[i], offsets[i + 1] - offsets[i]);
-    if (fresh.empty()) {
-      batch_[i]->path.clear(), batch_[i]->scores.clear(), batch_[i]->paths.clear(), batch_[i]->votes.clear();
-      batch_[i]->num_admitted = 0;
-      continue;
-    }
-    learn(*batch_[i], fresh);
-    take(*batch_[i], fresh);
-  }
-  return draft_all(caps, thresholds, totals);
+  const auto fresh_of = [&](std::size_t i) { return tokens.subspan(offsets[i], offsets[i + 1] - offsets[i]); };
+  return run(handles, fresh_of, caps, thresholds, totals);
 }
 
 const Drafts& SuffixIndex::propose_rows(std::span<const i64> handles, const Token* matrix, std::size_t stride,
@@ -518,23 +527,13 @@ const Drafts& SuffixIndex::propose_rows(std::span<const i64> handles, const Toke
   const std::size_t n = handles.size();
   if (rows.size() != n || num_tokens.size() != n || caps.size() != n || thresholds.size() != n)
     throw SuffixError("propose_rows: handles, rows, num_tokens, caps and thresholds must have one length");
-  batch_.clear();
-  for (const i64 handle : handles) batch_.push_back(&request(handle));
-  for (std::size_t i = 0; i < n; ++i) {
-    Request& r = *batch_[i];
-    if (num_tokens[i] > stride) throw SuffixError("propose_rows: more tokens than the matrix has columns");
-    if (num_tokens[i] < r.num_consumed) throw SuffixError("propose_rows: a request lost tokens");
+  const auto fresh_of = [&](std::size_t i) {
+    const u32 consumed = batch_[i]->num_consumed;
+    if (num_tokens[i] < consumed) throw SuffixError("propose_rows: a request lost tokens");
     const Token* row = matrix + static_cast<std::size_t>(rows[i]) * stride;
-    const std::span<const Token> fresh(row + r.num_consumed, num_tokens[i] - r.num_consumed);
-    if (fresh.empty()) {
-      r.path.clear(), r.scores.clear(), r.paths.clear(), r.votes.clear();
-      r.num_admitted = 0;
-      continue;
-    }
-    learn(r, fresh);
-    take(r, fresh);
-  }
-  return draft_all(caps, thresholds, totals);
+    return std::span<const Token>(row + consumed, num_tokens[i] - consumed);
+  };
+  return run(handles, fresh_of, caps, thresholds, totals);
 }
 
 SegmentInfo SuffixIndex::close_epoch(i64 epoch, i64 policy_version) {

@@ -138,6 +138,7 @@ class SuffixIndex {
     u32 sequence = 0;
     u32 last = 0;          // state of its whole text
     u32 num_consumed = 0;  // tokens, prompt included
+    u32 num_fresh = 0;     // of them, those that came last
     u32 handle_generation = 0;
     std::vector<ClosedCursor> cursors;  // one per attached segment
     CrossCursor cross[2];
@@ -160,7 +161,10 @@ class SuffixIndex {
   void draft(Request& request, u32 cap, float floor);
   void admit(std::span<Request*> requests, std::span<const float> thresholds, std::span<const u32> totals);
   void emit(std::span<Request*> requests);
-  const Drafts& draft_all(std::span<const u32> caps, std::span<const float> thresholds, std::span<const u32> totals);
+  static void forget_draft(Request& request);
+  template <typename F>
+  const Drafts& run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps,
+                    std::span<const float> thresholds, std::span<const u32> totals);
   void new_cross();
   void feed_cross(u32 budget);
   bool is_stop(Token token) const {

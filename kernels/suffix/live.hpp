@@ -5,7 +5,7 @@
 // amortised (a walk along suffix links, capped for counts at `kTouchCap`); states, edges and the hash table of crowded
 // states grow in chunks or step by step, never by copying everything.
 //
-// Not thread-safe. Memory: 32 B a state (about 1.3 states a token), 16 B an edge beyond a state's first.
+// Not thread-safe. Memory: 28 B a state (about 1.3 states a token), 16 B an edge beyond a state's first.
 #pragma once
 
 #include <cstdlib>
@@ -35,11 +35,11 @@ class LiveAutomaton {
     u32 len = 0;               // of the longest substring
     u32 link = kNone;          // suffix link
     u32 end = 0;               // most recent occurrence, packed End
-    u32 count = 0;             // occurrences (of chains up to kTouchCap long)
     Token tok = kNoToken;      // most frequent continuation ...
     u32 to = kNone;            // ... and its state
     u32 head = kNone;          // further edges
-    u32 degree = 0;            // how many; above kListMax all edges, also the inline one, are listed and hashed
+    u32 count : 29 = 0;        // occurrences (of chains up to kTouchCap long)
+    u32 degree : 3 = 0;        // further edges; kHashed: all edges, also the inline one, are listed and hashed
   };
 
   LiveAutomaton() { states_.push_back(State{}); }
@@ -99,7 +99,7 @@ class LiveAutomaton {
   u32 continued(const State& s) const {
     u32 total = states_[s.to].count;
     if (s.degree == 0) return total;
-    if (s.degree > kListMax) return s.count > total ? s.count : total;
+    if (s.degree > kListMax) return s.count > total ? static_cast<u32>(s.count) : total;
     for (u32 e = s.head; e != kNone; e = edges_[e].next) total += states_[edges_[e].to].count;
     return total;
   }
@@ -131,6 +131,7 @@ class LiveAutomaton {
 
  private:
   static constexpr u32 kListMax = 4;
+  static constexpr u32 kHashed = kListMax + 1;
 
   struct Edge {
     Token tok;
@@ -248,7 +249,7 @@ class LiveAutomaton {
   void list_edge(u32 p, Token c, u32 to) {
     State& state = states_[p];
     state.head = edges_.push_back(Edge{c, to, state.head, p});
-    ++state.degree;
+    state.degree = state.degree < kHashed ? state.degree + 1 : kHashed;
   }
 
   u32 find_edge(u32 p, Token c) const {
@@ -306,6 +307,8 @@ class LiveAutomaton {
       old_ = Table{};
     }
   }
+
+  static_assert(sizeof(State) == 28);
 
   ChunkedArray<State, 9> states_;
   ChunkedArray<Edge, 8> edges_;

@@ -295,13 +295,14 @@ class SuffixDrafter:
         if self._passes_to_plan < 0 or not 0.9 <= len(self._slots) / max(self._planned_for, 1) <= 1.1:
             self.collect()
             live = np.fromiter(self._slots.values(), np.int64, len(self._slots))
-            left = np.maximum(self._limits[live] - self._generated[live], 1)
             self._caps[live], self._thresholds[live] = self.planner.plan(
-                self._problems[live], self._generated[live], left
+                self._problems[live], self._generated[live], np.maximum(self._limits[live] - self._generated[live], 1)
             )
             self._passes_to_plan, self._planned_for = PLAN_EVERY, len(live)
             self._usual_threshold = float(np.median(self._thresholds[live]))
-        return self._caps[slots], self._thresholds[slots]
+        # A draft that fills the limit leaves no place for the token that the target adds.
+        room = np.clip(self._limits[slots] - self._generated[slots] - 1, 0, MAX_DRAFT).astype(np.uint32)
+        return np.minimum(self._caps[slots], room), self._thresholds[slots]
 
     def _grow(self) -> None:
         size = len(self._handles)

@@ -147,6 +147,19 @@ class DASProposer:
         for name in sorted(gone):  # a set has no order, and history should not depend on hashing
             self.drafter.end(name, self._keep.pop(name))
 
+    def _end_done(self) -> None:
+        """Between steps: end also what is complete and of which the runner will be told with the next step only."""
+        self._end_gone()
+        stops = set(_stop_token_ids(self.vllm_config.model_config))
+        for name in sorted(self._keep):
+            request = self.runner.requests[name]
+            params, tokens = request.sampling_params, request.output_token_ids
+            if params is None or not tokens:
+                continue
+            stopped = not params.ignore_eos and not stops.isdisjoint(tokens[-self.config.max_draft - 1 :])
+            if stopped or (params.max_tokens is not None and len(tokens) >= params.max_tokens):
+                self.drafter.end(name, self._keep.pop(name))  # type: ignore[union-attr]
+
     def _time_pass(self, started: float, ids: list[str], steady: bool) -> None:
         """A pass took from one call to the next, if the same requests ran on and no prompt was processed."""
         assert self.drafter is not None
@@ -157,7 +170,7 @@ class DASProposer:
         """End what has ended, close the epoch; with `path`, write the new segment there for other engines."""
         if self.drafter is None:
             return {}
-        self._end_gone()
+        self._end_done()
         self._last_start = None
         info = self.drafter.close_epoch(epoch, policy_version)
         if path is not None and info["num_tokens"] > 0:
@@ -181,7 +194,7 @@ class DASProposer:
         """Write a snapshot of the history; False on ranks without one."""
         if self.drafter is None:
             return False
-        self._end_gone()
+        self._end_done()
         self._last_start = None
         self.drafter.save(path)
         return True
@@ -208,7 +221,7 @@ class DASProposer:
         """Return what happened since the last call, by name and unit of `docs/metrics.md`."""
         if self.drafter is None:
             return {}
-        self._end_gone()
+        self._end_done()
         drafter, memory = self.drafter, self.drafter.index.memory_bytes()
         cost = drafter.planner.cost
         metrics = {
