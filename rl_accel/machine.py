@@ -65,6 +65,7 @@ def set_environment(on_cpu: bool) -> None:
         defaults |= {
             "VERL_PLATFORM": "cpu",
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM's CPU platform turns the executor `uni` back without it
             "OMP_NUM_THREADS": str(os.cpu_count() or 1),
         }
     if not wandb_logged_in():

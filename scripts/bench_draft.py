@@ -1,19 +1,19 @@
-"""How many draft tokens are accepted: the drafter `das` against vLLM's `suffix` (Arctic Inference) and `ngram`, by replay.
+"""Accepted draft tokens, by replay: the drafter `das` against vLLM's `suffix` (Arctic Inference) and `ngram`.
 
-    python scripts/bench_draft.py --rollouts run_dir/rollouts.jsonl [--concurrency 256] [--max-draft 5 8 16] [--json FILE]
+    python scripts/bench_draft.py --rollouts run_dir/rollouts.jsonl [--concurrency N] [--max-draft 5 8 16] [--json FILE]
     python scripts/bench_draft.py [--synthetic siblings drift ...] [--json FILE]
 
 No model runs: recorded rollouts (`rl_accel.draft.record: true`; format in rl_accel/draft/record.py) are what the target
-would have sampled, whatever is drafted. Without a file, rollouts are made up: several samples of a few problems over four
-epochs. Two comparisons for every longest draft K:
+would have sampled, whatever is drafted. Without a file, rollouts are made up: several samples of a few problems over
+four epochs. Two comparisons for every longest draft K:
 
     cap    both drafters may draft K tokens per request and pass
     equal  das is held (threshold on its path probability) to the tokens per pass that the incumbent drafted
 
 The incumbents get their best of several settings, by accepted tokens per pass at that cap: Arctic of tree depth 24, 64,
 factor 1, 2, 4 and least token probability 0.2, 0.1, 0.05, 0; ngram of lengths 1-3, 2-4, 3-5. `bound` is a drafter that
-is never wrong. Times are for this machine; ngram's are not vLLM's (its drafts are). A session of tests is run by
-scripts/test.sh. Costs about 50 us per recorded token, setting and K on one core; settings run on all cores.
+is never wrong. Times are for this machine; ngram has none, as its drafts are vLLM's and its code is not. Costs about 20
+to 100 us per recorded token, setting and K; settings run on all cores. Tests of the drafter are run by scripts/test.sh.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from rl_accel import machine
+from rl_accel.draft.index import _suffix
 from rl_accel.draft.record import Rollout, read_rollouts
 from rl_accel.draft.replay import Arctic, Counts, Das, Ngram, ReplayResult, replay
 from rl_accel.errors import DraftError
@@ -54,7 +55,7 @@ _replay: Callable[[Callable], ReplayResult]
 class Regime:
     """Made-up rollouts: phrases, or an order-2 source, that the samples of a problem share."""
 
-    problems: int = 6
+    problems: int = 5
     samples: int = 8
     epochs: int = 4
     length: int = 256
@@ -77,9 +78,9 @@ REGIMES = {
     "drift": Regime(drift=0.6),
     "low_entropy": Regime(temperature=0.25),
     "high_entropy": Regime(temperature=1.0),
-    "single": Regime(problems=48, samples=1),
-    "one_epoch": Regime(problems=24, epochs=1),
-    "copying": Regime(samples=2, problems=24, epochs=2, prompt=1024, drift=1.0),
+    "single": Regime(problems=40, samples=1),
+    "one_epoch": Regime(problems=20, epochs=1),
+    "copying": Regime(problems=16, samples=2, epochs=2, prompt=1024, drift=1.0),
 }
 
 
@@ -143,7 +144,7 @@ class _Order2:
             if found is None:
                 logits = self.rng.gumbel(size=8) / self.regime.temperature
                 odds = np.exp(logits - logits.max())
-                found = self.next[a, b] = self.rng.integers(0, 300, 8), np.cumsum(odds / odds.sum())
+                found = self.next[a, b] = self.rng.integers(0, 48, 8), np.cumsum(odds / odds.sum())
             token = int(found[0][min(int(np.searchsorted(found[1], self.rng.random())), 7)])
             out.append(token)
             a, b = b, token
@@ -225,10 +226,8 @@ def print_sources(das: Das) -> None:
     cells = das.by_source()
     for title, part in (("source of the first token", 0), ("match length", 1)):
         print(f"\n{'das by ' + title:<38}{'drafts':>9}{'drafted':>9}{'accepted':>9}{'rate':>9}")
-        groups: dict[str, np.ndarray] = {}
-        for key, counts in cells.items():
-            groups[key[part]] = groups.get(key[part], 0) + counts
-        for name, (drafts, drafted, accepted) in groups.items():
+        for name in (_suffix.SOURCES, _suffix.MATCH_LENGTHS)[part]:
+            drafts, drafted, accepted = sum((n for key, n in cells.items() if key[part] == name), np.zeros(3, np.int64))
             print(f"  {name:<36}{drafts:>9}{drafted:>9}{accepted:>9}{accepted / max(drafted, 1):>9.3f}")
 
 
@@ -254,7 +253,9 @@ def bench(data: str, rollouts: list[Rollout], max_draft: int, with_arctic: bool)
     incumbents: list[tuple[str, str, Counts]] = []
     for kind, settings in (("Arctic", ARCTIC_SETTINGS if with_arctic else ()), ("ngram", NGRAM_SETTINGS)):
         make = Arctic if kind == "Arctic" else Ngram
-        found = dict(zip(settings, run_many([partial(make, max_draft, *s) for s in settings]) if settings else (), strict=True))
+        found = dict(
+            zip(settings, run_many([partial(make, max_draft, *s) for s in settings]) if settings else (), strict=True)
+        )
         if not found:
             continue
         best = max(found, key=lambda s: found[s].accepted_per_pass)
@@ -288,7 +289,9 @@ def main() -> None:
     )
     data = parser.add_mutually_exclusive_group()
     data.add_argument("--rollouts", type=Path, help="recorded rollouts, JSON lines")
-    data.add_argument("--synthetic", nargs="*", choices=REGIMES, default=None, metavar="REGIME", help=", ".join(REGIMES))
+    data.add_argument(
+        "--synthetic", nargs="*", choices=REGIMES, default=None, metavar="REGIME", help=", ".join(REGIMES)
+    )
     parser.add_argument("--concurrency", type=int, help="most live requests; default: all of a step")
     parser.add_argument("--max-draft", type=int, nargs="+", default=[5, 8, 16], help="caps K")
     parser.add_argument("--json", type=Path, help="write the results as a list of {name, value, unit, ...}")

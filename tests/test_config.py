@@ -54,3 +54,52 @@ def test_every_error_crosses_process_borders():
         copy = pickle.loads(pickle.dumps(cls("what to do")))
         assert type(copy) is cls
         assert str(copy) == "what to do"
+
+
+@pytest.mark.parametrize(("method", "longest"), [("none", 1), ("ngram", 5), ("suffix", 24), ("das", 16)])
+def test_the_longest_draft_follows_the_method_unless_it_is_set(method, longest):
+    assert AccelConfig.from_mapping({"draft": {"method": method}}).draft.max_draft == longest
+    config = AccelConfig.from_mapping({"draft": {"method": method, "num_speculative_tokens": 128}})
+    assert config.draft.max_draft == 128
+    assert AccelConfig.from_mapping({"draft": {"num_speculative_tokens": None}}).draft.num_speculative_tokens is None
+
+
+@pytest.mark.parametrize("window", [1, 8])
+def test_draft_settings_arrive(window):
+    values = {
+        "method": "das",
+        "policy": "classes",
+        "window": window,
+        "history_gib": 1,
+        "cross_problems": False,
+        "learn_from_validation": True,
+        "record": True,
+    }
+    draft = AccelConfig.from_mapping({"draft": values}).draft
+    assert {name: getattr(draft, name) for name in values} == values
+    assert type(draft.history_gib) is float
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"policy": "class"}, "rl_accel.draft.policy: unknown value 'class'. Did you mean 'classes'?"),
+        ({"policy": "x"}, "rl_accel.draft.policy: unknown value 'x'. Known: budget, classes, fixed"),
+        ({"windw": 2}, "rl_accel.draft: unknown setting 'windw'. Did you mean 'window'?"),
+        ({"window": 0}, "rl_accel.draft.window must be 1 to 8 epochs; got 0"),
+        ({"window": 9}, "rl_accel.draft.window must be 1 to 8 epochs; got 9"),
+        ({"window": True}, "rl_accel.draft.window must be int; got True"),
+        ({"window": 2.0}, "rl_accel.draft.window must be int; got 2.0"),
+        ({"num_speculative_tokens": True}, "rl_accel.draft.num_speculative_tokens must be int; got True"),
+        ({"num_speculative_tokens": 129}, "num_speculative_tokens is 129; vLLM takes 1 to 128"),
+        ({"history_gib": True}, "rl_accel.draft.history_gib must be float; got True"),
+        ({"history_gib": 0}, "rl_accel.draft.history_gib must be positive; got 0"),
+        ({"history_gib": float("nan")}, "rl_accel.draft.history_gib must be positive; got nan"),
+        ({"cross_problems": 1}, "rl_accel.draft.cross_problems must be bool; got 1"),
+        ({"learn_from_validation": "no"}, "rl_accel.draft.learn_from_validation must be bool; got 'no'"),
+    ],
+)
+def test_bad_draft_settings_are_named(values, message):
+    with pytest.raises(ConfigError) as error:
+        AccelConfig.from_mapping({"draft": values})
+    assert message in str(error.value)

@@ -78,13 +78,13 @@ NB_MODULE(_suffix, m) {
           "propose_batch",
           [](SuffixIndex& self, const Array<i64>& handles, const Array<Token>& tokens, const Array<u32>& offsets,
              const Array<u32>& caps, const Array<float>& thresholds, const Array<u32>& totals) {
-            const Drafts* drafts;
+            Drafts drafts;
             {
               nb::gil_scoped_release release;
-              drafts = &self.propose(view(handles), view(tokens), view(offsets), view(caps), view(thresholds),
-                                     view(totals));
+              drafts = self.propose(view(handles), view(tokens), view(offsets), view(caps), view(thresholds),
+                                    view(totals));
             }
-            return nb::make_tuple(copy_of(drafts->tokens), copy_of(drafts->offsets), copy_of(drafts->paths));
+            return nb::make_tuple(copy_of(drafts.tokens), copy_of(drafts.offsets), copy_of(drafts.paths));
           },
           nb::arg("handles"), nb::arg("tokens"), nb::arg("offsets"), nb::arg("caps"), nb::arg("thresholds"),
           nb::arg("totals"))
@@ -98,13 +98,13 @@ NB_MODULE(_suffix, m) {
               if (rows.data()[i] >= matrix.shape(0)) throw SuffixError("propose_rows: row outside of the matrix");
             for (std::size_t i = 0; i < num_tokens.shape(0); ++i)
               if (num_tokens.data()[i] > matrix.shape(1)) throw SuffixError("propose_rows: more tokens than columns");
-            const Drafts* drafts;
+            Drafts drafts;
             {
               nb::gil_scoped_release release;
-              drafts = &self.propose_rows(view(handles), matrix.data(), static_cast<std::size_t>(matrix.stride(0)),
-                                          view(rows), view(num_tokens), view(caps), view(thresholds), view(totals));
+              drafts = self.propose_rows(view(handles), matrix.data(), static_cast<std::size_t>(matrix.stride(0)),
+                                         view(rows), view(num_tokens), view(caps), view(thresholds), view(totals));
             }
-            return rows_of(*drafts);
+            return rows_of(drafts);
           },
           nb::arg("handles"), nb::arg("matrix"), nb::arg("rows"), nb::arg("num_tokens"), nb::arg("caps"),
           nb::arg("thresholds"), nb::arg("totals"))
@@ -176,21 +176,14 @@ NB_MODULE(_suffix, m) {
              return out;
            })
       .def("scoring_state",
-           [](SuffixIndex& self) {
-             std::vector<float> state(Scoring::kStateSize);
-             self.scoring().save(state.data());
-             return copy_of(state);
-           })
+           [](const SuffixIndex& self) { return copy_of(self.scoring_state()); })
       .def(
           "load_scoring_state",
-          [](SuffixIndex& self, const Array<float>& state) {
-            if (state.shape(0) != Scoring::kStateSize) throw SuffixError("scoring: state of another size");
-            self.scoring().load(state.data());
-          },
+          [](SuffixIndex& self, const Array<float>& state) { self.load_scoring_state(view(state)); },
           nb::arg("state"))
       .def(
           "reliability",
-          [](SuffixIndex& self, u32 source) { return self.scoring().reliability(static_cast<Source>(source)); },
+          [](const SuffixIndex& self, u32 source) { return self.reliability(static_cast<Source>(source)); },
           nb::arg("source"));
   m.attr("SOURCES") = nb::make_tuple("own", "sibling", "prompt", "past1", "past2", "past3_4", "past5", "cross");
   m.attr("MATCH_LENGTHS") = nb::make_tuple("1", "2", "3", "4", "5-6", "7-8", "9-12", "13-20", "21-32", "33+");

@@ -14,6 +14,7 @@ constexpr u32 kCrossSlice = 64;   // tokens of ended rollouts that a step adds t
 constexpr u32 kCrossContext = 32; // tokens matched again when that index was renewed
 constexpr u32 kPromptSequence = 0;
 constexpr u32 kShortMatch = 8;    // below it, a second, shorter context has a say
+constexpr float kMinProbability = 1e-6f;
 
 // Predictions for one draft position.
 struct Ballot {
@@ -152,6 +153,11 @@ class Reader {
   u32 best_ = 0, total_ = 0, sequence_ = 0;
 };
 
+void require_tokens(std::span<const Token> tokens) {
+  for (const Token token : tokens)
+    if (token < 0) throw SuffixError("token ids must not be negative; got " + std::to_string(token));
+}
+
 std::span<const Token> tail(const std::vector<Token>& tokens, std::size_t n) {
   return {tokens.data() + (tokens.size() - std::min(tokens.size(), n)), std::min(tokens.size(), n)};
 }
@@ -171,8 +177,14 @@ std::span<const Token> SuffixIndex::text_at(const Problem& problem, u32 end) {
 std::span<const Token> SuffixIndex::text_at(const Cross& cross, u32 end) {
   // A rollout ends at the next kStart.
   const Token* first = cross.text.data() + end;
-  const Token* last = std::find(first, std::min(first + kMaxDraft, cross.text.data() + cross.text.size()), kStart);
-  return {first, last};
+  const Token* last = first + std::min<std::size_t>(kMaxDraft, cross.text.size() - end);
+  return {first, std::find(first, last, kStart)};
+}
+
+SuffixIndex::SuffixIndex(IndexOptions options) : options_(std::move(options)) {
+  // Above zero, so that no path probability that is compared has underflowed.
+  if (!(options_.min_probability >= kMinProbability)) options_.min_probability = kMinProbability;
+  new_cross();
 }
 
 SuffixIndex::Request& SuffixIndex::request(i64 handle) {
@@ -205,8 +217,7 @@ SuffixIndex::Problem& SuffixIndex::problem_of(u64 key, std::span<const Token> pr
 
 i64 SuffixIndex::begin(u64 key, std::span<const Token> prompt) {
   const std::lock_guard lock(mutex_);
-  for (const Token token : prompt)
-    if (token < 0) throw SuffixError("token ids must not be negative; got " + std::to_string(token));
+  require_tokens(prompt);
   Problem& problem = problem_of(key, prompt);
   u32 slot;
   if (free_.empty()) {
@@ -298,7 +309,6 @@ void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
   std::vector<Token>& text = problem.sequences[r.sequence].tokens;
   const u32 name = std::min(r.sequence, End::kMaxSeqs - 1);
   for (const Token token : tokens) {
-    if (token < 0) throw SuffixError("token ids must not be negative; got " + std::to_string(token));
     if (text.size() == text.capacity()) text.reserve(text.size() + text.size() / 4 + 32);
     text.push_back(token);
     const u32 position = std::min(static_cast<u32>(text.size() - 1), End::kMaxLen);
@@ -309,7 +319,7 @@ void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
   r.num_consumed += static_cast<u32>(tokens.size());
   r.num_fresh = static_cast<u32>(tokens.size());
   if (options_.cross_tokens == 0) return;
-  for (u32 g = 0; g < 2; ++g) {
+  for (const u32 g : {1u, 0u}) {  // the old generation first: it may take over the cursor of the young one
     if (!cross_[g]) continue;
     const LiveAutomaton& automaton = cross_[g]->automaton;
     CrossCursor& cursor = r.cross[g];
@@ -459,27 +469,31 @@ void SuffixIndex::admit(std::span<Request*> requests, std::span<const float> thr
   }
 }
 
-void SuffixIndex::emit(std::span<Request*> requests) {
-  drafts_.tokens.clear();
-  drafts_.paths.clear();
-  drafts_.offsets.assign(1, 0);
+Drafts SuffixIndex::emit(std::span<Request*> requests) const {
+  Drafts out;
+  out.offsets.reserve(requests.size() + 1);
+  out.offsets.push_back(0);
+  for (const Request* r : requests) out.offsets.push_back(out.offsets.back() + r->num_admitted);
+  out.tokens.reserve(out.offsets.back());
+  out.paths.reserve(out.offsets.back());
   for (const Request* r : requests) {
-    drafts_.tokens.insert(drafts_.tokens.end(), r->path.begin(), r->path.begin() + r->num_admitted);
-    drafts_.paths.insert(drafts_.paths.end(), r->paths.begin(), r->paths.begin() + r->num_admitted);
-    drafts_.offsets.push_back(static_cast<u32>(drafts_.tokens.size()));
+    out.tokens.insert(out.tokens.end(), r->path.begin(), r->path.begin() + r->num_admitted);
+    out.paths.insert(out.paths.end(), r->paths.begin(), r->paths.begin() + r->num_admitted);
   }
+  return out;
 }
 
 // Requests of one problem that follow each other are taken together: all of them append, then all of them draft, so that
 // siblings see each other's newest tokens while the problem is still in the cache.
 template <typename F>
-const Drafts& SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps,
-                               std::span<const float> thresholds, std::span<const u32> totals) {
+Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps,
+                        std::span<const float> thresholds, std::span<const u32> totals) {
   // With room to fill, candidates below the price are wanted as well.
   const float below = totals.size() > 1 ? .25f : 1.f;
   batch_.clear();
   for (const i64 handle : handles) batch_.push_back(&request(handle));
   const std::size_t n = batch_.size();
+  for (std::size_t i = 0; i < n; ++i) require_tokens(fresh_of(i));  // before anything changes
   for (std::size_t first = 0, last = 0; first < n; first = last) {
     while (last < n && batch_[last]->problem == batch_[first]->problem) ++last;
     for (std::size_t i = last; i < std::min(n, last + (last - first)); ++i) {
@@ -500,14 +514,13 @@ const Drafts& SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::
       draft(*batch_[i], caps[i], std::max(options_.min_probability, std::min(thresholds[i], 1.f) * below));
   }
   admit(batch_, thresholds, totals);
-  emit(batch_);
   feed_cross(kCrossSlice);
-  return drafts_;
+  return emit(batch_);
 }
 
-const Drafts& SuffixIndex::propose(std::span<const i64> handles, std::span<const Token> tokens,
-                                   std::span<const u32> offsets, std::span<const u32> caps,
-                                   std::span<const float> thresholds, std::span<const u32> totals) {
+Drafts SuffixIndex::propose(std::span<const i64> handles, std::span<const Token> tokens, std::span<const u32> offsets,
+                            std::span<const u32> caps, std::span<const float> thresholds,
+                            std::span<const u32> totals) {
   const std::lock_guard lock(mutex_);
   const std::size_t n = handles.size();
   if (offsets.size() != n + 1 || caps.size() != n || thresholds.size() != n)
@@ -519,10 +532,10 @@ const Drafts& SuffixIndex::propose(std::span<const i64> handles, std::span<const
   return run(handles, fresh_of, caps, thresholds, totals);
 }
 
-const Drafts& SuffixIndex::propose_rows(std::span<const i64> handles, const Token* matrix, std::size_t stride,
-                                        std::span<const u32> rows, std::span<const u32> num_tokens,
-                                        std::span<const u32> caps, std::span<const float> thresholds,
-                                        std::span<const u32> totals) {
+Drafts SuffixIndex::propose_rows(std::span<const i64> handles, const Token* matrix, std::size_t stride,
+                                 std::span<const u32> rows, std::span<const u32> num_tokens,
+                                 std::span<const u32> caps, std::span<const float> thresholds,
+                                 std::span<const u32> totals) {
   const std::lock_guard lock(mutex_);
   const std::size_t n = handles.size();
   if (rows.size() != n || num_tokens.size() != n || caps.size() != n || thresholds.size() != n)
@@ -551,10 +564,10 @@ SegmentInfo SuffixIndex::close_epoch(i64 epoch, i64 policy_version) {
   auto segment = Segment::build(epoch, policy_version, options_.tokenizer, std::move(texts));
   for (auto it = problems_.begin(); it != problems_.end();)
     it = it->second->num_live == 0 ? problems_.erase(it) : std::next(it);
-  newest_epoch_ = std::max(newest_epoch_, epoch);
   const SegmentInfo info{segment->epoch(),        segment->policy_version(), segment->num_problems(),
                          segment->num_rollouts(), segment->num_tokens(),     segment->memory_bytes()};
-  if (segment->num_tokens() > 0) {
+  if (segment->num_tokens() > 0) {  // an empty close ages nothing
+    newest_epoch_ = std::max(newest_epoch_, epoch);
     auto at = segments_.begin();
     while (at != segments_.end() && (*at)->epoch() > epoch) ++at;
     segments_.insert(at, std::move(segment));
@@ -689,6 +702,24 @@ Inspection SuffixIndex::inspect(i64 handle) const {
     out.closed_total.push_back(r.cursors[i].total);
   }
   return out;
+}
+
+std::vector<float> SuffixIndex::scoring_state() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<float> state(Scoring::kStateSize);
+  scoring_.save(state.data());
+  return state;
+}
+
+void SuffixIndex::load_scoring_state(std::span<const float> state) {
+  const std::lock_guard lock(mutex_);
+  if (state.size() != Scoring::kStateSize) throw SuffixError("scoring: state of another size");
+  scoring_.load(state.data());
+}
+
+float SuffixIndex::reliability(Source source) const {
+  const std::lock_guard lock(mutex_);
+  return scoring_.reliability(source);
 }
 
 IndexStats SuffixIndex::take_stats() {

@@ -69,7 +69,7 @@ struct Inspection {
 
 class SuffixIndex {
  public:
-  explicit SuffixIndex(IndexOptions options) : options_(std::move(options)) { new_cross(); }
+  explicit SuffixIndex(IndexOptions options);
 
   i64 begin(u64 problem, std::span<const Token> prompt);
   // Ends a request; with `keep` its tokens enter the history when the epoch is closed.
@@ -78,12 +78,12 @@ class SuffixIndex {
   // Takes the new tokens of each request, then drafts up to caps[i] tokens whose path probability is at least
   // thresholds[i]. `totals`, ascending: sizes that (requests + drafts) should fill, the last one is the limit; empty:
   // no limit. A request may be named once.
-  const Drafts& propose(std::span<const i64> handles, std::span<const Token> tokens, std::span<const u32> offsets,
-                        std::span<const u32> caps, std::span<const float> thresholds, std::span<const u32> totals);
+  Drafts propose(std::span<const i64> handles, std::span<const Token> tokens, std::span<const u32> offsets,
+                 std::span<const u32> caps, std::span<const float> thresholds, std::span<const u32> totals);
   // The same, reading each request's tokens (prompt first) from row rows[i] of a matrix with `stride` columns.
-  const Drafts& propose_rows(std::span<const i64> handles, const Token* matrix, std::size_t stride,
-                             std::span<const u32> rows, std::span<const u32> num_tokens, std::span<const u32> caps,
-                             std::span<const float> thresholds, std::span<const u32> totals);
+  Drafts propose_rows(std::span<const i64> handles, const Token* matrix, std::size_t stride,
+                      std::span<const u32> rows, std::span<const u32> num_tokens, std::span<const u32> caps,
+                      std::span<const float> thresholds, std::span<const u32> totals);
 
   // Packs the kept rollouts that ended since the last close into an immutable segment.
   SegmentInfo close_epoch(i64 epoch, i64 policy_version);
@@ -99,7 +99,10 @@ class SuffixIndex {
   void check_integrity() const;
   Inspection inspect(i64 handle) const;
   IndexStats take_stats();
-  Scoring& scoring() { return scoring_; }
+  std::vector<float> scoring_state() const;
+  // Throws SuffixError if it is not what scoring_state returned.
+  void load_scoring_state(std::span<const float> state);
+  float reliability(Source source) const;
   const IndexOptions& options() const { return options_; }
 
  private:
@@ -160,11 +163,11 @@ class SuffixIndex {
   void take(Request& request, std::span<const Token> tokens);
   void draft(Request& request, u32 cap, float floor);
   void admit(std::span<Request*> requests, std::span<const float> thresholds, std::span<const u32> totals);
-  void emit(std::span<Request*> requests);
+  Drafts emit(std::span<Request*> requests) const;
   static void forget_draft(Request& request);
   template <typename F>
-  const Drafts& run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps,
-                    std::span<const float> thresholds, std::span<const u32> totals);
+  Drafts run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps, std::span<const float> thresholds,
+             std::span<const u32> totals);
   void new_cross();
   void feed_cross(u32 budget);
   bool is_stop(Token token) const {
@@ -186,7 +189,6 @@ class SuffixIndex {
   std::size_t cross_queue_at_ = 0;
   u32 cross_last_ = LiveAutomaton::kRoot;
   IndexStats stats_;
-  Drafts drafts_;
   std::vector<Request*> batch_;
   std::vector<float> ratios_;
 };

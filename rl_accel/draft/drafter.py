@@ -121,7 +121,8 @@ class SuffixDrafter:
         self._handles[slot], self._problems[slot] = handle, key
         self._prompt_lengths[slot], self._generated[slot] = len(prompt_token_ids), 0
         self._limits[slot] = min(max_tokens, NO_LIMIT)
-        self._caps[slot], self._thresholds[slot] = min(self.max_draft, max_tokens), self._usual_threshold
+        self._caps[slot] = min(self.max_draft, max(max_tokens, 0))
+        self._thresholds[slot] = self._usual_threshold
 
     def propose(
         self,
@@ -140,17 +141,23 @@ class SuffixDrafter:
             A draft per request, maybe empty.
 
         Raises:
-            DraftError: on an unknown request or lists of different lengths.
+            DraftError: on an unknown request, lists of different lengths or a negative token; nothing is taken then.
         """
         slots = self._slots_of(request_ids)
         n = len(slots)
         if len(new_token_ids) != n:
             raise DraftError(f"{n} requests, but {len(new_token_ids)} lists of new tokens")
+        wanted = np.asarray(max_draft_tokens, np.int64)
+        if wanted.shape not in ((), (n,)):
+            raise DraftError(f"{n} requests, but {wanted.size} draft lengths")
+        if n == 0:
+            return []
         lengths = np.fromiter(map(len, new_token_ids), np.int64, n)
         offsets = np.zeros(n + 1, np.uint32)
         np.cumsum(lengths, out=offsets[1:])
         tokens = np.fromiter((t for row in new_token_ids for t in row), np.int32, int(lengths.sum()))
-        wanted = np.broadcast_to(np.asarray(max_draft_tokens, np.int64), (n,))
+        if tokens.min(initial=0) < 0:
+            raise DraftError(f"token ids must not be negative; got {tokens.min()}")
         self._generated[slots] += lengths
         caps, thresholds = self._prices(slots)
         caps = np.minimum(caps, np.maximum(wanted, 0)).astype(np.uint32)
@@ -164,6 +171,8 @@ class SuffixDrafter:
         num_tokens: npt.NDArray[np.uint32],
     ) -> list[list[int]]:
         """`propose` for a host that keeps each request's text (prompt first) in a row of `token_ids`."""
+        if not len(request_ids):
+            return []
         slots = self._slots_of(request_ids)
         self._generated[slots] = num_tokens - self._prompt_lengths[slots]
         caps, thresholds = self._prices(slots)

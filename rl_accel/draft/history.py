@@ -4,14 +4,16 @@
     scoring.npy     float32, what the index learned about acceptance
     NNN.segment     one closed epoch each; see kernels/suffix/README.md for the format
 
-Left out: requests that are running. A folder is written beside its place under another name, synced and renamed, so a
-process that is killed leaves the old snapshot or the new one.
+Left out: requests that are running; two processes that save to one place at once. A folder is written beside its place
+under another name, synced and renamed, so a process that is killed leaves the old snapshot or the new one; what else it
+leaves (`*.tmpPID`, `*.oldPID`), the next save removes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,11 +35,11 @@ def save_snapshot(path: str | os.PathLike, index: SuffixIndex, manifest: Mapping
         DraftError: if the folder exists and is no snapshot, or cannot be written.
     """
     target = Path(path)
-    if target.exists() and not (target / MANIFEST).exists() and any(target.iterdir()):
-        raise DraftError(f"{target} exists and is not a snapshot of drafting history; choose another folder")
     fresh = target.with_name(f"{target.name}.tmp{os.getpid()}")
     try:
-        shutil.rmtree(fresh, ignore_errors=True)
+        if not _replaceable(target):
+            raise DraftError(f"{target} exists and is not a snapshot of drafting history; choose another folder")
+        _remove_left_overs(target, "tmp")
         fresh.mkdir(parents=True)
         segments = []
         for number, info in enumerate(index.segments()):
@@ -48,13 +50,13 @@ def save_snapshot(path: str | os.PathLike, index: SuffixIndex, manifest: Mapping
         text = json.dumps({"format": FORMAT, "version": VERSION, **manifest, "segments": segments}, indent=1)
         _write(fresh / MANIFEST, lambda file: file.write(text.encode()))
         _sync(fresh)
-        old = target.with_name(f"{target.name}.old{os.getpid()}")
-        shutil.rmtree(old, ignore_errors=True)
         if target.exists():
+            old = target.with_name(f"{target.name}.old{os.getpid()}")
+            shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         fresh.rename(target)
         _sync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove_left_overs(target, "old")
     except OSError as error:
         raise DraftError(f"history cannot be saved to {target}: {error}") from error
 
@@ -73,6 +75,8 @@ def read_manifest(path: str | os.PathLike, tokenizer: int) -> dict[str, Any]:
         for key, kind in (("tokenizer", int), ("epoch", int), ("window", int), ("planner", dict), ("segments", list)):
             if not isinstance(manifest[key], kind):
                 raise DraftError(f"{folder}: {key} in {MANIFEST} is not {kind.__name__}")
+        if not all(abs(manifest[key]) < 1 << 62 for key in ("epoch", "window")):
+            raise DraftError(f"{folder}: epoch or window in {MANIFEST} is out of range")
     except FileNotFoundError:
         raise DraftError(f"{folder} has no {MANIFEST}; it is not a snapshot of drafting history") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -91,8 +95,10 @@ def load_segments(path: str | os.PathLike, index: SuffixIndex, manifest: Mapping
     folder = _folder(Path(path))
     try:
         state = np.load(folder / SCORING, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DraftError(f"{folder / SCORING} is damaged ({error})") from error
+    except Exception as error:  # on damaged bytes numpy's reader raises whatever its parsers raise
+        raise DraftError(f"{folder / SCORING} is damaged ({error!r})") from error
+    if not isinstance(state, np.ndarray) or state.dtype != np.float32 or state.ndim != 1:
+        raise DraftError(f"{folder / SCORING} is damaged (not a row of float32)")
     index.load_scoring_state(state)
     for segment in manifest["segments"]:
         try:
@@ -108,10 +114,45 @@ def load_segments(path: str | os.PathLike, index: SuffixIndex, manifest: Mapping
 
 def _folder(path: Path) -> Path:
     """A process that was killed between the two renames of a save left the old snapshot under its other name."""
-    if not path.exists():
-        for old in sorted(path.parent.glob(f"{path.name}.old*")):
-            return old
-    return path
+    if path.exists():
+        return path
+    manifests = [manifest for old in _left_overs(path, "old") if (manifest := old / MANIFEST).exists()]
+    return max(manifests, key=lambda manifest: manifest.stat().st_mtime_ns).parent if manifests else path
+
+
+def _replaceable(target: Path) -> bool:
+    """Whether nothing but a snapshot would be lost."""
+    if not target.exists():
+        return True
+    if not target.is_dir():
+        return False
+    names = {entry.name for entry in target.iterdir()}
+    ours = all(name in (MANIFEST, SCORING) or name.endswith(".segment") for name in names)
+    return not names or (ours and MANIFEST in names and FORMAT in (target / MANIFEST).read_text("latin-1"))
+
+
+def _left_overs(target: Path, kind: str) -> list[Path]:
+    """Folders that saves to `target` have written (`tmp`) or put away (`old`) and not removed."""
+    pattern = re.compile(re.escape(f"{target.name}.{kind}") + r"\d{1,9}")
+    return [entry for entry in target.parent.glob("*") if pattern.fullmatch(entry.name)]
+
+
+def _remove_left_overs(target: Path, kind: str) -> None:
+    """Remove those of this process and of processes that are no more."""
+    for entry in _left_overs(target, kind):
+        pid = int(entry.name.rpartition(kind)[2])
+        if pid == os.getpid() or not _lives(pid):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _write(path: Path, write: Any) -> None:

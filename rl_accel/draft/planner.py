@@ -31,6 +31,9 @@ PLAN_EVERY = 16
 """Passes between two forecasts; thresholds hold in between."""
 PROBE_EVERY = 128
 """Passes without any draft after which one pass drafts what is likely, to see what drafts cost now."""
+CHEAPER, SURPRISE_RATE = -0.1, 1.0 / 8.0
+"""A probe goes on while passes with drafts take less than predicted by this share, in the mean of about 8: a fit that was
+sure of high prices needs more passes to believe in low ones than a probe has."""
 SCENARIO_CELLS = 4096
 """Requests times scenarios of a forecast: few requests get many scenarios, as their values scatter more."""
 EQUAL_SHARE = 0.5
@@ -50,18 +53,24 @@ class Planner:
         self._rng = np.random.default_rng(seed)
         self._accepted, self._first = 0.5, 0.3  # per request and pass, if everything were drafted; of first tokens
         self._passes_without_draft = 0
+        self._probing, self._surprise = False, 0.0
+        self._priced = False  # the cost was ready once; from then on probes keep it fresh
         self.timed = False
         """Whether pass times are reported; without them nothing has a price."""
 
     @property
     def probing(self) -> bool:
         """Whether drafts should be made to learn what they cost."""
-        return not self.cost.ready or self._passes_without_draft >= PROBE_EVERY
+        return not self._priced or self._passes_without_draft >= PROBE_EVERY
 
     def observe_pass(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
         """Learn from one pass without prefills: its wall time, live requests and verified draft tokens."""
-        self.timed = True
+        predicted = self.cost.predict(num_requests, num_draft_tokens)
         self.cost.observe(seconds, num_requests, num_draft_tokens)
+        if num_draft_tokens and predicted:
+            self._surprise += SURPRISE_RATE * (seconds / predicted - 1.0 - self._surprise)
+        self.timed = True
+        self._priced = self._priced or self.cost.ready
         self._passes_without_draft = 0 if num_draft_tokens else self._passes_without_draft + 1
 
     def observe_candidates(self, passes: int, expected_first: float, expected_all: float) -> None:
@@ -90,10 +99,12 @@ class Planner:
             thresholds_N = np.zeros(n, np.float32)
             allowed_N = budget.class_caps(self.lengths.length_class(problems_N, generated_N), self.max_draft)
             caps_N = np.minimum(caps_N, allowed_N.astype(np.uint32))
-        elif self.probing:
-            thresholds_N = np.full(n, FIRST_THRESHOLD, np.float32)
         else:
-            thresholds_N = self._price(problems_N, generated_N, limits_N)
+            self._probing = self.probing or (self._probing and self._surprise < CHEAPER)
+            if self._probing:
+                thresholds_N = np.full(n, FIRST_THRESHOLD, np.float32)
+            else:
+                thresholds_N = self._price(problems_N, generated_N, limits_N)
         self.last_plan_s = time.perf_counter() - started
         return caps_N, thresholds_N
 
@@ -131,8 +142,9 @@ class Planner:
             cost.load_state_dict(state["cost"])
             lengths.load_state_dict(state["lengths"])
             accepted, first = float(state["accepted"]), float(state["first"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DraftError(f"not a saved state of the draft planner ({error!r})") from error
         if not (0.0 <= accepted < 1e3 and 0.0 <= first <= 1.0):
             raise DraftError("not a saved state of the draft planner (acceptance out of range)")
         self.cost, self.lengths, self._accepted, self._first = cost, lengths, accepted, first
+        self._priced = cost.ready

@@ -42,7 +42,7 @@ def read_rollouts(path: str | os.PathLike) -> Iterator[Rollout]:
     Raises:
         DraftError: if a line is not a rollout; names the line.
     """
-    with Path(path).open() as file:
+    with Path(path).open("rb") as file:
         for number, text in enumerate(file, start=1):
             if not text.strip():
                 continue
@@ -56,5 +56,5 @@ def read_rollouts(path: str | os.PathLike) -> Iterator[Rollout]:
                     prompt_token_ids=tuple(map(int, line.get("prompt_token_ids", ()))),
                     token_ids=tuple(map(int, line["token_ids"])),
                 )
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
                 raise DraftError(f"{path}, line {number} is not a recorded rollout ({error!r})") from error

@@ -1,4 +1,4 @@
-"""Replays recorded rollouts without a model: what would each drafter have drafted, and how much would have been accepted?
+"""Replays recorded rollouts without a model: what would a drafter have drafted, and how much would have been accepted?
 
 Sampling does not depend on the drafter, so a recorded rollout is what the target would have sampled. Rollouts of one
 (epoch, step) run in lock step, as an engine runs them: in every pass each live request's draft is compared with its
@@ -8,7 +8,7 @@ recorded continuation; the right beginning is accepted and one token of the targ
     result.total.accepted_per_pass
 
 Drafters: `Das` (this package), `Ngram` (the drafts of vLLM 0.28's `ngram`), `Arctic` (vLLM 0.28's `suffix`; needs the
-package arctic-inference). Leaves out: prefills that take several passes, preemption, and cuts at the model's longest text.
+package arctic-inference). Leaves out: prefills of several passes, preemption, and the cut at the model's longest text.
 Cost: the drafters' own time and about 2 us per request and pass.
 """
 

@@ -250,8 +250,11 @@ def test_probabilities_are_calibrated() -> None:
                     happened.append(drafts[i][0] == texts[i][at])
             tokens = np.array([t[at] for t in texts], np.int32)
             found, ends, path = index.propose_batch(
-                np.array(handles, np.int64), tokens, np.arange(9, dtype=np.uint32),
-                np.full(8, 4, np.uint32), np.zeros(8, np.float32),
+                np.array(handles, np.int64),
+                tokens,
+                np.arange(9, dtype=np.uint32),
+                np.full(8, 4, np.uint32),
+                np.zeros(8, np.float32),
             )
             drafts = [found[ends[i] : ends[i + 1]] for i in range(8)]
             paths = [path[ends[i] : ends[i + 1]] for i in range(8)]
@@ -282,7 +285,11 @@ def test_rows_and_lists_are_the_same_call() -> None:
         left = propose(flat, a, [t[at : at + 3].tolist() for t in texts], cap=6)
         n = np.full(6, at + 3, np.uint32)
         right = table.propose_rows(
-            np.array(b, np.int64), matrix, np.array(order, np.uint32), n, np.full(6, 6, np.uint32),
+            np.array(b, np.int64),
+            matrix,
+            np.array(order, np.uint32),
+            n,
+            np.full(6, 6, np.uint32),
             np.full(6, 1e-6, np.float32),
         )
         assert left == right

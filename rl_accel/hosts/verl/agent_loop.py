@@ -17,11 +17,16 @@ import ray
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils import tensordict_utils as tu
 
+from rl_accel.hosts.verl import lean_rollout
 from rl_accel.hosts.verl.identity import OCCURRENCE, PROBLEM_ID, problem_id_of
 
 
 class IdentifiedAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
     """Adds the identity of the rollout to the sampling parameters of every agent loop."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        lean_rollout.use_local_reward(self)
 
     async def _run_agent_loop(self, sampling_params, trajectory, *, agent_name, trace=True, **kwargs):
         rollout = self.config.actor_rollout_ref.rollout
@@ -34,7 +39,7 @@ class IdentifiedAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
         }
         extra_args = {**(sampling_params.get("extra_args") or {}), "rl_accel": identity}
         return await super()._run_agent_loop(
-            {**sampling_params, "extra_args": extra_args},
+            lean_rollout.final_output_only({**sampling_params, "extra_args": extra_args}),
             trajectory,
             agent_name=agent_name,
             trace=trace,

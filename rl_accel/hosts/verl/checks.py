@@ -44,7 +44,7 @@ def _check_drafting(accel: AccelConfig) -> None:
     if accel.draft.method == "suffix" and versions.installed("arctic-inference") is None:
         raise ConfigError(
             "rl_accel.draft.method=suffix is vLLM's suffix decoding, which needs the package arctic-inference: "
-            "pip install arctic-inference"
+            "run scripts/install_arctic.sh"
         )
 
 

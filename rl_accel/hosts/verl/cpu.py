@@ -6,6 +6,7 @@
   pinned: pinning needs an accelerator (`transformer_impl.CPUOffloadPolicy`);
 - a process group spelled "cpu:gloo": verl asks for "cpu:gloo,cpu:gloo", which torch rejects
   (`verl.utils.distributed.initialize_global_process_group_ray`).
+- half of the threads for an engine that runs in the process of its core (`CPUWorker.init_device`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 
 import psutil
 import torch
-from wrapt import register_post_import_hook
+from wrapt import register_post_import_hook, wrap_function_wrapper
 
 
 def _device_module() -> types.ModuleType:
@@ -165,8 +166,20 @@ def _fix_process_group(module) -> None:
     module.initialize_global_process_group_ray = initialize_global_process_group_ray
 
 
+def _one_thread_per_engine(module) -> None:
+    """With the `uni` executor vLLM leaves OpenMP as it finds it; the front end and the agent loop need the other cores."""
+
+    def init_device(wrapped, worker, args, kwargs):
+        if worker.parallel_config.distributed_executor_backend == "uni":
+            torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+        return wrapped(*args, **kwargs)
+
+    wrap_function_wrapper(module, "CPUWorker.init_device", init_device)
+
+
 def install() -> None:
     """Register the platform now and the rest as soon as verl imports the modules concerned."""
     _register_platform()
     register_post_import_hook(_register_engines, "verl.workers.engine.fsdp.transformer_impl")
     register_post_import_hook(_fix_process_group, "verl.utils.distributed")
+    register_post_import_hook(_one_thread_per_engine, "vllm.v1.worker.cpu_worker")

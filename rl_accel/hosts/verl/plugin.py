@@ -5,7 +5,7 @@ waits for a verl module to be imported and costs nothing until then:
 - always: `validate_config`, where a drop-in command's settings are read in the driver (`prepare.py`);
 - `VERL_PLATFORM=cpu`: what verl lacks to run without an accelerator (`cpu.py`);
 - `RL_ACCEL_ACTIVE=1`, which `prepare.py` sets for the Ray processes of a run that asked for rl_accel: trainer,
-  file logger, engine server and weight receiver.
+  file logger, engine server, weight receiver, and the plumbing of the agent loop (`lean_rollout.py`).
 verl swallows exceptions of plug-ins at debug level; the run then stops at the unknown trainer name `rl_accel_sync`.
 """
 
@@ -35,6 +35,15 @@ def _patch(name: str):
     return apply
 
 
+def _lean(name: str):
+    def apply(module) -> None:
+        from rl_accel.hosts.verl import lean_rollout
+
+        getattr(lean_rollout, name).apply(module)
+
+    return apply
+
+
 register_post_import_hook(_hook_validate_config, "verl.utils.config")
 
 if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
@@ -49,3 +58,6 @@ if os.environ.get(ACTIVE_ENV) == "1":
     register_post_import_hook(
         _patch("DrainFailedReceive"), "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer"
     )
+    register_post_import_hook(_lean("InstantiateDirectly"), "verl.experimental.agent_loop.agent_loop")
+    register_post_import_hook(_lean("CoalescePuts"), "verl.trainer.ppo.v1.agent_loop_tq")
+    register_post_import_hook(_lean("AcquireOnce"), "verl.workers.rollout.llm_server")

@@ -136,6 +136,7 @@ def _set_worker_environment(config: DictConfig) -> None:
         for name in (
             "VERL_PLATFORM",
             "VLLM_CPU_KVCACHE_SPACE",
+            "VLLM_ENABLE_V1_MULTIPROCESSING",
             "VERL_FILE_LOGGER_PATH",
             "WANDB_DIR",
             "WANDB_RUN_ID",

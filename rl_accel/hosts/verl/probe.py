@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 
-from rl_accel.hosts.verl import patches
+from rl_accel.hosts.verl import lean_rollout, patches
 
 
 def probe() -> dict[str, bool]:
@@ -28,6 +28,9 @@ def probe() -> dict[str, bool]:
         live[f"patch {patch.__name__}"] = function.__module__ == patches.__name__ or (
             getattr(function, "__globals__", {}).get("__name__") == patches.__name__
         )
+    for patch in lean_rollout.PATCHES:
+        module = importlib.import_module(patch.target.partition(":")[0])
+        live[f"patch {patch.__name__}"] = patch.is_live(module)
     if os.environ.get("VERL_PLATFORM") == "cpu":
         from verl.utils.device import get_device_name
 
