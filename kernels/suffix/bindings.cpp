@@ -185,6 +185,6 @@ NB_MODULE(_suffix, m) {
           "reliability",
           [](const SuffixIndex& self, u32 source) { return self.reliability(static_cast<Source>(source)); },
           nb::arg("source"));
-  m.attr("SOURCES") = nb::make_tuple("own", "sibling", "prompt", "past1", "past2", "past3_4", "past5", "cross");
+  m.attr("SOURCES") = nb::make_tuple("own", "sibling", "prompt", "past1", "past2", "past3_4", "past5", "cross", "shorter");
   m.attr("MATCH_LENGTHS") = nb::make_tuple("1", "2", "3", "4", "5-6", "7-8", "9-12", "13-20", "21-32", "33+");
 }

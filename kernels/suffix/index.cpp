@@ -9,11 +9,9 @@
 namespace rl_accel::suffix {
 namespace {
 
-constexpr u32 kMaxVotes = 16;
-constexpr u32 kCrossSlice = 64;   // tokens of ended rollouts that a step adds to the index over all problems
+constexpr u32 kCrossSlice = 64;   // more tokens than a step takes are fed to the index over all problems
 constexpr u32 kCrossContext = 32; // tokens matched again when that index was renewed
 constexpr u32 kPromptSequence = 0;
-constexpr u32 kShortMatch = 8;    // below it, a second, shorter context has a say
 constexpr float kMinProbability = 1e-6f;
 
 // Predictions for one draft position.
@@ -55,36 +53,57 @@ struct Ballot {
   }
 };
 
-// The token that most of a cursor's occurrences go on with; the later of equals.
-Token majority(const ClosedCursor& cursor, const ClosedProblem& problem, u32& best) {
-  Token tokens[ClosedCursor::kFollow];
-  bool same = true;
-  for (u32 i = 0; i < cursor.num; ++i) {
-    tokens[i] = problem.text[cursor.next[i]];
-    same &= tokens[i] == tokens[0];
+// Reads on behind the occurrences that a request follows in one closed epoch. One load per occurrence and position.
+class ClosedReader {
+ public:
+  ClosedReader() = default;
+  ClosedReader(const ClosedCursor& cursor, std::span<const Token> text, Source source)
+      : text_(text.data()), size_(text.size()), source_(source), num_(cursor.num), len_(cursor.len) {
+    for (u32 i = 0; i < num_; ++i) {
+      next_[i] = cursor.next[i];
+      tokens_[i] = text_[next_[i]];
+    }
   }
-  best = cursor.num;
-  if (same) return tokens[0];
-  Token token = 0;
-  best = 0;
-  for (u32 i = 0; i < cursor.num; ++i) {
-    const auto equal = static_cast<u32>(std::count(tokens, tokens + cursor.num, tokens[i]));
-    if (equal >= best) best = equal, token = tokens[i];
-  }
-  return token;
-}
 
-// Keeps the occurrences that go on with `token`.
-void follow(ClosedCursor& cursor, const ClosedProblem& problem, Token token) {
-  u32 kept = 0;
-  for (u32 i = 0; i < cursor.num; ++i) {
-    const u32 next = cursor.next[i];
-    if (problem.text[next] == token && next + 1 < problem.text.size() && problem.text[next + 1] != kStart)
-      cursor.next[kept++] = next + 1;
+  bool alive() const { return num_ > 0; }
+
+  // The token that most occurrences go on with, the later of equals.
+  void vote(Ballot& ballot, const Scoring& scoring) const {
+    Token token = tokens_[0];
+    u32 best = 1;
+    for (u32 i = 1; i < num_; ++i) best += tokens_[i] == token;
+    if (best < num_) {
+      best = 0;
+      for (u32 i = 0; i < num_; ++i) {
+        const auto equal = static_cast<u32>(std::count(tokens_, tokens_ + num_, tokens_[i]));
+        if (equal >= best) best = equal, token = tokens_[i];
+      }
+    }
+    const u32 cell = Scoring::cell(source_, len_, best, num_);
+    ballot.add(token, cell, scoring.odds(cell));
   }
-  cursor.num = kept;
-  ++cursor.len;
-}
+
+  // Keeps the occurrences that go on with `token`.
+  void follow(Token token) {
+    u32 kept = 0;
+    for (u32 i = 0; i < num_; ++i) {
+      const u32 next = next_[i] + 1;
+      if (tokens_[i] != token || next >= size_ || text_[next] == kStart) continue;
+      next_[kept] = next;
+      tokens_[kept++] = text_[next];
+    }
+    num_ = kept;
+    ++len_;
+  }
+
+ private:
+  const Token* text_ = nullptr;
+  std::size_t size_ = 0;
+  Source source_ = Source::kPast1;
+  u32 num_ = 0, len_ = 0;
+  u32 next_[ClosedCursor::kFollow];
+  Token tokens_[ClosedCursor::kFollow];
+};
 
 // A cursor that was not moved while its automaton grew may stand in a state that was split since.
 void normalise(const LiveAutomaton& automaton, u32& state, u32 len) {
@@ -105,11 +124,12 @@ class Reader {
   u32 best() const { return best_; }
   u32 total() const { return total_; }
   u32 sequence() const { return sequence_; }
-  std::optional<u32> shorter() const {
-    if (next_ != nullptr && !fresh_) return std::nullopt;
+  // The next shorter context, or the root where there is none or the automaton was left.
+  u32 shorter() const {
+    if (next_ != nullptr && !fresh_) return LiveAutomaton::kRoot;
     u32 s = automaton_->state(state_).link;
     while (s != LiveAutomaton::kRoot && automaton_->state(s).tok == LiveAutomaton::kNoToken) s = automaton_->state(s).link;
-    return s == LiveAutomaton::kRoot ? std::nullopt : std::optional<u32>(s);
+    return s;
   }
 
   // Finds the prediction of the current state; `text_at(end)` gives the text from an occurrence on, or an empty span.
@@ -124,7 +144,7 @@ class Reader {
     const LiveAutomaton::State& to = automaton_->state(from.to);
     token_ = from.tok;
     best_ = to.count;
-    total_ = from.degree == 0 ? to.count : automaton_->continued(from);
+    total_ = LiveAutomaton::continued(from, best_);
     sequence_ = End::seq(to.end);
     if (total_ == 1) {
       const std::span<const Token> text = text_at(to.end);
@@ -277,10 +297,10 @@ void SuffixIndex::end(i64 handle, bool keep) {
 
 void SuffixIndex::learn(Request& r, std::span<const Token> tokens) {
   ++stats_.passes;
-  if (!r.path.empty()) {
-    for (const Vote& vote : r.votes) scoring_.learn_cell(vote.cell, vote.token == tokens[0]);
+  if (r.num_candidates > 0) {
+    for (u32 i = 0; i < r.num_votes; ++i) scoring_.learn_cell(r.votes[i].cell, r.votes[i].token == tokens[0]);
     u32 right = 0;
-    for (std::size_t k = 0; k < std::min(r.path.size(), tokens.size()); ++k) {
+    for (std::size_t k = 0; k < std::min<std::size_t>(r.num_candidates, tokens.size()); ++k) {
       const bool hit = r.path[k] == tokens[k];
       scoring_.learn_score(r.scores[k], hit);
       if (!hit) break;
@@ -296,13 +316,7 @@ void SuffixIndex::learn(Request& r, std::span<const Token> tokens) {
   forget_draft(r);
 }
 
-void SuffixIndex::forget_draft(Request& r) {
-  r.path.clear();
-  r.scores.clear();
-  r.paths.clear();
-  r.votes.clear();
-  r.num_admitted = 0;
-}
+void SuffixIndex::forget_draft(Request& r) { r.num_candidates = r.num_votes = r.num_admitted = 0; }
 
 void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
   Problem& problem = *r.problem;
@@ -343,23 +357,20 @@ void SuffixIndex::draft(Request& r, u32 cap, float floor) {
   const Problem& problem = *r.problem;
   u32 state = problem.automaton.longest_continued(r.last);
   Reader live(problem.automaton, state, problem.automaton.state(state).len);
-  ClosedCursor closed[kMaxClosed];
-  const ClosedProblem* texts[kMaxClosed];
-  Source sources[kMaxClosed];
+  ClosedReader closed[kMaxClosed];
   u32 num_closed = 0;
   for (std::size_t i = 0; i < r.cursors.size(); ++i) {
     const i64 epoch = problem.closed[i].segment->epoch();
     if (r.cursors[i].num == 0 || epoch < min_epoch_) continue;
-    texts[num_closed] = &problem.closed[i].problem;
-    sources[num_closed] = past_source(newest_epoch_ + 1 - epoch);
-    closed[num_closed++] = r.cursors[i];
+    closed[num_closed++] =
+        ClosedReader(r.cursors[i], problem.closed[i].problem.text, past_source(newest_epoch_ + 1 - epoch));
   }
   std::optional<Reader> cross[2];
   for (u32 g = 0; g < 2; ++g)
     if (cross_[g] && r.cross[g].generation == cross_[g]->generation && r.cross[g].len > 0)
       cross[g].emplace(cross_[g]->automaton, r.cross[g].state, r.cross[g].len);
 
-  float path = 1.f;
+  float path = 1.f, expected = 0.f;
   for (u32 k = 0; k < cap; ++k) {
     Ballot ballot;
     if (live.alive()) {
@@ -371,21 +382,17 @@ void SuffixIndex::draft(Request& r, u32 cap, float floor) {
                                                       : Source::kSibling;
         const u32 cell = Scoring::cell(source, live.length(), live.best(), live.total());
         ballot.add(live.token(), cell, scoring_.odds(cell));
-        if (live.total() <= 2 && live.length() < kShortMatch && live.shorter()) {  // ask a shorter context, too
+        if (const u32 shorter = live.shorter(); shorter != LiveAutomaton::kRoot) {  // a shorter context has a say, too
           const LiveAutomaton& automaton = problem.automaton;
-          const LiveAutomaton::State& from = automaton.state(*live.shorter());
-          const u32 other = Scoring::cell(Source::kSibling, from.len, automaton.state(from.to).count, automaton.continued(from));
+          const LiveAutomaton::State& from = automaton.state(shorter);
+          const u32 best = automaton.state(from.to).count;
+          const u32 other = Scoring::cell(Source::kShorter, from.len, best, LiveAutomaton::continued(from, best));
           ballot.add(from.tok, other, scoring_.odds(other));
         }
       }
     }
-    for (u32 i = 0; i < num_closed; ++i) {
-      if (closed[i].num == 0) continue;
-      u32 best;
-      const Token token = majority(closed[i], *texts[i], best);
-      const u32 cell = Scoring::cell(sources[i], closed[i].len, best, closed[i].num);
-      ballot.add(token, cell, scoring_.odds(cell));
-    }
+    for (u32 i = 0; i < num_closed; ++i)
+      if (closed[i].alive()) closed[i].vote(ballot, scoring_);
     for (u32 g = 0; g < 2; ++g) {
       if (!cross[g] || !cross[g]->alive()) continue;
       if (cross[g]->reads_states()) cross[g]->settle([&](u32 end) { return text_at(*cross_[g], end); });
@@ -401,24 +408,26 @@ void SuffixIndex::draft(Request& r, u32 cap, float floor) {
     if (k == 0) {
       float strongest = -1;
       for (u32 i = 0; i < ballot.size; ++i) {
-        r.votes.push_back({ballot.cell[i], ballot.token[i]});
+        r.votes[r.num_votes++] = {ballot.cell[i], ballot.token[i]};
         if (ballot.token[i] == token && ballot.odds[i] > strongest) strongest = ballot.odds[i], r.lead_cell = ballot.cell[i];
       }
       stats_.expected_first += path;
     }
-    r.path.push_back(token);  // the first one below the floor is kept, so that its outcome is learned
-    r.scores.push_back(score);
-    r.paths.push_back(path);
+    r.path[k] = token;  // the first one below the floor is kept, so that its outcome is learned
+    r.scores[k] = static_cast<u8>(score);
+    r.paths[k] = path;
+    r.num_candidates = k + 1;
     if (path < floor) break;
-    stats_.expected_all += path;
-    ++stats_.candidates;
+    expected += path;
     if (k + 1 == cap || is_stop(token)) break;
     if (live.alive()) live.follow(token);
     for (u32 i = 0; i < num_closed; ++i)
-      if (closed[i].num > 0) follow(closed[i], *texts[i], token);
+      if (closed[i].alive()) closed[i].follow(token);
     for (u32 g = 0; g < 2; ++g)
       if (cross[g] && cross[g]->alive()) cross[g]->follow(token);
   }
+  stats_.expected_all += expected;
+  stats_.candidates += r.num_candidates;
 }
 
 // Decides how many tokens of each draft are admitted. Path probabilities fall along a draft, so admitting the tokens with
@@ -428,10 +437,10 @@ void SuffixIndex::admit(std::span<Request*> requests, std::span<const float> thr
   for (std::size_t i = 0; i < requests.size(); ++i) {
     Request& r = *requests[i];
     u32 n = 0;
-    while (n < r.paths.size() && r.paths[n] >= std::max(thresholds[i], options_.min_probability)) ++n;
+    while (n < r.num_candidates && r.paths[n] >= std::max(thresholds[i], options_.min_probability)) ++n;
     r.num_admitted = n;
     admitted += n;
-    possible += r.paths.size();
+    possible += r.num_candidates;
   }
   if (totals.empty()) return;
   const std::size_t base = requests.size();
@@ -444,8 +453,9 @@ void SuffixIndex::admit(std::span<Request*> requests, std::span<const float> thr
   wanted = std::min(wanted, possible);
   ratios_.clear();
   for (std::size_t i = 0; i < requests.size(); ++i)
-    for (const float path : requests[i]->paths)
-      if (path >= options_.min_probability && thresholds[i] <= 1.f) ratios_.push_back(path / thresholds[i]);
+    for (u32 k = 0; k < requests[i]->num_candidates; ++k)
+      if (const float path = requests[i]->paths[k]; path >= options_.min_probability && thresholds[i] <= 1.f)
+        ratios_.push_back(path / thresholds[i]);
   if (wanted == 0 || ratios_.empty()) {
     for (Request* r : requests) r->num_admitted = 0;
     return;
@@ -461,7 +471,7 @@ void SuffixIndex::admit(std::span<Request*> requests, std::span<const float> thr
     for (std::size_t i = 0; i < requests.size(); ++i) {
       Request& r = *requests[i];
       u32 n = strictly ? 0 : r.num_admitted;
-      while (n < r.paths.size() && left > 0 && thresholds[i] <= 1.f && r.paths[n] >= options_.min_probability &&
+      while (n < r.num_candidates && left > 0 && thresholds[i] <= 1.f && r.paths[n] >= options_.min_probability &&
              (strictly ? r.paths[n] / thresholds[i] > price : r.paths[n] / thresholds[i] >= price))
         ++n, --left;
       r.num_admitted = n;
@@ -477,10 +487,38 @@ Drafts SuffixIndex::emit(std::span<Request*> requests) const {
   out.tokens.reserve(out.offsets.back());
   out.paths.reserve(out.offsets.back());
   for (const Request* r : requests) {
-    out.tokens.insert(out.tokens.end(), r->path.begin(), r->path.begin() + r->num_admitted);
-    out.paths.insert(out.paths.end(), r->paths.begin(), r->paths.begin() + r->num_admitted);
+    out.tokens.insert(out.tokens.end(), r->path, r->path + r->num_admitted);
+    out.paths.insert(out.paths.end(), r->paths, r->paths + r->num_admitted);
   }
   return out;
+}
+
+// What the next requests will read first. The nearer half is in the cache already, so it is followed one step further.
+void SuffixIndex::prefetch_requests(std::size_t first, std::size_t last) const {
+  const std::size_t nearer = first + (last - first) / 2;
+  for (std::size_t i = first; i < nearer; ++i) {
+    const Request& r = *batch_[i];
+    r.problem->automaton.prefetch(r.last);
+    __builtin_prefetch(&r.problem->sequences[r.sequence]);
+    __builtin_prefetch(r.cursors.data());
+  }
+  for (std::size_t i = nearer; i < last; ++i) {
+    const char* bytes = reinterpret_cast<const char*>(batch_[i]);
+    for (const std::size_t line : {0, 64, 128, 192, 256}) __builtin_prefetch(bytes + line);
+  }
+}
+
+// What the drafts of these requests will begin with: continuations in the automaton and in the closed epochs.
+void SuffixIndex::prefetch_continuations(std::size_t first, std::size_t last) const {
+  for (std::size_t i = first; i < last; ++i) {
+    const Request& r = *batch_[i];
+    const LiveAutomaton& live = r.problem->automaton;
+    const u32 state = live.longest_continued(r.last);
+    if (state != LiveAutomaton::kRoot) live.prefetch(live.state(state).to);
+    for (std::size_t c = 0; c < r.cursors.size(); ++c)
+      for (u32 k = 0; k < r.cursors[c].num; ++k)
+        __builtin_prefetch(&r.problem->closed[c].problem.text[r.cursors[c].next[k]]);
+  }
 }
 
 // Requests of one problem that follow each other are taken together: all of them append, then all of them draft, so that
@@ -493,14 +531,14 @@ Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<co
   batch_.clear();
   for (const i64 handle : handles) batch_.push_back(&request(handle));
   const std::size_t n = batch_.size();
-  for (std::size_t i = 0; i < n; ++i) require_tokens(fresh_of(i));  // before anything changes
+  u32 num_taken = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    require_tokens(fresh_of(i));  // before anything changes
+    num_taken += static_cast<u32>(fresh_of(i).size());
+  }
   for (std::size_t first = 0, last = 0; first < n; first = last) {
     while (last < n && batch_[last]->problem == batch_[first]->problem) ++last;
-    for (std::size_t i = last; i < std::min(n, last + (last - first)); ++i) {
-      __builtin_prefetch(&batch_[i]->last);
-      __builtin_prefetch(&batch_[i]->votes);
-      batch_[i]->problem->automaton.prefetch(batch_[i]->last);
-    }
+    prefetch_requests(last, std::min(n, last + 2 * (last - first)));
     for (std::size_t i = first; i < last; ++i) {
       const std::span<const Token> fresh = fresh_of(i);
       if (fresh.empty()) {
@@ -510,11 +548,12 @@ Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<co
         take(*batch_[i], fresh);
       }
     }
+    prefetch_continuations(first, last);
     for (std::size_t i = first; i < last; ++i)
       draft(*batch_[i], caps[i], std::max(options_.min_probability, std::min(thresholds[i], 1.f) * below));
   }
   admit(batch_, thresholds, totals);
-  feed_cross(kCrossSlice);
+  feed_cross(num_taken + kCrossSlice);
   return emit(batch_);
 }
 
@@ -647,8 +686,7 @@ std::size_t SuffixIndex::live_bytes() const {
     for (const Sequence& s : problem->sequences) bytes += sizeof(Sequence) + s.tokens.capacity() * sizeof(Token);
   }
   for (const auto& r : requests_)
-    bytes += sizeof(Request) + r->cursors.capacity() * sizeof(ClosedCursor) +
-             (r->path.capacity() + r->scores.capacity() + r->paths.capacity()) * 4 + r->votes.capacity() * sizeof(Vote);
+    bytes += sizeof(Request) + r->cursors.capacity() * sizeof(ClosedCursor);
   return bytes;
 }
 

@@ -25,6 +25,7 @@ namespace rl_accel::suffix {
 
 inline constexpr u32 kMaxDraft = 128;  // vLLM verifies no more
 inline constexpr u32 kMaxClosed = 8;
+inline constexpr u32 kMaxVotes = 16;
 
 struct IndexOptions {
   u64 tokenizer = 0;          // fingerprint of the tokenizer whose ids are indexed
@@ -146,12 +147,12 @@ class SuffixIndex {
     std::vector<ClosedCursor> cursors;  // one per attached segment
     CrossCursor cross[2];
     // The draft that waits for its verdict.
-    std::vector<Token> path;
-    std::vector<u32> scores;
-    std::vector<float> paths;
-    std::vector<Vote> votes;
-    u32 num_admitted = 0;
+    u32 num_candidates = 0, num_votes = 0, num_admitted = 0;
     u32 lead_cell = 0;  // of the strongest vote for the first token
+    Vote votes[kMaxVotes];
+    Token path[kMaxDraft];
+    float paths[kMaxDraft];
+    u8 scores[kMaxDraft];
   };
 
   static std::span<const Token> text_at(const Problem& problem, u32 end);
@@ -165,6 +166,8 @@ class SuffixIndex {
   void admit(std::span<Request*> requests, std::span<const float> thresholds, std::span<const u32> totals);
   Drafts emit(std::span<Request*> requests) const;
   static void forget_draft(Request& request);
+  void prefetch_requests(std::size_t first, std::size_t last) const;
+  void prefetch_continuations(std::size_t first, std::size_t last) const;
   template <typename F>
   Drafts run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps, std::span<const float> thresholds,
              std::span<const u32> totals);

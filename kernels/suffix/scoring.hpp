@@ -15,8 +15,8 @@
 
 namespace rl_accel::suffix {
 
-enum class Source : u8 { kOwn, kSibling, kPrompt, kPast1, kPast2, kPast3, kPast5, kCross };
-inline constexpr u32 kNumSources = 8;
+enum class Source : u8 { kOwn, kSibling, kPrompt, kPast1, kPast2, kPast3, kPast5, kCross, kShorter };
+inline constexpr u32 kNumSources = 9;
 
 inline Source past_source(i64 age) {
   if (age <= 1) return Source::kPast1;
@@ -50,6 +50,7 @@ class Scoring {
   static constexpr u32 kNumCells = kNumSources * kNumLengths * kNumAgreements;
   static constexpr u32 kNumScores = 32;
   static constexpr u32 kNumPositions = 5;
+  static_assert(kNumScores * kNumPositions <= 256, "a score is kept in a byte");
   static constexpr float kForget = 2048;  // trials after which old ones count half
 
   Scoring() {
