@@ -3,12 +3,12 @@
     drafter = SuffixDrafter(DraftConfig())
     drafter.begin("r1", "problem 7", prompt_token_ids)
     drafts = drafter.propose(["r1"], [[first_token]], max_draft_tokens=8)
-    ...                                      # each call: what every request gained, accepted tokens and the target's own
+    ...                                      # in each call: the accepted tokens and the one that the target added
     drafter.end("r1")
     drafter.close_epoch(epoch=0)
 
 The index finds likely continuations (`index.py`), the planner decides how many are worth their price (`planner.py`).
-Without `observe_pass` prices are unknown and drafts run up to their caps. Not thread-safe. Host glue: `hosts/vllm/das.py`.
+Without `observe_pass` prices are unknown and drafts run up to their caps. Not thread-safe. Host: `hosts/vllm/das.py`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ NO_LIMIT = 1 << 30
 CROSS_TOKENS = 1 << 18
 MAX_LIVE_SHARE = 0.5
 """Of the memory for history; beyond it finished rollouts are packed before the epoch ends."""
-FALLING, RISING = 0.85, 1.0
-"""Of the last epoch's acceptance: below, the window is halved; above, it grows by an epoch."""
+FALLING = 0.85
+"""Of the last epoch's probability that a first token is accepted; below it the window is halved."""
+MIN_PASSES = 64
+"""Requests times passes of an epoch that say something about acceptance."""
 
 
 class SuffixDrafter:
@@ -70,7 +72,7 @@ class SuffixDrafter:
         self.epoch = 0
         self.window = self.config.window
         self.totals: npt.NDArray[np.uint32] = NO_TOTALS
-        """Sizes (requests + draft tokens) that a pass should fill, ascending, as CUDA graphs want; the last is the limit."""
+        """Sizes (requests + draft tokens) that a pass should fill, ascending, for CUDA graphs; the last is a limit."""
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._handles = np.zeros(0, np.int64)
@@ -82,8 +84,8 @@ class SuffixDrafter:
         self._thresholds = np.zeros(0, np.float32)
         self._passes_to_plan, self._planned_for = 0, 0
         self._usual_threshold = 0.0
-        self._accepted, self._drafted, self._passes = 0, 0, 0
-        self._last_rate: float | None = None
+        self._expected, self._passes = 0.0, 0
+        self._last_rate = 0.0
         self._by_source: dict[tuple[int, int], np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -161,13 +163,14 @@ class SuffixDrafter:
         self._generated[slots] += lengths
         caps, thresholds = self._prices(slots)
         caps = np.minimum(caps, np.maximum(wanted, 0)).astype(np.uint32)
-        drafts, ends, _ = self.index.propose_batch(
-            self._handles[slots], tokens, offsets, caps, thresholds, self.totals
-        )
+        drafts, ends, _ = self.index.propose_batch(self._handles[slots], tokens, offsets, caps, thresholds, self.totals)
         return [drafts[ends[i] : ends[i + 1]].tolist() for i in range(n)]
 
     def propose_rows(
-        self, request_ids: Sequence[str], token_ids: npt.NDArray[np.int32], rows: npt.NDArray[np.uint32],
+        self,
+        request_ids: Sequence[str],
+        token_ids: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.uint32],
         num_tokens: npt.NDArray[np.uint32],
     ) -> list[list[int]]:
         """`propose` for a host that keeps each request's text (prompt first) in a row of `token_ids`."""
@@ -176,9 +179,7 @@ class SuffixDrafter:
         slots = self._slots_of(request_ids)
         self._generated[slots] = num_tokens - self._prompt_lengths[slots]
         caps, thresholds = self._prices(slots)
-        return self.index.propose_rows(
-            self._handles[slots], token_ids, rows, num_tokens, caps, thresholds, self.totals
-        )
+        return self.index.propose_rows(self._handles[slots], token_ids, rows, num_tokens, caps, thresholds, self.totals)
 
     def observe_pass(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
         """Report the wall time of one pass without prefills; from then on drafts are priced."""
@@ -201,18 +202,25 @@ class SuffixDrafter:
         """Close an epoch: pack what ended, shrink or widen the window, forget what is beyond it."""
         self.collect()
         info = self.index.close_epoch(epoch, policy_version)
-        rate = self._accepted / self._passes if self._passes else None
-        if rate is not None and self._last_rate is not None:
-            if rate < FALLING * self._last_rate:
-                self.window = max(1, self.window // 2)
-            elif rate >= RISING * self._last_rate:
-                self.window = min(self.config.window, self.window + 1)
-        self._last_rate = self._last_rate if rate is None else rate
-        self._accepted = self._drafted = self._passes = 0
+        self._adapt_window()
         self.epoch = max(self.epoch, epoch + 1)
         self.drop_before(self.epoch - self.window)
         self.bound_memory()
         return info
+
+    def _adapt_window(self) -> None:
+        """Halve the window when first tokens are predicted worse than in the epoch before, else let it grow.
+
+        A first token's probability does not depend on what drafts cost, so pricing does not look like forgetting.
+        """
+        if self._passes >= MIN_PASSES:
+            rate = self._expected / self._passes
+            if rate < FALLING * self._last_rate:
+                self.window = max(1, self.window // 2)
+            elif rate >= self._last_rate:
+                self.window = min(self.config.window, self.window + 1)
+            self._last_rate = rate
+        self._expected, self._passes = 0.0, 0
 
     def drop_before(self, epoch: int) -> None:
         """Forget closed epochs before this one."""
@@ -235,10 +243,9 @@ class SuffixDrafter:
         """Take the index's counters into account; returns them (see `SuffixIndex.take_stats`)."""
         stats = self.index.take_stats()
         self.planner.observe_candidates(stats["passes"], stats["expected_first"], stats["expected_all"])
+        self._expected += stats["expected_first"]
         self._passes += stats["passes"]
         for source, length, drafts, drafted, accepted in stats["by_source"]:
-            self._drafted += drafted
-            self._accepted += accepted
             key = (source, length)
             self._by_source[key] = self._by_source.get(key, 0) + np.array([drafts, drafted, accepted])
         return stats

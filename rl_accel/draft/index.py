@@ -79,7 +79,7 @@ class SuffixIndex:
     ):
         if _suffix is None:
             raise NotLiveError(
-                f"the C++ extension rl_accel.kernels.suffix cannot be imported ({_import_error}); install rl-accel again"
+                f"the C++ extension rl_accel.kernels.suffix cannot be imported ({_import_error}); reinstall rl-accel"
             )
         if not 1 <= max_draft <= MAX_DRAFT:
             raise DraftError(f"max_draft must be 1 to {MAX_DRAFT}; got {max_draft}")
@@ -142,7 +142,7 @@ class SuffixIndex:
         thresholds: npt.NDArray[np.float32],
         totals: npt.NDArray[np.uint32] = NO_TOTALS,
     ) -> list[list[int]]:
-        """`propose_batch` that reads each request's whole text (prompt first) from `token_ids[rows[i], :num_tokens[i]]`.
+        """`propose_batch` that reads each request's text (prompt first) from `token_ids[rows[i], :num_tokens[i]]`.
 
         Only what a request gained since it was last seen is taken, so calls may have been missed.
         """

@@ -83,8 +83,7 @@ class NaiveIndex:
         """Return what followed the longest match: in the live tier, and in each closed epoch."""
         request = self._requests[handle]
         closed = [
-            self._closed_match(request, self._closed[i][1][request.problem])[1]
-            for i in self._attached[request.problem]
+            self._closed_match(request, self._closed[i][1][request.problem])[1] for i in self._attached[request.problem]
         ]
         return self._live_match(request)[2], closed
 
@@ -105,8 +104,8 @@ class NaiveIndex:
                 for end in range(length, len(text) + 1)
                 if text[end - length : end] == suffix
             }
-            following = Counter()
-            for name, (text, _) in enumerate(texts):
+            following: Counter[int] = Counter()
+            for text, _ in texts:
                 for end in range(length, len(text)):
                     if text[end - length : end] == suffix:
                         following[text[end]] += 1
@@ -124,10 +123,7 @@ class NaiveIndex:
         for length in range(len(context), 0, -1):
             suffix = context[len(context) - length :]
             following = Counter(
-                text[end]
-                for text in texts
-                for end in range(length, len(text))
-                if text[end - length : end] == suffix
+                text[end] for text in texts for end in range(length, len(text)) if text[end - length : end] == suffix
             )
             if following:
                 return length, following

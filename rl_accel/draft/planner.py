@@ -32,7 +32,7 @@ PLAN_EVERY = 16
 PROBE_EVERY = 128
 """Passes without any draft after which one pass drafts what is likely, to see what drafts cost now."""
 CHEAPER, SURPRISE_RATE = -0.1, 1.0 / 8.0
-"""A probe goes on while passes with drafts take less than predicted by this share, in the mean of about 8: a fit that was
+"""A probe goes on while passes with drafts take less than predicted by this share, in the mean of some 8: a fit that is
 sure of high prices needs more passes to believe in low ones than a probe has."""
 SCENARIO_CELLS = 4096
 """Requests times scenarios of a forecast: few requests get many scenarios, as their values scatter more."""

@@ -167,7 +167,7 @@ def _fix_process_group(module) -> None:
 
 
 def _one_thread_per_engine(module) -> None:
-    """With the `uni` executor vLLM leaves OpenMP as it finds it; the front end and the agent loop need the other cores."""
+    """With the executor `uni` vLLM leaves OpenMP as it finds it; front end and agent loop need the other cores."""
 
     def init_device(wrapped, worker, args, kwargs):
         if worker.parallel_config.distributed_executor_backend == "uni":

@@ -76,9 +76,7 @@ class DraftHistory:
             return
         folder = self._checkpoint(self.trainer.global_steps)
         folder.mkdir(parents=True, exist_ok=True)
-        self._call_each(
-            "rl_accel_draft_save", [(str(folder / f"engine{i:03d}"),) for i in range(len(self._servers()))]
-        )
+        self._call_each("rl_accel_draft_save", [(str(folder / f"engine{i:03d}"),) for i in range(len(self._servers()))])
         for other in folder.parent.parent.glob(f"global_step_*/{FOLDER}"):
             if other != folder and not (other.parent / "actor").exists():
                 shutil.rmtree(other, ignore_errors=True)

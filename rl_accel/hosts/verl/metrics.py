@@ -123,7 +123,9 @@ def record_rollouts(path: str, keys: Sequence[str], rollouts, epoch: int, step: 
     append_rollouts(
         path,
         [
-            Rollout(int(epoch), int(step), str(_unwrap(problem)), sample, tuple(prompt.tolist()), tuple(response.tolist()))
+            Rollout(
+                int(epoch), int(step), str(_unwrap(problem)), sample, tuple(prompt.tolist()), tuple(response.tolist())
+            )
             for problem, sample, prompt, response in zip(
                 rollouts[PROBLEM_ID],
                 _sample_indices(keys, rollouts),

@@ -95,7 +95,7 @@ def install(runner: Any, config: Mapping[str, Any]) -> None:
             live["das"] = True
         elif draft_method == "das":
             raise NotLiveError(
-                f"rl_accel.draft.method is 'das', but vLLM's speculative_config names another drafter; set its model to "
+                f"rl_accel.draft.method is 'das', but speculative_config names another drafter; its model must be "
                 f"{DAS_PROPOSER}"
             )
     runner.rl_accel_live = live

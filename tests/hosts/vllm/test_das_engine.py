@@ -50,7 +50,9 @@ def run_engine(model: str, mode: str) -> dict:
     from rl_accel.hosts.verl.prepare import draft_settings, speculative_config
 
     speculates, foreign = not mode.startswith("plain"), mode == "serve"
-    accel = AccelConfig.from_mapping({"draft": {"method": "das", "num_speculative_tokens": MAX_DRAFT, "policy": "fixed"}})
+    accel = AccelConfig.from_mapping(
+        {"draft": {"method": "das", "num_speculative_tokens": MAX_DRAFT, "policy": "fixed"}}
+    )
     additional = {"rl_accel": {"sampling": {"exact": True, "seed": 7}}}
     if speculates:
         additional["rl_accel"]["draft"] = draft_settings(accel)
@@ -84,9 +86,7 @@ def run_engine(model: str, mode: str) -> dict:
         llm.generate([{"prompt_token_ids": prompt(0)}], [params(0, 9, 9, False, validate=True)], use_tqdm=False)
         result["after_validation"] = llm.collective_rpc(_close_epoch, args=(9,))
         result["aborted"] = abort_two(llm)
-    result["preemptions"] = sum(
-        metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
-    )
+    result["preemptions"] = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
     return result
 
 
