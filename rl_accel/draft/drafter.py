@@ -94,6 +94,10 @@ class SuffixDrafter:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._slots
 
+    def num_generated(self, request_id: str) -> int:
+        """Return how many response tokens of a live request were taken."""
+        return int(self._generated[int(self._slots_of([request_id])[0])])
+
     def begin(
         self,
         request_id: str,

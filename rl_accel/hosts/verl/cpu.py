@@ -6,7 +6,7 @@
   pinned: pinning needs an accelerator (`transformer_impl.CPUOffloadPolicy`);
 - a process group spelled "cpu:gloo": verl asks for "cpu:gloo,cpu:gloo", which torch rejects
   (`verl.utils.distributed.initialize_global_process_group_ray`).
-- half of the threads for an engine that runs in the process of its core (`CPUWorker.init_device`).
+- one thread for an engine that runs in the process of its core (`CPUWorker.init_device`); two were slower on two cores.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _one_thread_per_engine(module) -> None:
 
     def init_device(wrapped, worker, args, kwargs):
         if worker.parallel_config.distributed_executor_backend == "uni":
-            torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+            torch.set_num_threads(1)
         return wrapped(*args, **kwargs)
 
     wrap_function_wrapper(module, "CPUWorker.init_device", init_device)

@@ -32,8 +32,9 @@ from rl_accel.errors import DraftError, NotLiveError
 
 logger = logging.getLogger(__name__)
 
-FOREIGN_EPOCH_TOKENS = 1 << 20
-"""Response tokens of requests without identity after which their epoch is closed: serving has no epochs of its own."""
+FOREIGN_EPOCH_TOKENS = 1 << 17
+"""Response tokens of requests without identity after which an epoch is closed: serving has none of its own. Closing takes
+about 0.2 us a token."""
 
 
 class DASProposer:
@@ -49,6 +50,7 @@ class DASProposer:
         self.runner: Any = None
         self.drafter: SuffixDrafter | None = None
         self._keep: dict[str, bool] = {}
+        self._foreign: set[str] = set()
         self._foreign_tokens = 0
         self._last_start: float | None = None
         self._last_ids: list[str] = []
@@ -138,14 +140,24 @@ class DASProposer:
         self.drafter.begin(name, problem, prompt_token_ids, max_tokens)
         self._keep[name] = keep
         if identity is None:
-            self._foreign_tokens += max_tokens if params is None else 0
+            self._foreign.add(name)
 
     def _end_gone(self) -> None:
         """End what the runner no longer knows."""
         assert self.drafter is not None
         gone = self._keep.keys() - self.runner.requests.keys()
         for name in sorted(gone):  # a set has no order, and history should not depend on hashing
-            self.drafter.end(name, self._keep.pop(name))
+            self._end(name)
+        if self._foreign_tokens >= FOREIGN_EPOCH_TOKENS:
+            self._foreign_tokens = 0
+            self.drafter.close_epoch(self.drafter.epoch)
+
+    def _end(self, name: str) -> None:
+        assert self.drafter is not None
+        if name in self._foreign:
+            self._foreign.discard(name)
+            self._foreign_tokens += self.drafter.num_generated(name)
+        self.drafter.end(name, self._keep.pop(name))
 
     def _end_done(self) -> None:
         """Between steps: end also what is complete and of which the runner will be told with the next step only."""
@@ -158,7 +170,7 @@ class DASProposer:
                 continue
             stopped = not params.ignore_eos and not stops.isdisjoint(tokens[-self.config.max_draft - 1 :])
             if stopped or (params.max_tokens is not None and len(tokens) >= params.max_tokens):
-                self.drafter.end(name, self._keep.pop(name))  # type: ignore[union-attr]
+                self._end(name)
 
     def _time_pass(self, started: float, ids: list[str], steady: bool) -> None:
         """A pass took from one call to the next, if the same requests ran on and no prompt was processed."""
@@ -181,14 +193,19 @@ class DASProposer:
         return info
 
     def read_segments(self, paths: list[str]) -> int:
-        """Map segments that other engines wrote; returns how many."""
+        """Map segments that other engines wrote; returns how many. A damaged one is left out, and said."""
         if self.drafter is None:
             return 0
+        num_read = 0
         for path in paths:
-            if os.path.exists(path):
-                self.drafter.index.open_segment(path)
+            if os.path.exists(path):  # an engine without rollouts in this epoch wrote none
+                try:
+                    self.drafter.index.open_segment(path)
+                    num_read += 1
+                except DraftError as error:
+                    logger.error("rl_accel: a segment of another engine is left out: %s", error)
         self.drafter.bound_memory()
-        return len(paths)
+        return num_read
 
     def save(self, path: str) -> bool:
         """Write a snapshot of the history; False on ranks without one."""
@@ -214,7 +231,7 @@ class DASProposer:
             logger.error("rl_accel: history is not restored, drafting starts without it: %s", error)
             return {"restored": False, "reason": str(error)}
         drafter.totals = self.drafter.totals
-        self.drafter, self._keep = drafter, {}
+        self.drafter, self._keep, self._foreign = drafter, {}, set()
         return {"restored": True, "tokens": sum(s["num_tokens"] for s in drafter.index.segments())}
 
     def drain_metrics(self) -> dict[str, float]:

@@ -25,14 +25,12 @@ def tokens_of(run, step):
     return {key: row.token_ids.tolist() for key, row in load_tokens(run.path / "tokens" / f"{step}.npz").items()}
 
 
-def resumed_from_step_2(trainings, das, name, spoil=None):
-    """Copy the run as it was after step 2, maybe spoil its history, and train on."""
+def resumed_from_step_2(trainings, das, name):
+    """Copy the run as it was after step 2 and train on."""
     target = trainings.root / name
     shutil.copytree(das.path, target)
     shutil.rmtree(target / "checkpoints" / "global_step_4")
     (target / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
-    if spoil is not None:
-        spoil(target / "checkpoints" / "global_step_2" / "rl_accel_draft" / "engine000")
     return trainings.run(name, *DAS)
 
 
@@ -70,17 +68,4 @@ def test_history_comes_back_with_the_checkpoint(trainings, das) -> None:
     metrics = resumed.metrics()
     assert metrics[3]["rl_accel/draft/history_refused"] == 0
     assert metrics[3]["rl_accel/draft/accepted_by_past1"] > 0, "nothing was drafted from before the resume"
-    assert tokens_of(resumed, 4) == tokens_of(das, 4)
-
-
-def test_a_damaged_history_is_refused_and_training_goes_on(trainings, das) -> None:
-    def flip_a_bit(snapshot) -> None:
-        segment = next(snapshot.glob("*.segment"))
-        data = bytearray(segment.read_bytes())
-        data[len(data) // 2] ^= 1
-        segment.write_bytes(data)
-
-    resumed = resumed_from_step_2(trainings, das, "das_damaged", flip_a_bit)
-    assert resumed.metrics()[3]["rl_accel/draft/history_refused"] == 1
-    assert resumed.metrics()[3].get("rl_accel/draft/accepted_by_past1", 0) == 0
     assert tokens_of(resumed, 4) == tokens_of(das, 4)

@@ -55,6 +55,17 @@ def test_the_block_points_verl_at_our_classes(make_config):
     assert config.ray_kwargs.ray_init.runtime_env.env_vars.RL_ACCEL_ACTIVE == "1"
 
 
+def test_das_names_its_proposer_and_passes_its_settings(make_config):
+    config = make_config("rl_accel.draft.method=das", "rl_accel.draft.window=3")
+    prepare(config)
+    rollout = config.actor_rollout_ref.rollout
+    speculative = rollout.engine_kwargs.vllm.speculative_config
+    assert speculative.model == "rl_accel.hosts.vllm.das.DASProposer"
+    assert speculative.num_speculative_tokens == 16
+    assert rollout.engine_kwargs.vllm.additional_config.rl_accel.draft.window == 3
+    assert rollout.max_model_len == 640 + 16
+
+
 def test_float32_means_float32(make_config):
     roles = ("actor", "ref")
     config = make_config(*(f"~actor_rollout_ref.{role}.fsdp_config.mixed_precision" for role in roles))

@@ -86,6 +86,9 @@ def run_engine(model: str, mode: str) -> dict:
         llm.generate([{"prompt_token_ids": prompt(0)}], [params(0, 9, 9, False, validate=True)], use_tqdm=False)
         result["after_validation"] = llm.collective_rpc(_close_epoch, args=(9,))
         result["aborted"] = abort_two(llm)
+        result["snapshots"] = llm.collective_rpc(_spoil_a_snapshot, args=(f"{model}-history",))[0]
+        after = llm.generate([{"prompt_token_ids": prompt(0)}], [params(0, 0, 0, False)], use_tqdm=False)
+        result["after_refusal"] = list(after[0].outputs[0].token_ids)
     result["preemptions"] = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
     return result
 
@@ -119,6 +122,18 @@ def _close_epoch(worker, epoch: int) -> dict:
     info = drafter.close_epoch(epoch, epoch)
     drafter.drafter.index.check_integrity()
     return {"counts": counts, "segment": info, "open": len(drafter.drafter), "metrics": drafter.drain_metrics()}
+
+
+def _spoil_a_snapshot(worker, path: str) -> dict:
+    """Save the history, read it back, then flip one bit of it and read it again."""
+    drafter = worker.model_runner.drafter
+    drafter.save(path)
+    whole = drafter.open(path)
+    segment = sorted(Path(path).glob("*.segment"))[0]
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 1
+    segment.write_bytes(data)
+    return {"whole": whole, "spoiled": drafter.open(path)}
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +191,16 @@ def test_validation_leaves_no_history(engines) -> None:
     after = engines("das")["after_validation"][0]
     assert after["open"] == 0
     assert after["segment"]["num_tokens"] == 0
+
+
+def test_a_snapshot_comes_back_and_a_damaged_one_is_refused(engines) -> None:
+    """After the refusal the engine goes on, and samples what it would have sampled."""
+    das = engines("das")
+    assert das["snapshots"]["whole"]["restored"] is True
+    assert das["snapshots"]["whole"]["tokens"] > NUM_PROBLEMS * NUM_SAMPLES * MAX_TOKENS
+    assert das["snapshots"]["spoiled"]["restored"] is False
+    assert "damaged" in das["snapshots"]["spoiled"]["reason"]
+    assert das["after_refusal"] == das["tokens"][0][0]
 
 
 def test_aborted_requests_end(engines) -> None:
