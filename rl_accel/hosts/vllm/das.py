@@ -33,8 +33,8 @@ from rl_accel.errors import DraftError, NotLiveError
 logger = logging.getLogger(__name__)
 
 FOREIGN_EPOCH_TOKENS = 1 << 17
-"""Response tokens of requests without identity after which an epoch is closed: serving has none of its own. Closing takes
-about 0.2 us a token."""
+"""Response tokens of requests without identity after which an epoch is closed: serving has none of its own. Closing
+takes about 0.2 us a token."""
 
 
 class DASProposer:

@@ -1,5 +1,5 @@
-"""What the DAS proposer does between steps: epochs of serving, and segments that engines share. The drafter is real; the
-model runner is reduced to the tables that the proposer reads."""
+"""What the DAS proposer does between steps: epochs of serving, and segments that engines share. The drafter is real;
+the model runner is reduced to the tables that the proposer reads."""
 
 from __future__ import annotations
 
