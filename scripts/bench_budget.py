@@ -3,10 +3,10 @@
     python scripts/bench_budget.py [--concurrency 1,8,64] [--repeats 5] [--json FILE] [--plot FILE.png]
 
 Every arm is a vLLM engine in a process of its own, on the tiny policy of the quickstart with exact sampling, so all
-arms generate the same tokens. A block is one batch of requests; the arms run the same block one after the other, in an order
-that turns, while the others wait. Two data sets: `rollouts` (problems that come back, temperature 1) and `noise`
-(temperature 4: nothing can be predicted). Reported: median over blocks of an arm's time divided by `none`'s time for
-the same block; above 1 means slower than not drafting. Left out: the time of learning, a first epoch that is not measured.
+arms generate the same tokens. A block is one batch of requests; the arms run the same block one after the other, in
+an order that turns, while the others wait. Two data sets: `rollouts` (problems that come back, temperature 1) and
+`noise` (temperature 4: nothing can be predicted). Reported: the median over blocks of an arm's time divided by `none`'s
+for the same block; above 1 means slower than not drafting. Left out: the first blocks, in which an arm learns.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def measure(concurrencies: list[int], repeats: int) -> dict[tuple[str, int, str]
                 row = found[data, concurrency, arm]
                 print(
                     f"{data:9} {concurrency:3} requests  {arm:8} time / none {row['ratio']:.3f} "
-                    f"({row['low']:.3f} to {row['high']:.3f})  drafted {row['drafted']:.0f} of {row['tokens']:.0f} tokens",
+                    f"({row['low']:.3f} to {row['high']:.3f})  drafted {row['drafted']:.0f}",
                     flush=True,
                 )
     for pipe, process in zip(pipes.values(), processes, strict=True):
