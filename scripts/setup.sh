@@ -28,24 +28,40 @@ install_into_venv() {
   if [ "$flavour" = cpu ]; then
     "$RL_ACCEL_ROOT/.venv/bin/python" "$RL_ACCEL_ROOT/scripts/vllm_cpu_stub.py"
   fi
-  "${pip[@]}" --no-deps --no-build-isolation -e "$RL_ACCEL_ROOT"
 }
 
+# The C++ kernels are built with the package; what they are built from decides whether that is due.
+build_package() {
+  command -v c++ >/dev/null || {
+    echo "rl_accel builds its C++ kernels and found no compiler (Debian, Ubuntu: apt install g++)" >&2; return 1
+  }
+  PATH="$RL_ACCEL_ROOT/.venv/bin:$PATH" "$RL_ACCEL_ROOT/.venv/bin/python" -m pip --disable-pip-version-check install \
+    --quiet --progress-bar off --no-deps --no-build-isolation -e "$RL_ACCEL_ROOT"
+}
+
+checksum() { sha256sum | cut -c1-16; }
+
 setup() {
-  local flavour=${RL_ACCEL_DEVICE:-} stamp python
+  local flavour=${RL_ACCEL_DEVICE:-} stamp built python
   if [ -z "$flavour" ]; then
     if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then flavour=gpu; else flavour=cpu; fi
   fi
   stamp="$RL_ACCEL_ROOT/.venv/.rl_accel-$flavour-$(cat "$RL_ACCEL_ROOT/requirements/$flavour.txt" \
     "$RL_ACCEL_ROOT/pyproject.toml" "$RL_ACCEL_ROOT/CMakeLists.txt" "$RL_ACCEL_ROOT/scripts/setup.sh" \
-    | sha256sum | cut -c1-16)"
+    | checksum)"
+  built="$RL_ACCEL_ROOT/.venv/.rl_accel-kernels-$(find "$RL_ACCEL_ROOT/kernels" "$RL_ACCEL_ROOT/CMakeLists.txt" -type f \
+    \( -name '*.?pp' -o -name CMakeLists.txt \) -print0 | sort -z | xargs -0 cat | checksum)"
   if [ ! -e "$stamp" ]; then
     python=$(find_python)
     echo "rl_accel: setting up .venv ($flavour, $("$python" -V 2>&1)); this happens once and takes a few minutes" >&2
     [ -x "$RL_ACCEL_ROOT/.venv/bin/python" ] || "$python" -m venv "$RL_ACCEL_ROOT/.venv"
     install_into_venv "$flavour"
     rm -f "$RL_ACCEL_ROOT"/.venv/.rl_accel-*
-    touch "$stamp"
+  fi
+  if [ ! -e "$stamp" ] || [ ! -e "$built" ]; then
+    build_package
+    rm -f "$RL_ACCEL_ROOT"/.venv/.rl_accel-kernels-*
+    touch "$stamp" "$built"
   fi
   # shellcheck disable=SC1091
   source "$RL_ACCEL_ROOT/.venv/bin/activate"
