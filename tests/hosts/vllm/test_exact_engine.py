@@ -228,6 +228,7 @@ def test_off_means_off_and_on_means_live(engines):
         "exact_sampling": True,
         "cpu_repair": False,
         "spec_stats": False,
+        "das": False,
         "self_test": "not needed",
     }
     assert results["ngram"]["live"]["exact_sampling"] and results["ngram"]["live"]["self_test"] == "passed"
