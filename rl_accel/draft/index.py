@@ -1,7 +1,7 @@
 """The suffix index as Python sees it: flat numpy arrays in, drafts out, `DraftError` for everything it refuses.
 
 The work is done by `rl_accel.kernels.suffix` (C++). Its naive twin for tests is in `naive.py`.
-Cost: one call per engine step for all requests, without Python's lock; about 1 us a request.
+Cost: one call per engine step for all requests, without Python's lock; 2 to 7 us a request that drafts 18 tokens.
 """
 
 from __future__ import annotations
