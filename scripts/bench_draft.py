@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from rl_accel import machine
-from rl_accel.draft.index import _suffix
+from rl_accel.draft.index import MATCH_LENGTHS, SOURCES
 from rl_accel.draft.record import Rollout, read_rollouts
 from rl_accel.draft.replay import Arctic, Counts, Das, Ngram, ReplayResult, replay
 from rl_accel.errors import DraftError
@@ -226,7 +226,7 @@ def print_sources(das: Das) -> None:
     cells = das.by_source()
     for title, part in (("source of the first token", 0), ("match length", 1)):
         print(f"\n{'das by ' + title:<38}{'drafts':>9}{'drafted':>9}{'accepted':>9}{'rate':>9}")
-        for name in (_suffix.SOURCES, _suffix.MATCH_LENGTHS)[part]:
+        for name in (SOURCES, MATCH_LENGTHS)[part]:
             drafts, drafted, accepted = sum((n for key, n in cells.items() if key[part] == name), np.zeros(3, np.int64))
             print(f"  {name:<36}{drafts:>9}{drafted:>9}{accepted:>9}{accepted / max(drafted, 1):>9.3f}")
 

@@ -13,7 +13,6 @@ Without `observe_pass` prices are unknown and drafts run up to their caps. Not t
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -23,11 +22,9 @@ import numpy.typing as npt
 
 from rl_accel.config import DraftConfig
 from rl_accel.draft import history
-from rl_accel.draft.index import MAX_DRAFT, NO_TOTALS, SuffixIndex, problem_key
+from rl_accel.draft.index import MATCH_LENGTHS, MAX_DRAFT, NO_TOTALS, SOURCES, SuffixIndex, problem_key
 from rl_accel.draft.planner import PLAN_EVERY, Planner
 from rl_accel.errors import DraftError
-
-logger = logging.getLogger(__name__)
 
 NO_LIMIT = 1 << 30
 CROSS_TOKENS = 1 << 18
@@ -86,7 +83,7 @@ class SuffixDrafter:
         self._usual_threshold = 0.0
         self._expected, self._passes = 0.0, 0
         self._last_rate = 0.0
-        self._by_source: dict[tuple[int, int], np.ndarray] = {}
+        self._by_source: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -250,12 +247,12 @@ class SuffixDrafter:
         self._expected += stats["expected_first"]
         self._passes += stats["passes"]
         for source, length, drafts, drafted, accepted in stats["by_source"]:
-            key = (source, length)
+            key = (SOURCES[source], MATCH_LENGTHS[length])
             self._by_source[key] = self._by_source.get(key, 0) + np.array([drafts, drafted, accepted])
         return stats
 
-    def take_source_stats(self) -> dict[tuple[int, int], np.ndarray]:
-        """Return and reset (source, match length) -> int64 [drafts, drafted, accepted]."""
+    def take_source_stats(self) -> dict[tuple[str, str], npt.NDArray[np.int64]]:
+        """Return and reset (source, match length) of a draft's first token -> int64 [drafts, drafted, accepted]."""
         self.collect()
         found, self._by_source = self._by_source, {}
         return found

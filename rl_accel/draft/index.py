@@ -23,6 +23,10 @@ except ImportError as _error:  # the extension was not built; said where it is n
     _import_error: ImportError | None = _error
 
 F = TypeVar("F", bound=Callable[..., Any])
+SOURCES: tuple[str, ...] = _suffix.SOURCES if _suffix else ()
+"""Where a draft's first token came from, in the order of the numbers in `take_stats`."""
+MATCH_LENGTHS: tuple[str, ...] = _suffix.MATCH_LENGTHS if _suffix else ()
+"""Match lengths in tokens, likewise."""
 MAX_DRAFT = 128
 """vLLM verifies no longer drafts (`MAX_SPEC_LEN`)."""
 NO_TOTALS = np.zeros(0, np.uint32)
@@ -206,7 +210,7 @@ class SuffixIndex:
 
     def reliability(self) -> dict[str, float]:
         """Return per source how often its prediction was right, over matches of four tokens and more."""
-        return {name: self._index.reliability(i) for i, name in enumerate(_suffix.SOURCES)}
+        return {name: self._index.reliability(i) for i, name in enumerate(SOURCES)}
 
     def scoring_state(self) -> npt.NDArray[np.float32]:
         """Return what was learned about acceptance, for `load_scoring_state`."""

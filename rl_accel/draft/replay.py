@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from rl_accel.config import DraftConfig
 from rl_accel.draft.drafter import SuffixDrafter
-from rl_accel.draft.index import _suffix
 from rl_accel.draft.planner import Planner
 from rl_accel.draft.record import Rollout
 from rl_accel.errors import DraftError, NotLiveError
@@ -237,8 +236,7 @@ class Das:
 
     def by_source(self) -> dict[tuple[str, str], npt.NDArray[np.int64]]:
         """Return and reset (source, match length) of a draft's first token -> int64 [drafts, drafted, accepted]."""
-        found = self.drafter.take_source_stats()
-        return {(_suffix.SOURCES[source], _suffix.MATCH_LENGTHS[length]): n for (source, length), n in found.items()}
+        return self.drafter.take_source_stats()
 
 
 class Ngram:

@@ -65,7 +65,7 @@ class DASProposer:
         self.runner = runner
         if not _is_output_rank(self.vllm_config):
             return
-        self.drafter = self._new_drafter()
+        self.drafter = SuffixDrafter(self.config, **self._identity_of_tokenizer())
         self.drafter.totals = _capture_sizes(self.vllm_config)
 
     def _identity_of_tokenizer(self) -> dict[str, Any]:
@@ -73,9 +73,6 @@ class DASProposer:
             "tokenizer": tokenizer_fingerprint(self.vllm_config.model_config),
             "stop_token_ids": _stop_token_ids(self.vllm_config.model_config),
         }
-
-    def _new_drafter(self) -> SuffixDrafter:
-        return SuffixDrafter(self.config, **self._identity_of_tokenizer())
 
     def propose(
         self,
@@ -130,11 +127,9 @@ class DASProposer:
         if identity is None:
             problem, keep = "prompt/" + hashlib.blake2b(prompt_token_ids.tobytes(), digest_size=12).hexdigest(), True
         else:
-            # Validation looks at its own texts only, so that it can never find its way into a training rollout's.
-            problem = ("validation/" if identity.get("validate") else "problem/") + str(identity["problem_id"])
+            # Validation that is not kept has texts of its own, out of reach of a training rollout.
             keep = not identity.get("validate") or self.config.learn_from_validation
-            if keep and identity.get("validate"):
-                problem = "problem/" + str(identity["problem_id"])
+            problem = ("problem/" if keep else "validation/") + str(identity["problem_id"])
         room = self.max_model_len - len(prompt_token_ids)
         max_tokens = room if params is None or params.max_tokens is None else min(params.max_tokens, room)
         self.drafter.begin(name, problem, prompt_token_ids, max_tokens)
@@ -253,11 +248,9 @@ class DASProposer:
             "closed_bytes": float(memory["closed"]),
             "cross_bytes": float(memory["cross"]),
         }
-        from rl_accel.kernels.suffix import _suffix
-
         for (source, _), (_, drafted, accepted) in drafter.take_source_stats().items():
             for what, value in (("drafted", drafted), ("accepted", accepted)):
-                name = f"{what}_by_{_suffix.SOURCES[source]}"
+                name = f"{what}_by_{source}"
                 metrics[name] = metrics.get(name, 0.0) + float(value)
         self._propose_s, self._passes = 0.0, 0
         return metrics
