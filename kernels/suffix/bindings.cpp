@@ -77,22 +77,22 @@ NB_MODULE(_suffix, m) {
       .def(
           "propose_batch",
           [](SuffixIndex& self, const Array<i64>& handles, const Array<Token>& tokens, const Array<u32>& offsets,
-             const Array<u32>& caps, const Array<float>& thresholds, const Array<u32>& totals) {
+             const Array<u32>& caps, const Array<float>& thresholds, const Array<u32>& totals, float fee) {
             Drafts drafts;
             {
               nb::gil_scoped_release release;
               drafts = self.propose(view(handles), view(tokens), view(offsets), view(caps), view(thresholds),
-                                    view(totals));
+                                    view(totals), fee);
             }
             return nb::make_tuple(copy_of(drafts.tokens), copy_of(drafts.offsets), copy_of(drafts.paths));
           },
           nb::arg("handles"), nb::arg("tokens"), nb::arg("offsets"), nb::arg("caps"), nb::arg("thresholds"),
-          nb::arg("totals"))
+          nb::arg("totals"), nb::arg("fee"))
       .def(
           "propose_rows",
           [](SuffixIndex& self, const Array<i64>& handles, const Matrix& matrix, const Array<u32>& rows,
              const Array<u32>& num_tokens, const Array<u32>& caps, const Array<float>& thresholds,
-             const Array<u32>& totals) {
+             const Array<u32>& totals, float fee) {
             if (matrix.stride(1) != 1) throw SuffixError("propose_rows: the columns of the matrix must be adjacent");
             for (std::size_t i = 0; i < rows.shape(0); ++i)
               if (rows.data()[i] >= matrix.shape(0)) throw SuffixError("propose_rows: row outside of the matrix");
@@ -102,12 +102,12 @@ NB_MODULE(_suffix, m) {
             {
               nb::gil_scoped_release release;
               drafts = self.propose_rows(view(handles), matrix.data(), static_cast<std::size_t>(matrix.stride(0)),
-                                         view(rows), view(num_tokens), view(caps), view(thresholds), view(totals));
+                                         view(rows), view(num_tokens), view(caps), view(thresholds), view(totals), fee);
             }
             return rows_of(drafts);
           },
           nb::arg("handles"), nb::arg("matrix"), nb::arg("rows"), nb::arg("num_tokens"), nb::arg("caps"),
-          nb::arg("thresholds"), nb::arg("totals"))
+          nb::arg("thresholds"), nb::arg("totals"), nb::arg("fee"))
       .def(
           "close_epoch",
           [](SuffixIndex& self, i64 epoch, i64 policy_version) {

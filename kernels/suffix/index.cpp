@@ -432,15 +432,22 @@ void SuffixIndex::draft(Request& r, u32 cap, float floor) {
 
 // Decides how many tokens of each draft are admitted. Path probabilities fall along a draft, so admitting the tokens with
 // the best ratio of probability to price takes a prefix of every draft.
-void SuffixIndex::admit(std::span<Request*> requests, std::span<const float> thresholds, std::span<const u32> totals) {
+void SuffixIndex::admit(std::span<Request*> requests, std::span<const float> thresholds, std::span<const u32> totals,
+                        float fee) {
   std::size_t admitted = 0, possible = 0;
+  float gain = 0;
   for (std::size_t i = 0; i < requests.size(); ++i) {
     Request& r = *requests[i];
     u32 n = 0;
-    while (n < r.num_candidates && r.paths[n] >= std::max(thresholds[i], options_.min_probability)) ++n;
+    for (; n < r.num_candidates && r.paths[n] >= std::max(thresholds[i], options_.min_probability); ++n)
+      if (fee > 0) gain += r.paths[n] / std::max(thresholds[i], options_.min_probability) - 1.f;
     r.num_admitted = n;
     admitted += n;
     possible += r.num_candidates;
+  }
+  if (gain < fee) {
+    for (Request* r : requests) r->num_admitted = 0;
+    return;
   }
   if (totals.empty()) return;
   const std::size_t base = requests.size();
@@ -525,7 +532,7 @@ void SuffixIndex::prefetch_continuations(std::size_t first, std::size_t last) co
 // siblings see each other's newest tokens while the problem is still in the cache.
 template <typename F>
 Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps,
-                        std::span<const float> thresholds, std::span<const u32> totals) {
+                        std::span<const float> thresholds, std::span<const u32> totals, float fee) {
   // With room to fill, candidates below the price are wanted as well.
   const float below = totals.size() > 1 ? .25f : 1.f;
   batch_.clear();
@@ -552,14 +559,14 @@ Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<co
     for (std::size_t i = first; i < last; ++i)
       draft(*batch_[i], caps[i], std::max(options_.min_probability, std::min(thresholds[i], 1.f) * below));
   }
-  admit(batch_, thresholds, totals);
+  admit(batch_, thresholds, totals, fee);
   feed_cross(num_taken + kCrossSlice);
   return emit(batch_);
 }
 
 Drafts SuffixIndex::propose(std::span<const i64> handles, std::span<const Token> tokens, std::span<const u32> offsets,
                             std::span<const u32> caps, std::span<const float> thresholds,
-                            std::span<const u32> totals) {
+                            std::span<const u32> totals, float fee) {
   const std::lock_guard lock(mutex_);
   const std::size_t n = handles.size();
   if (offsets.size() != n + 1 || caps.size() != n || thresholds.size() != n)
@@ -568,13 +575,13 @@ Drafts SuffixIndex::propose(std::span<const i64> handles, std::span<const Token>
     if (offsets[i] > offsets[i + 1] || offsets[i + 1] > tokens.size())
       throw SuffixError("propose: offsets must not fall and stay within the tokens");
   const auto fresh_of = [&](std::size_t i) { return tokens.subspan(offsets[i], offsets[i + 1] - offsets[i]); };
-  return run(handles, fresh_of, caps, thresholds, totals);
+  return run(handles, fresh_of, caps, thresholds, totals, fee);
 }
 
 Drafts SuffixIndex::propose_rows(std::span<const i64> handles, const Token* matrix, std::size_t stride,
                                  std::span<const u32> rows, std::span<const u32> num_tokens,
                                  std::span<const u32> caps, std::span<const float> thresholds,
-                                 std::span<const u32> totals) {
+                                 std::span<const u32> totals, float fee) {
   const std::lock_guard lock(mutex_);
   const std::size_t n = handles.size();
   if (rows.size() != n || num_tokens.size() != n || caps.size() != n || thresholds.size() != n)
@@ -585,7 +592,7 @@ Drafts SuffixIndex::propose_rows(std::span<const i64> handles, const Token* matr
     const Token* row = matrix + static_cast<std::size_t>(rows[i]) * stride;
     return std::span<const Token>(row + consumed, num_tokens[i] - consumed);
   };
-  return run(handles, fresh_of, caps, thresholds, totals);
+  return run(handles, fresh_of, caps, thresholds, totals, fee);
 }
 
 SegmentInfo SuffixIndex::close_epoch(i64 epoch, i64 policy_version) {

@@ -78,13 +78,15 @@ class SuffixIndex {
 
   // Takes the new tokens of each request, then drafts up to caps[i] tokens whose path probability is at least
   // thresholds[i]. `totals`, ascending: sizes that (requests + drafts) should fill, the last one is the limit; empty:
-  // no limit. A request may be named once.
+  // no limit. The gain of a draft token is probability / threshold - 1; where the gains of all sum to less than `fee`,
+  // what verifying drafts costs at all, none is drafted. A request may be named once.
   Drafts propose(std::span<const i64> handles, std::span<const Token> tokens, std::span<const u32> offsets,
-                 std::span<const u32> caps, std::span<const float> thresholds, std::span<const u32> totals);
+                 std::span<const u32> caps, std::span<const float> thresholds, std::span<const u32> totals,
+                 float fee = 0);
   // The same, reading each request's tokens (prompt first) from row rows[i] of a matrix with `stride` columns.
   Drafts propose_rows(std::span<const i64> handles, const Token* matrix, std::size_t stride,
                       std::span<const u32> rows, std::span<const u32> num_tokens, std::span<const u32> caps,
-                      std::span<const float> thresholds, std::span<const u32> totals);
+                      std::span<const float> thresholds, std::span<const u32> totals, float fee = 0);
 
   // Packs the kept rollouts that ended since the last close into an immutable segment.
   SegmentInfo close_epoch(i64 epoch, i64 policy_version);
@@ -163,14 +165,14 @@ class SuffixIndex {
   void learn(Request& request, std::span<const Token> tokens);
   void take(Request& request, std::span<const Token> tokens);
   void draft(Request& request, u32 cap, float floor);
-  void admit(std::span<Request*> requests, std::span<const float> thresholds, std::span<const u32> totals);
+  void admit(std::span<Request*> requests, std::span<const float> thresholds, std::span<const u32> totals, float fee);
   Drafts emit(std::span<Request*> requests) const;
   static void forget_draft(Request& request);
   void prefetch_requests(std::size_t first, std::size_t last) const;
   void prefetch_continuations(std::size_t first, std::size_t last) const;
   template <typename F>
   Drafts run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps, std::span<const float> thresholds,
-             std::span<const u32> totals);
+             std::span<const u32> totals, float fee);
   void new_cross();
   void feed_cross(u32 budget);
   bool is_stop(Token token) const {

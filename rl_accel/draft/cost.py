@@ -1,16 +1,19 @@
-"""Time of one decoding pass, learned while it runs: base_s + per_request_s * n + per_draft_s * d.
+"""Time of a decoding pass, learned while it runs: base_s + speculation_s [d > 0] + per_request_s * n + per_draft_s * d.
 
 n counts the live requests of the pass and d the draft tokens verified in it. Weighted least squares that forgets (about
-500 passes), in information form: nine decayed sums and one 3x3 solve an observation, so the prior never fades and
-inputs that do not vary cannot wind the estimate up. Rows are weighted by 1 / predicted time. Residuals are clipped as
-Huber does; residuals that stay on one side mean a change of regime, and earlier passes then lose most of their weight.
+500 passes), in information form: decayed normal equations and one 4x4 solve an observation, so the prior never fades
+and inputs that do not vary cannot wind the estimate up. Rows are weighted by 1 / predicted time. Residuals are clipped
+as Huber does; residuals that stay on one side mean a change of regime, and earlier passes then lose most of their
+weight.
 
 Source: DAS §4.2, whose model is c_base + c_tok * tokens; differs: a request and a draft token each have a price, since
-a draft token shares the KV-cache read, the scheduling and the bookkeeping of its request. Where the passes seen cannot
-tell the two apart, the prior per_draft_s == per_request_s gives the paper's model back.
+a draft token shares the KV-cache read, the scheduling and the bookkeeping of its request; verifying drafts at all has
+one too, since the engine then prepares, masks and samples by its speculative path (1.5 ms of 10 with the tiny policy
+on CPU). Where the passes seen cannot tell prices apart, the priors per_draft_s == per_request_s and speculation_s == 0
+give the paper's model back.
 
 Left out: prefill tokens and context length; passes with prefills should not be observed.
-Cost: about 4 us an observation, O(1) memory.
+Cost: about 25 us an observation, O(1) memory.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from rl_accel.errors import DraftError
 
@@ -46,9 +52,9 @@ class PassCost:
         self._num_passes = 0
         self._weight, self._draft_weight = 0.0, 0.0
         self._error, self._drift = 1.0, 0.0
-        # Decayed sums of ww, wn, wd, nn, nd, dd, wy, ny, dy with w = 1 / predicted; n, d and y = seconds times w.
-        self._sums: tuple[float, ...] = (0.0,) * 9
-        self._coefficients = (0.0, 0.0, 0.0)
+        # Decayed sums over rows w * (1, [d > 0], n, d) and targets w * seconds, with w = 1 / predicted.
+        self._gram, self._moments = np.zeros((4, 4)), np.zeros(4)
+        self._coefficients = (0.0, 0.0, 0.0, 0.0)
 
     @property
     def base_s(self) -> float:
@@ -56,14 +62,19 @@ class PassCost:
         return self._coefficients[0]
 
     @property
+    def speculation_s(self) -> float:
+        """Seconds that verifying drafts adds, however few they are; never negative."""
+        return self._coefficients[1]
+
+    @property
     def per_request_s(self) -> float:
         """Seconds that a live request adds; never negative."""
-        return self._coefficients[1]
+        return self._coefficients[2]
 
     @property
     def per_draft_s(self) -> float:
         """Seconds that a draft token adds; never negative, zero if drafts were not seen to cost time."""
-        return self._coefficients[2]
+        return self._coefficients[3]
 
     @property
     def relative_error(self) -> float:
@@ -73,15 +84,16 @@ class PassCost:
     @property
     def ready(self) -> bool:
         """Whether passes enough, of different sizes, were seen, and passes with drafts among the recent ones."""
-        ww, wn, wd, nn, nd, dd = self._sums[:6]
-        size_square, size_mean = nn + 2.0 * nd + dd, wn + wd
-        varied = ww * size_square - size_mean * size_mean > MIN_SPREAD * ww * size_square
+        weight, mean = self._gram[0, 0], self._gram[0, 2:].sum()
+        square = self._gram[2:, 2:].sum()
+        varied = bool(weight * square - mean * mean > MIN_SPREAD * weight * square)
         return self._num_passes >= MIN_PASSES and self._draft_weight >= MIN_DRAFT_PASSES and varied
 
     def predict(self, num_requests: float, num_draft_tokens: float) -> float:
         """Return the expected seconds of a pass; 0.0 before the first observation."""
-        base_s, per_request_s, per_draft_s = self._coefficients
-        return base_s + per_request_s * num_requests + per_draft_s * num_draft_tokens
+        base_s, speculation_s, per_request_s, per_draft_s = self._coefficients
+        pass_s = base_s + speculation_s if num_draft_tokens else base_s
+        return pass_s + per_request_s * num_requests + per_draft_s * num_draft_tokens
 
     def observe(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
         """Learn from one pass.
@@ -111,19 +123,11 @@ class PassCost:
         if abs(self._drift) > DRIFT_LIMIT:
             keep, self._drift = min(KEEP, PASSES_KEPT / self._weight), 0.0
         w = 1.0 / predicted
-        n, d = w * num_requests, w * num_draft_tokens
-        ww, wn, wd, nn, nd, dd, wy, ny, dy = self._sums
-        self._sums = (
-            keep * ww + w * w,
-            keep * wn + w * n,
-            keep * wd + w * d,
-            keep * nn + n * n,
-            keep * nd + n * d,
-            keep * dd + d * d,
-            keep * wy + w * y,
-            keep * ny + n * y,
-            keep * dy + d * y,
-        )
+        row = np.array((w, w * (num_draft_tokens > 0), w * num_requests, w * num_draft_tokens))
+        self._gram *= keep
+        self._gram += np.multiply.outer(row, row)
+        self._moments *= keep
+        self._moments += row * y
         self._num_passes += 1
         self._weight = keep * self._weight + 1.0
         self._draft_weight = KEEP * self._draft_weight + (num_draft_tokens > 0)
@@ -137,7 +141,8 @@ class PassCost:
             "draft_weight": self._draft_weight,
             "error": self._error,
             "drift": self._drift,
-            "sums": list(self._sums),
+            "gram": self._gram.tolist(),
+            "moments": self._moments.tolist(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -153,7 +158,8 @@ class PassCost:
             loaded._num_passes = int(state["num_passes"])
             loaded._weight, loaded._draft_weight = float(state["weight"]), float(state["draft_weight"])
             loaded._error, loaded._drift = float(state["error"]), float(state["drift"])
-            loaded._sums = tuple(float(x) for x in state["sums"])
+            loaded._gram = np.array(state["gram"], np.float64)
+            loaded._moments = np.array(state["moments"], np.float64)
             loaded._check()
             if loaded._num_passes:
                 loaded._fit()
@@ -162,49 +168,43 @@ class PassCost:
         self.__dict__.update(loaded.__dict__)
 
     def _check(self) -> None:
-        ww, wn, wd, nn, nd, dd, *moments = self._sums
-        finite = all(map(math.isfinite, (*self._sums, self._weight, self._draft_weight, self._drift, self._error)))
-        seen = self._num_passes >= 1 and self._weight >= 1.0 and ww > 0.0 and nn > 0.0
-        unseen = self._num_passes == 0 and self._weight == 0.0 and not any(self._sums)
-        cauchy = wn * wn <= 1.001 * ww * nn and wd * wd <= 1.001 * ww * dd and nd * nd <= 1.001 * nn * dd
-        if not (finite and len(moments) == 3 and (seen or unseen) and cauchy and dd >= 0.0 and min(moments) >= 0.0):
+        gram, moments = self._gram, self._moments
+        if gram.shape != (4, 4) or moments.shape != (4,):
+            raise ValueError("sums of another shape")
+        scalars = (self._weight, self._draft_weight, self._drift, self._error)
+        finite = np.isfinite(gram).all() and np.isfinite(moments).all() and all(map(math.isfinite, scalars))
+        seen = self._num_passes >= 1 and self._weight >= 1.0 and gram[0, 0] > 0.0 and gram[2, 2] > 0.0
+        unseen = self._num_passes == 0 and self._weight == 0.0 and not gram.any() and not moments.any()
+        if not (finite and (seen or unseen) and (gram >= 0.0).all() and (moments >= 0.0).all()):
+            raise ValueError("sums that no passes can have")
+        diagonal = gram.diagonal()
+        if not (gram == gram.T).all() or (gram**2 > 1.001 * np.multiply.outer(diagonal, diagonal)).any():
             raise ValueError("sums that no passes can have")
         if not (0.0 <= self._draft_weight <= self._num_passes and self._error >= MIN_ERROR and abs(self._drift) <= 1.0):
             raise ValueError("weights or errors out of range")
 
     def _fit(self) -> None:
-        """Minimise the decayed squares plus the squares of both priors, over coefficients that are not negative."""
-        ww, wn, wd, nn, nd, dd, wy, ny, dy = self._sums
-        same = PRIOR_PASSES * (nn + dd) / self._weight  # times (per_request_s - per_draft_s)^2
-        size = PRIOR_PASSES * nn / self._weight  # times (per_request_s - base_s / PRIOR_TOKENS_PER_BASE)^2
-        ratio = 1.0 / PRIOR_TOKENS_PER_BASE
-        ww += ratio * ratio * size
-        wn -= ratio * size
-        nn += same + size
-        nd -= same
-        dd += same
-        x = _solve(ww, wn, wd, nn, nd, dd, wy, ny, dy)
-        while min(x) < 0.0:
-            worst = x.index(min(x))
-            if worst == 0:
-                ww, wn, wd, wy = 1.0, 0.0, 0.0, 0.0
-            elif worst == 1:
-                nn, wn, nd, ny = 1.0, 0.0, 0.0, 0.0
-            else:
-                dd, wd, nd, dy = 1.0, 0.0, 0.0, 0.0
-            x = _solve(ww, wn, wd, nn, nd, dd, wy, ny, dy)
-        self._coefficients = x
+        """Minimise the decayed squares plus the squares of the priors, over coefficients that are not negative."""
+        gram, moments = self._gram.copy(), self._moments.copy()
+        priors = self._priors(PRIOR_PASSES / self._weight)
+        gram += priors.T @ priors
+        x = np.linalg.solve(gram, moments)
+        while x.min() < 0.0:
+            worst = x.argmin()
+            gram[worst] = gram[:, worst] = moments[worst] = 0.0
+            gram[worst, worst] = 1.0
+            x = np.linalg.solve(gram, moments)
+        base_s, speculation_s, per_request_s, per_draft_s = x.tolist()
+        self._coefficients = (base_s, speculation_s, per_request_s, per_draft_s)
 
-
-def _solve(
-    a: float, b: float, c: float, d: float, e: float, f: float, x: float, y: float, z: float
-) -> tuple[float, float, float]:
-    """Solve [[a, b, c], [b, d, e], [c, e, f]] @ result = [x, y, z], positive definite, by LDL^T."""
-    l1, l2 = b / a, c / a
-    d -= l1 * b
-    e -= l1 * c
-    l3 = e / d
-    y -= l1 * x
-    z = (z - l2 * x - l3 * y) / (f - l2 * c - l3 * e)
-    y = y / d - l3 * z
-    return x / a - l1 * y - l2 * z, y, z
+    def _priors(self, strength: float) -> npt.NDArray[np.float64]:
+        """Rows that say per_draft_s == per_request_s, per_request_s == base_s / 320, speculation_s == 0."""
+        once, _, requests, drafts = (strength * self._gram.diagonal()).tolist()
+        same, size = math.sqrt(requests + drafts), math.sqrt(requests)
+        return np.array(
+            (
+                (0.0, 0.0, same, -same),
+                (-size / PRIOR_TOKENS_PER_BASE, 0.0, size, 0.0),
+                (0.0, math.sqrt(once), 0.0, 0.0),
+            )
+        )

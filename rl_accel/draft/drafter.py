@@ -32,6 +32,8 @@ MAX_LIVE_SHARE = 0.5
 """Of the memory for history; beyond it finished rollouts are packed before the epoch ends."""
 FALLING = 0.85
 """Of the last epoch's probability that a first token is accepted; below it the window is halved."""
+SLEEP_AFTER, SLEEP_CALLS, WAKE_CALLS = 16, 8, 4
+"""See `propose_rows`."""
 MIN_PASSES = 64
 """Requests times passes of an epoch that say something about acceptance."""
 
@@ -81,6 +83,8 @@ class SuffixDrafter:
         self._thresholds = np.zeros(0, np.float32)
         self._passes_to_plan, self._planned_for = 0, 0
         self._usual_threshold = 0.0
+        self._idle_calls, self._calls_left_out = 0, 0
+        self._stop_tokens = np.array(stop_token_ids, np.int32)
         self._expected, self._passes = 0.0, 0
         self._last_rate = 0.0
         self._by_source: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
@@ -126,6 +130,7 @@ class SuffixDrafter:
         self._limits[slot] = min(max_tokens, NO_LIMIT)
         self._caps[slot] = min(self.max_draft, max(max_tokens, 0))
         self._thresholds[slot] = self._usual_threshold
+        self._idle_calls = min(self._idle_calls, SLEEP_AFTER - WAKE_CALLS)
 
     def propose(
         self,
@@ -164,7 +169,9 @@ class SuffixDrafter:
         self._generated[slots] += lengths
         caps, thresholds = self._prices(slots)
         caps = np.minimum(caps, np.maximum(wanted, 0)).astype(np.uint32)
-        drafts, ends, _ = self.index.propose_batch(self._handles[slots], tokens, offsets, caps, thresholds, self.totals)
+        drafts, ends, _ = self.index.propose_batch(
+            self._handles[slots], tokens, offsets, caps, thresholds, self.totals, self.planner.next_fee()
+        )
         return [drafts[ends[i] : ends[i + 1]].tolist() for i in range(n)]
 
     def propose_rows(
@@ -174,13 +181,41 @@ class SuffixDrafter:
         rows: npt.NDArray[np.uint32],
         num_tokens: npt.NDArray[np.uint32],
     ) -> list[list[int]]:
-        """`propose` for a host that keeps each request's text (prompt first) in a row of `token_ids`."""
+        """`propose` for a host that keeps each request's text (prompt first) in a row of `token_ids`.
+
+        Once nothing was worth drafting for `SLEEP_AFTER` calls, the index is asked in one call of `SLEEP_CALLS` only,
+        which takes the tokens of all of them, until something is drafted. A new request wakes it for `WAKE_CALLS`.
+        """
         if not len(request_ids):
             return []
         slots = self._slots_of(request_ids)
         self._generated[slots] = num_tokens - self._prompt_lengths[slots]
+        if self._sleeps():
+            self._take_last_tokens(slots, token_ids, rows, num_tokens)
+            return [[] for _ in request_ids]
         caps, thresholds = self._prices(slots)
-        return self.index.propose_rows(self._handles[slots], token_ids, rows, num_tokens, caps, thresholds, self.totals)
+        drafts = self.index.propose_rows(
+            self._handles[slots], token_ids, rows, num_tokens, caps, thresholds, self.totals, self.planner.next_fee()
+        )
+        self._idle_calls = 0 if any(drafts) else self._idle_calls + 1
+        return drafts
+
+    def _sleeps(self) -> bool:
+        if self._idle_calls < SLEEP_AFTER:
+            return False
+        self._calls_left_out = (self._calls_left_out + 1) % SLEEP_CALLS
+        return self._calls_left_out > 0
+
+    def _take_last_tokens(self, slots: Any, token_ids: Any, rows: Any, num_tokens: Any) -> None:
+        """Take the text of requests that end with this pass: there is no later call that could."""
+        ends = self._generated[slots] >= self._limits[slots]
+        ends |= np.isin(token_ids[rows, num_tokens - 1], self._stop_tokens)
+        if ends.any():
+            n = int(ends.sum())
+            caps, thresholds = np.zeros(n, np.uint32), np.zeros(n, np.float32)
+            self.index.propose_rows(
+                self._handles[slots[ends]], token_ids, rows[ends], num_tokens[ends], caps, thresholds
+            )
 
     def observe_pass(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
         """Report the wall time of one pass without prefills; from then on drafts are priced."""
@@ -318,8 +353,8 @@ class SuffixDrafter:
             self._passes_to_plan, self._planned_for = PLAN_EVERY, len(live)
             self._usual_threshold = float(np.median(self._thresholds[live]))
         # A draft that fills the limit leaves no place for the token that the target adds.
-        room = np.clip(self._limits[slots] - self._generated[slots] - 1, 0, MAX_DRAFT).astype(np.uint32)
-        return np.minimum(self._caps[slots], room), self._thresholds[slots]
+        room = np.maximum(np.minimum(self._limits[slots] - self._generated[slots] - 1, MAX_DRAFT), 0)
+        return np.minimum(self._caps[slots], room.astype(np.uint32)), self._thresholds[slots]
 
     def _grow(self) -> None:
         size = len(self._handles)

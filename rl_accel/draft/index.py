@@ -115,6 +115,7 @@ class SuffixIndex:
         caps: npt.NDArray[np.uint32],
         thresholds: npt.NDArray[np.float32],
         totals: npt.NDArray[np.uint32] = NO_TOTALS,
+        fee: float = 0.0,
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
         """Take new tokens, then draft, for n requests in one call.
 
@@ -126,6 +127,8 @@ class SuffixIndex:
             caps: uint32 [n], longest draft of each request; 0 only appends.
             thresholds: float32 [n], least probability of a draft's path; above 1 nothing is drafted.
             totals: uint32, ascending sizes (requests + draft tokens) that a pass should fill, the last is its limit.
+            fee: the gain of a draft token is path probability / threshold - 1; nothing is drafted where the gains of
+                all admitted tokens sum to less than this.
 
         Returns:
             Draft tokens int32 [D], offsets uint32 [n + 1], path probabilities float32 [D].
@@ -133,7 +136,7 @@ class SuffixIndex:
         Raises:
             DraftError: on an ended handle, a negative token or arrays that do not fit together.
         """
-        return self._index.propose_batch(handles, new_token_ids, offsets, caps, thresholds, totals)
+        return self._index.propose_batch(handles, new_token_ids, offsets, caps, thresholds, totals, fee)
 
     @_draft_errors
     def propose_rows(
@@ -145,12 +148,13 @@ class SuffixIndex:
         caps: npt.NDArray[np.uint32],
         thresholds: npt.NDArray[np.float32],
         totals: npt.NDArray[np.uint32] = NO_TOTALS,
+        fee: float = 0.0,
     ) -> list[list[int]]:
         """`propose_batch` that reads each request's text (prompt first) from `token_ids[rows[i], :num_tokens[i]]`.
 
         Only what a request gained since it was last seen is taken, so calls may have been missed.
         """
-        return self._index.propose_rows(handles, token_ids, rows, num_tokens, caps, thresholds, totals)
+        return self._index.propose_rows(handles, token_ids, rows, num_tokens, caps, thresholds, totals, fee)
 
     @_draft_errors
     def close_epoch(self, epoch: int, policy_version: int = 0) -> dict[str, int]:

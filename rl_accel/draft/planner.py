@@ -2,9 +2,10 @@
 
 The budget prices a draft token. Pass times are fitted (`cost.py`), remaining lengths predicted (`lengths.py`), and the
 makespan optimum (`budget.py`) says what a token less is worth for each request; a candidate token is admitted while its
-acceptance probability is worth its price. Where no candidate is, nothing is drafted: speculation is off by itself. The
-index goes on comparing its predictions with what is sampled, so it notices by itself when they would be good enough;
-the price of a draft token, which only drafts can show, is probed every `PROBE_EVERY` passes.
+acceptance probability is worth its price, and all together have to be worth what speculating costs at all (`fee`).
+Where they are not, nothing is drafted: speculation is off by itself. The index goes on comparing its predictions with
+what is sampled, so it notices by itself when they would be good enough; what only drafts can show, their price, is
+probed every `PROBE_EVERY` passes, and what only their absence shows, the fee, every `BLANK_EVERY`.
 
 Source: DAS §4.2; differs: see `budget.py`; half of the value of a pass is shared equally, because a rollout that ends
 early also frees its place, and a forecast can be wrong.
@@ -15,6 +16,7 @@ Shape suffixes: N requests, S scenarios.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +33,8 @@ PLAN_EVERY = 16
 """Passes between two forecasts; thresholds hold in between."""
 PROBE_EVERY = 128
 """Passes without any draft after which one pass drafts what is likely, to see what drafts cost now."""
+BLANK_EVERY = 64
+"""Passes with drafts after which one has none."""
 CHEAPER, SURPRISE_RATE = -0.1, 1.0 / 8.0
 """A probe goes on while passes with drafts take less than predicted by this share, in the mean of some 8: a fit that is
 sure of high prices needs more passes to believe in low ones than a probe has."""
@@ -52,7 +56,8 @@ class Planner:
         self.last_plan_s = 0.0
         self._rng = np.random.default_rng(seed)
         self._accepted, self._first = 0.5, 0.3  # per request and pass, if everything were drafted; of first tokens
-        self._passes_without_draft = 0
+        self._passes_without_draft, self._passes_to_blank = 0, BLANK_EVERY
+        self._fee = 0.0
         self._probing, self._surprise = False, 0.0
         self._priced = False  # the cost was ready once; from then on probes keep it fresh
         self.timed = False
@@ -71,7 +76,11 @@ class Planner:
             self._surprise += SURPRISE_RATE * (seconds / predicted - 1.0 - self._surprise)
         self.timed = True
         self._priced = self._priced or self.cost.ready
-        self._passes_without_draft = 0 if num_draft_tokens else self._passes_without_draft + 1
+        if num_draft_tokens:
+            self._passes_without_draft = 0
+        else:
+            self._passes_without_draft += 1
+            self._passes_to_blank = BLANK_EVERY
 
     def observe_candidates(self, passes: int, expected_first: float, expected_all: float) -> None:
         """Learn how much is there to be accepted: sums over `passes` request-steps of acceptance probabilities."""
@@ -79,6 +88,16 @@ class Planner:
             rate = 1.0 - (1.0 - RATE) ** max(1.0, passes / 64.0)
             self._accepted += rate * (expected_all / passes - self._accepted)
             self._first += rate * (expected_first / passes - self._first)
+
+    def next_fee(self) -> float:
+        """Return what the gains of the next pass must sum to, in prices of a draft token; see `propose_batch`."""
+        if self.policy != "budget" or not self._priced or self._probing:
+            return 0.0
+        self._passes_to_blank -= 1
+        if self._passes_to_blank <= 0:
+            self._passes_to_blank = BLANK_EVERY
+            return math.inf
+        return self._fee
 
     def plan(
         self, problems_N: npt.NDArray[np.int64], generated_N: npt.NDArray[np.int64], limits_N: npt.NDArray[np.int64]
@@ -112,7 +131,7 @@ class Planner:
         n = len(problems_N)
         equal_N = np.full(n, self.cost.base_s / n)
         if len(self.lengths) == 0:
-            return budget.thresholds(equal_N, self.cost)
+            return self._thresholds(equal_N)
         num_scenarios = min(max(SCENARIO_CELLS // n, 8), 128)
         left_SN = self.lengths.remaining(
             problems_N, generated_N, num_scenarios, self._rng, max_remaining=np.maximum(limits_N, 1)
@@ -120,7 +139,13 @@ class Planner:
         k = float(np.clip(self._accepted / (1.0 + self._accepted), 0.05, 0.98))
         alpha = max(self._first, 0.02) / k
         last_N = budget.expected_multipliers(np.maximum(left_SN, 1.0), k, alpha, self.cost)
-        return budget.thresholds(EQUAL_SHARE * equal_N + (1.0 - EQUAL_SHARE) * last_N, self.cost)
+        return self._thresholds(EQUAL_SHARE * equal_N + (1.0 - EQUAL_SHARE) * last_N)
+
+    def _thresholds(self, multipliers_N: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+        thresholds_N = budget.thresholds(multipliers_N, self.cost)
+        price_s = float((thresholds_N * (multipliers_N + self.cost.per_request_s)).mean())
+        self._fee = self.cost.speculation_s / price_s if math.isfinite(price_s) and price_s > 0.0 else 0.0
+        return thresholds_N
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned, in plain numbers and lists."""

@@ -16,8 +16,8 @@ TRUE = (8e-3, 5e-5, 2e-5)
 """Seconds of base, request, draft token: a 7B model on H100 (DAS Fig 8), drafts cheaper than requests."""
 
 
-def seconds(num_requests, num_drafts, true=TRUE):
-    return true[0] + true[1] * num_requests + true[2] * num_drafts
+def seconds(num_requests, num_drafts, true=TRUE, speculation=0.0):
+    return true[0] + true[1] * num_requests + true[2] * num_drafts + speculation * (num_drafts > 0)
 
 
 def coefficients(fit):
@@ -48,20 +48,39 @@ def test_equals_the_batch_solution():
     """Against numpy's least squares on all rows with both priors as further rows; noise too small to be clipped."""
     rng, fit, rows, times = np.random.default_rng(0), PassCost(), [], []
     for _ in range(300):
-        n, d = int(rng.integers(1, 65)), int(rng.integers(0, 200))
-        time = seconds(n, d) * rng.uniform(0.99, 1.01)
+        n, d = int(rng.integers(1, 65)), int(rng.integers(0, 2)) * int(rng.integers(0, 200))
+        time = seconds(n, d, speculation=1e-3) * rng.uniform(0.99, 1.01)
         predicted = fit.predict(n, d) or time
-        rows.append(np.array([1.0, n, d]) / predicted)
+        rows.append(np.array([1.0, d > 0, n, d]) / predicted)
         times.append(time / predicted)
         fit.observe(time, n, d)
         assert abs(times[-1] - 1.0) < cost.HUBER_CLIP * fit.relative_error or len(rows) < 10
     decay = np.sqrt(cost.KEEP ** np.arange(300)[::-1])
     x, y = np.array(rows) * decay[:, None], np.array(times) * decay
-    _, nn, dd = (x**2).sum(axis=0) * cost.PRIOR_PASSES / (decay**2).sum()
+    ww, _, nn, dd = (x**2).sum(axis=0) * cost.PRIOR_PASSES / (decay**2).sum()
     same, size = np.sqrt(nn + dd), np.sqrt(nn)
-    priors = [[0.0, same, -same], [-size / cost.PRIOR_TOKENS_PER_BASE, size, 0.0]]
-    want = np.linalg.lstsq(np.concatenate([x, priors]), np.append(y, [0.0, 0.0]), rcond=None)[0]
-    np.testing.assert_allclose(coefficients(fit), want, rtol=1e-6)
+    priors = [[0, 0, same, -same], [-size / cost.PRIOR_TOKENS_PER_BASE, 0, size, 0], [0, np.sqrt(ww), 0, 0]]
+    want = np.linalg.lstsq(np.concatenate([x, priors]), np.append(y, [0.0, 0.0, 0.0]), rcond=None)[0]
+    np.testing.assert_allclose((fit.base_s, fit.speculation_s, fit.per_request_s, fit.per_draft_s), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_price_of_speculating_at_all_is_told_from_that_of_a_token(seed):
+    fit, rng = PassCost(), np.random.default_rng(seed)
+    for _ in range(1000):
+        n, d = int(rng.integers(1, 257)), int(rng.integers(0, 2)) * int(rng.integers(1, 300))
+        fit.observe(seconds(n, d, speculation=4e-3) * (1.0 + 0.1 * rng.standard_normal()), n, d)
+    assert fit.speculation_s == pytest.approx(4e-3, rel=0.2)
+    assert fit.per_draft_s == pytest.approx(TRUE[2], rel=0.25)
+    assert fit.predict(100, 0) == pytest.approx(seconds(100, 0), rel=0.05)
+
+
+def test_where_every_pass_speculates_nothing_is_said_to_be_its_price():
+    fit = feed(
+        PassCost(), np.random.default_rng(0), 1000, noise=0.05, drafts=lambda rng, n: n * int(rng.integers(1, 5))
+    )
+    assert fit.speculation_s < 0.05 * fit.base_s
+    assert fit.predict(200, 600) == pytest.approx(seconds(200, 600), rel=0.05)
 
 
 @pytest.mark.parametrize("slower", [2.0, 0.5, 4.0])
@@ -84,7 +103,7 @@ def test_single_outliers_hardly_move_the_fit():
 def test_recovers_from_a_slow_first_pass():
     fit = PassCost()
     fit.observe(100.0 * seconds(128, 256), 128, 256)
-    feed(fit, np.random.default_rng(0), 100)
+    feed(fit, np.random.default_rng(0), 150)
     assert fit.predict(128, 256) == pytest.approx(seconds(128, 256), rel=0.2)
 
 
@@ -160,10 +179,13 @@ def test_state_round_trip_through_json():
 @pytest.mark.parametrize(
     "change",
     [
-        {"sums": [1.0] * 8},
-        {"sums": [math.nan] * 9},
-        {"sums": [1.0, 5.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0]},
-        {"sums": "abc"},
+        {"gram": [[1.0] * 3] * 3},
+        {"gram": [[math.nan] * 4] * 4},
+        {"gram": [[1.0, 0.0, 5.0, 0.0], [0.0] * 4, [5.0, 0.0, 1.0, 0.0], [0.0] * 4]},
+        {"gram": [[1.0, 0.5, 0.5, 0.5], [0.0, 1.0, 0.5, 0.5], [0.0, 0.0, 1.0, 0.5], [0.0, 0.0, 0.0, 1.0]]},
+        {"gram": "abc"},
+        {"moments": [1.0] * 3},
+        {"moments": [-1.0] * 4},
         {"num_passes": 0},
         {"weight": -1.0},
         {"error": 0.0},

@@ -9,7 +9,7 @@ import pytest
 
 from rl_accel.draft import DraftConfig, SuffixDrafter
 from rl_accel.draft.index import problem_key
-from rl_accel.draft.planner import PLAN_EVERY, PROBE_EVERY
+from rl_accel.draft.planner import BLANK_EVERY, PLAN_EVERY, PROBE_EVERY
 from rl_accel.errors import DraftError
 
 TEXT = list(range(10, 110))
@@ -395,7 +395,9 @@ def test_expensive_drafts_stop_and_come_back_when_they_are_cheap(seed) -> None:
 def test_cheap_drafts_go_on() -> None:
     engine = engine_with_history()
     sizes = [sum(map(len, engine.one_pass().values())) for _ in range(400)]
-    assert min(sizes[100:]) > 0 and np.mean(sizes[100:]) > 16
+    blank = [i for i in range(100, 400) if not sizes[i]]
+    assert len(blank) <= 300 // BLANK_EVERY + 1, "only to see what a pass without drafts takes"
+    assert np.mean(sizes[100:]) > 16
 
 
 def test_the_fixed_policy_drafts_to_the_cap_whatever_it_costs() -> None:

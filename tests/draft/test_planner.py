@@ -167,7 +167,7 @@ BAD = {
     "acceptance is huge": lambda s: s.update(accepted=10**400),
     "first is no probability": lambda s: s.update(first=1.5),
     "cost is a list": lambda s: s.update(cost=[]),
-    "cost without sums": lambda s: s["cost"].pop("sums"),
+    "cost without sums": lambda s: s["cost"].pop("gram"),
     "cost of infinite passes": lambda s: s["cost"].update(num_passes=float("inf")),
     "lengths of a text": lambda s: s["lengths"].update(pool=["x"]),
     "negative lengths": lambda s: s["lengths"].update(pool=[-1] * len(s["lengths"]["pool"])),

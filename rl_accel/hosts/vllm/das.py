@@ -67,6 +67,9 @@ class DASProposer:
             return
         self.drafter = SuffixDrafter(self.config, **self._identity_of_tokenizer())
         self.drafter.totals = _capture_sizes(self.vllm_config)
+        take_drafts = runner.take_draft_token_ids
+        # Without drafts the scheduler need not look through its requests for them.
+        runner.take_draft_token_ids = lambda: take_drafts() if self._last_drafted else None
 
     def _identity_of_tokenizer(self) -> dict[str, Any]:
         return {
@@ -140,9 +143,10 @@ class DASProposer:
     def _end_gone(self) -> None:
         """End what the runner no longer knows."""
         assert self.drafter is not None
-        gone = self._keep.keys() - self.runner.requests.keys()
-        for name in sorted(gone):  # a set has no order, and history should not depend on hashing
-            self._end(name)
+        if not self._keep.keys() <= self.runner.requests.keys():
+            gone = self._keep.keys() - self.runner.requests.keys()
+            for name in sorted(gone):  # a set has no order, and history should not depend on hashing
+                self._end(name)
         if self._foreign_tokens >= FOREIGN_EPOCH_TOKENS:
             self._foreign_tokens = 0
             self.drafter.close_epoch(self.drafter.epoch)
@@ -170,7 +174,9 @@ class DASProposer:
     def _time_pass(self, started: float, ids: list[str], steady: bool) -> None:
         """A pass took from one call to the next, if the same requests ran on and no prompt was processed."""
         assert self.drafter is not None
-        if self._last_start is not None and steady and ids and self._last_ids and set(ids) <= set(self._last_ids):
+        if self._last_start is None or not steady or not ids:
+            return
+        if ids == self._last_ids or set(ids) <= set(self._last_ids):
             self.drafter.observe_pass(started - self._last_start, len(ids), self._last_drafted)
 
     def close_epoch(self, epoch: int, policy_version: int, path: str | None = None) -> dict[str, Any]:

@@ -36,7 +36,11 @@ def new_proposer() -> DASProposer:
         device_config=SimpleNamespace(device_type="cpu"),
     )
     proposer = DASProposer(config)
-    runner = SimpleNamespace(requests={}, input_batch=SimpleNamespace(req_ids=[], num_prompt_tokens=[]))
+    runner = SimpleNamespace(
+        requests={},
+        input_batch=SimpleNamespace(req_ids=[], num_prompt_tokens=[]),
+        take_draft_token_ids=lambda: "drafts",
+    )
     proposer.attach(runner)
     return proposer
 
