@@ -26,7 +26,13 @@ class IdentifiedAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        lean_rollout.use_local_reward(self)
+        self._local_reward = lean_rollout.LocalReward(self.config, self.tokenizer)
+
+    async def _compute_score(self, outputs, kwargs):
+        if outputs[-1].reward_score is None and self.reward_loop_worker_handles and self._local_reward.applies:
+            self._local_reward.score(outputs[-1], kwargs)
+        else:
+            await super()._compute_score(outputs, kwargs)
 
     async def _run_agent_loop(self, sampling_params, trajectory, *, agent_name, trace=True, **kwargs):
         rollout = self.config.actor_rollout_ref.rollout

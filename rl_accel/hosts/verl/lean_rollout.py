@@ -7,19 +7,26 @@ What stock verl 0.9.1 spends on every request of a single-turn rollout, measured
 - a TransferQueue write per response: those of 20 ms together                                      } 3.1 -> 2.3
 - the built-in rule-based reward through another Ray process: called in place                      |
 - the load balancer asked for every request although there is one engine: asked once              /
+- a chat-template builder per request, each encoding its boundary tokens anew: one for all        \
+- the built-in reward by a batch of one, with position ids and masks: on the response itself       } see docs/results
+- the replay buffer asked 20 times a second whether all are done: not while they cannot be        /
 
 Named patches, each with the host symbol that it relies on (`target`), applied in the processes of a run that asked for
-rl_accel. `final_output_only` and `use_local_reward` are called by our own agent-loop worker.
+rl_accel. `final_output_only` and `LocalReward` are used by our own agent-loop worker, `PatientPolls` by our trainer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 OUR_REWARD = "pkg://rl_accel.quickstart.reward"
 COALESCE_S = 0.02
+POLL_INTERVAL_S = 0.05
+PATIENCE = 0.6
+"""Share of the shortest of the last rollouts within which nobody asks whether this one is done."""
 
 
 class InstantiateDirectly:
@@ -41,6 +48,34 @@ class InstantiateDirectly:
     @classmethod
     def is_live(cls, module: ModuleType) -> bool:
         return isinstance(module.hydra, SimpleNamespace)
+
+
+class ReuseTokenBuilder:
+    """Every request makes a `ContinuousTokenBuilder`, and the ones for text keep nothing of a request."""
+
+    target = "verl.experimental.agent_loop.agent_loop:create_continuous_token_builder"
+
+    @classmethod
+    def apply(cls, module: ModuleType) -> None:
+        create = module.create_continuous_token_builder
+        made: list[tuple[Any, dict[str, Any], Any]] = []
+
+        def reuse(tokenizer: Any, **kwargs: Any) -> Any:
+            if kwargs.get("processor") is not None:
+                return create(tokenizer, **kwargs)
+            for of_tokenizer, of_kwargs, builder in made:
+                if of_tokenizer is tokenizer and of_kwargs == kwargs:
+                    return builder
+            builder = create(tokenizer, **kwargs)
+            made.append((tokenizer, kwargs, builder))
+            return builder
+
+        reuse.__module__ = __name__
+        module.create_continuous_token_builder = reuse
+
+    @classmethod
+    def is_live(cls, module: ModuleType) -> bool:
+        return module.create_continuous_token_builder.__module__ == __name__
 
 
 class CoalescePuts:
@@ -67,8 +102,13 @@ class AcquireOnce:
     def apply(cls, module: ModuleType) -> None:
         acquire, release = module.LLMServerClient._acquire_server, module.LLMServerClient._release_server
 
+        def of_one_engine(self):
+            if "_rl_accel_one_engine" not in self.__dict__:
+                self._rl_accel_one_engine = has_one_engine(self.config)
+            return self._rl_accel_one_engine
+
         async def acquire_server(self, request_id, **fields):
-            if not has_one_engine(self.config):
+            if not of_one_engine(self):
                 return await acquire(self, request_id, **fields)
             answer = self.__dict__.get("_rl_accel_answer")
             if answer is None:
@@ -76,7 +116,7 @@ class AcquireOnce:
             return await answer
 
         def release_server(self, server_id, request_id=None):
-            if not has_one_engine(self.config):
+            if not of_one_engine(self):
                 release(self, server_id, request_id)
 
         module.LLMServerClient._acquire_server = acquire_server
@@ -87,7 +127,7 @@ class AcquireOnce:
         return module.LLMServerClient._acquire_server.__module__ == __name__
 
 
-PATCHES = (InstantiateDirectly, CoalescePuts, AcquireOnce)
+PATCHES = (InstantiateDirectly, ReuseTokenBuilder, CoalescePuts, AcquireOnce)
 
 
 def has_one_engine(config: Any) -> bool:
@@ -109,13 +149,59 @@ def final_output_only(sampling_params: dict[str, Any]) -> dict[str, Any]:
     return {**sampling_params, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
 
 
-def use_local_reward(worker: Any) -> None:
-    """Score with the built-in reward in the agent-loop worker: it takes microseconds, a call into Ray does not."""
-    if worker.reward_loop_worker_handles and worker.config.reward.custom_reward_function.path == OUR_REWARD:
-        from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
+class LocalReward:
+    """The built-in reward as verl's `naive` reward manager computes it, in the process that has the response.
 
-        local = RewardLoopWorker(worker.config, None)
-        worker.reward_loop_worker_handles = [SimpleNamespace(compute_score=SimpleNamespace(remote=local.compute_score))]
+    It takes microseconds; a batch of one for another Ray process takes milliseconds.
+    """
+
+    def __init__(self, config: Any, tokenizer: Any):
+        self.tokenizer = tokenizer
+        reward = config.reward
+        self.applies = (
+            reward.custom_reward_function.path == OUR_REWARD
+            and reward.reward_manager.source == "register"
+            and reward.reward_manager.name == "naive"
+            and not reward.reward_model.enable
+        )
+
+    def score(self, output: Any, sample: dict[str, Any]) -> None:
+        """Set `reward_score` and `reward_extra_info` of an `AgentLoopOutput`; `sample` is its row of the data set."""
+        from rl_accel.quickstart.reward import compute_score
+
+        started = time.perf_counter()
+        text = self.tokenizer.decode(output.response_ids, skip_special_tokens=True)
+        result = compute_score(sample["data_source"], text, sample["reward_model"]["ground_truth"])
+        output.reward_score = result["score"]
+        output.extra_fields["reward_extra_info"] = result
+        output.metrics.compute_score = time.perf_counter() - started
+
+
+class PatientPolls:
+    """Polls of the replay buffer: none until a rollout can be done by the last ones' times, then every 50 ms."""
+
+    def __init__(self, replay_buffer: Any):
+        self._recent: dict[str, list[float]] = {}
+        self._started: float | None = None
+        sample, wait = replay_buffer.sample, replay_buffer._wait_for_next_poll
+
+        def timed_sample(global_steps: int, partition_id: str, batch_size: int) -> Any:
+            self._started = time.monotonic()
+            found = sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
+            recent = self._recent.setdefault(partition_id, [])
+            recent.append(time.monotonic() - self._started)
+            del recent[:-8]
+            return found
+
+        def patient_wait(partition_id: str, last_debug_time: float) -> float:
+            replay_buffer.poll_interval = self.interval(partition_id, time.monotonic() - (self._started or 0.0))
+            return wait(partition_id, last_debug_time)
+
+        replay_buffer.sample, replay_buffer._wait_for_next_poll = timed_sample, patient_wait
+
+    def interval(self, partition_id: str, elapsed_s: float) -> float:
+        """Return the seconds to the next poll of a rollout that began `elapsed_s` ago."""
+        return max(POLL_INTERVAL_S, PATIENCE * min(self._recent.get(partition_id, [0.0])) - elapsed_s)
 
 
 class _CoalescingQueue:

@@ -3,7 +3,7 @@
 What differs from `PPOTrainerSync` of verl 0.9.1, which verl keeps running unchanged otherwise:
 - prompt groups are named by step and position instead of a random uuid, and a batch is put in that order before it is
   used: verl takes groups as they finish, so two runs of the same seed sum their gradients in different orders;
-- the replay buffer is polled every 50 ms instead of every 2 s;
+- the replay buffer is polled every 50 ms instead of every 2 s, once a rollout can be done;
 - a weight sync that does not answer is an error (`sync.timeout_s`) instead of an endless wait;
 - drafting history is closed with the epochs, and saved and restored with checkpoints (`draft_history.py`);
 - every step records lengths, request times, speculation counts and the mismatch of log-probs (`metrics.py`);
@@ -25,10 +25,9 @@ from rl_accel.config import AccelConfig
 from rl_accel.errors import NotLiveError
 from rl_accel.hosts.verl import metrics as rollout_metrics
 from rl_accel.hosts.verl.draft_history import DraftHistory
+from rl_accel.hosts.verl.lean_rollout import PatientPolls
 from rl_accel.hosts.verl.prepare import TRAINER_NAME, accel_block
 from rl_accel.hosts.verl.watchdog import call_within
-
-POLL_INTERVAL_S = 0.05
 
 
 @register_trainer(TRAINER_NAME)
@@ -38,7 +37,7 @@ class AcceleratedTrainerSync(PPOTrainerSync):
     def __init__(self, config):
         self.accel = AccelConfig.from_mapping(accel_block(config))
         super().__init__(config)
-        self.replay_buffer.poll_interval = POLL_INTERVAL_S
+        PatientPolls(self.replay_buffer)
         self._group_count: dict[int, int] = {}
         self._spec_counts: dict[str, int] = {}
         self._sync_report: dict[str, float] = {}
