@@ -15,8 +15,8 @@ its next token and asks for drafts of at most 24 tokens. Contenders take turns, 
 
 `ratio` is against tree depth 24, vLLM's default; depth 64 is printed. `bound`: for a step, reading one random word of
 memory per request; for bytes, the token itself. Opening history is compared with inserting it into Arctic's tree again,
-which has no file. Accepted tokens (on the true continuation) are printed to show that drafts make sense. On a GPU, one
-more part runs a step beside a pass of a 7B model's matrices. Tests of the index are run by scripts/test.sh.
+which has no file. Accepted tokens (on the true continuation) are printed to show that drafts make sense. Steps beside a
+busy GPU: bench_propose_overlap.py. Tests of the index are run by scripts/test.sh.
 """
 
 from __future__ import annotations
@@ -327,7 +327,7 @@ def row(name: str, value: float, unit: str, incumbent: float | None = None, boun
 
 
 def bench(repeats: int, with_arctic: bool) -> list[dict]:
-    data = Workload.make(LIVE_LENGTH + WARM_UP + (repeats + 1) * STEPS + CAP + 1)
+    data = Workload.make(LIVE_LENGTH + WARM_UP + repeats * STEPS + CAP + 1)
     n = len(data.live)
     live_rss = in_child(lambda: resident_per_live_token(data))
     arctic_rss = in_child(lambda: resident_per_arctic_token(data)) if with_arctic else None
@@ -359,7 +359,8 @@ def bench(repeats: int, with_arctic: bool) -> list[dict]:
             rows.append(row(f"{name}.p95_ms", found.p95_ms, "ms", incumbent and incumbent.p95_ms, bound))
     tokens = data.past_tokens
     segment = batch.index.segments()[0]
-    rows += [
+    return [
+        *rows,
         row(
             "append_us_per_token",
             batch.append_s / tokens * 1e6,
@@ -379,7 +380,6 @@ def bench(repeats: int, with_arctic: bool) -> list[dict]:
         row("close_us_per_token", batch.close_s / tokens * 1e6, "us"),
         row("open_ms", open_ms(batch.index, repeats), "ms", arctic and arctic.append_s * 1e3),
     ]
-    return rows + (bench_gpu(batch, LIVE_LENGTH + WARM_UP + repeats * STEPS) if has_cuda() else [])
 
 
 def open_ms(index: SuffixIndex, repeats: int) -> float:
@@ -396,66 +396,10 @@ def open_ms(index: SuffixIndex, repeats: int) -> float:
     return float(np.median(times)) * 1e3
 
 
-def has_cuda() -> bool:
-    if importlib.util.find_spec("torch") is None:
-        return False
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def bench_gpu(batch: Batch, position: int) -> list[dict]:
-    """A step of the index beside the matrix products of a 7B model's pass over 512 tokens, in one CUDA graph."""
-    import torch
-
-    hidden, inner, num_layers = 4096, 11008, 32
-    shapes = ((hidden, 3 * hidden), (hidden, hidden), (hidden, 2 * inner), (inner, hidden))
-    inputs = {size: torch.randn(512, size, device="cuda", dtype=torch.bfloat16) for size in (hidden, inner)}
-    weights = [torch.randn(s, device="cuda", dtype=torch.bfloat16) for _ in range(num_layers) for s in shapes]
-
-    def products() -> None:
-        for weight in weights:
-            inputs[weight.shape[0]] @ weight
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        products()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        products()
-
-    def timed(propose: bool, forward: bool, at: int) -> tuple[float, float]:
-        """Seconds of the step, and until both are done."""
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        if forward:
-            graph.replay()
-        seconds = batch.step(at)[0] if propose else 0.0
-        torch.cuda.synchronize()
-        return seconds, time.perf_counter() - started
-
-    for _ in range(WARM_UP):
-        timed(False, True, 0)
-    pass_ms = float(np.median([timed(False, True, 0)[1] for _ in range(STEPS)])) * 1e3
-    half = STEPS // 2
-    alone_ms = float(np.median([timed(True, False, position + i)[0] for i in range(half)])) * 1e3
-    both = np.array([timed(True, True, position + half + i) for i in range(half)]) * 1e3
-    beside_ms, both_ms = np.median(both, axis=0)
-    print(
-        f"\nbeside {torch.cuda.get_device_name(0)}: pass {pass_ms:.3f} ms; step {alone_ms:.3f} ms alone, "
-        f"{beside_ms:.3f} ms beside the pass, {beside_ms / pass_ms:.1%} of it; both together {both_ms:.3f} ms"
-    )
-    return [
-        row("propose_512_beside_gpu.p50_ms", float(beside_ms), "ms", alone_ms),
-        row("pass_7b_with_propose_512.p50_ms", float(both_ms), "ms", pass_ms + alone_ms, pass_ms),
-    ]
-
-
-def main() -> None:
+def begin(doc: str) -> argparse.Namespace:
+    """Read the options, pin the process to one core and say where it runs."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="Tests of the index: scripts/test.sh tests/draft."
+        description=doc.splitlines()[0], epilog="Tests of the index: scripts/test.sh tests/draft."
     )
     parser.add_argument("--repeats", type=int, default=5, help="at least 5")
     parser.add_argument("--json", type=Path, help="write the results as a list of {name, value, unit, ...}")
@@ -465,16 +409,24 @@ def main() -> None:
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     print(f"{' '.join(sys.argv)}\n{machine.describe()}\n{versions.report()}\npinned to core {core}")
-    with_arctic = importlib.util.find_spec("arctic_inference") is not None
-    if not with_arctic:
-        print("Arctic Inference is not installed (scripts/install_arctic.sh does it): nothing to compare with")
-    rows = bench(options.repeats, with_arctic)
+    return options
+
+
+def report(rows: list[dict], path: Path | None) -> None:
     print()
     for found in rows:
         against = f"against {found['incumbent']:10.4f}  {found['ratio']:8.2f}x" if found["ratio"] else ""
         print(f"{found['name']:<40} {found['value']:10.4f} {found['unit']:<3} {against}")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if path:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def main() -> None:
+    options = begin(__doc__)
+    with_arctic = importlib.util.find_spec("arctic_inference") is not None
+    if not with_arctic:
+        print("Arctic Inference is not installed (scripts/install_arctic.sh does it): nothing to compare with")
+    report(bench(options.repeats, with_arctic), options.json)
 
 
 if __name__ == "__main__":

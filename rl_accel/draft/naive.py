@@ -1,7 +1,8 @@
 """The suffix index by its definition: brute force over texts, for tests. Quadratic; nothing is cached.
 
-Same names and calls as `SuffixIndex` for what it has: begin, append, end, close_epoch, drop_before, inspect, and
-`continuations`, the multiset of tokens that followed the longest match.
+Same names and calls as `SuffixIndex` for what it has: begin, append, end, close_epoch, drop_before, inspect. What may
+be drafted: `continuations`, the multiset of tokens that followed the longest match, and `successors`, those that ever
+followed the last token.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 START = -1
 MAX_CONTEXT = 64
+MAX_CLOSED = 8
 
 
 @dataclass
@@ -40,7 +43,7 @@ class NaiveIndex:
             order = sorted(range(len(self._closed)), key=lambda i: self._closed[i][0], reverse=True)
             self._attached[problem] = [
                 i for i in order if problem in self._closed[i][1] and self._closed[i][0] >= self._min_epoch
-            ]
+            ][:MAX_CLOSED]
         request = _Request(problem, list(prompt))
         self._live[problem].append(request)
         self._requests.append(request)
@@ -70,7 +73,10 @@ class NaiveIndex:
         self._min_epoch = max(self._min_epoch, epoch)
 
     def inspect(self, handle: int) -> dict:
-        """Return `live_len`, `live_count` and `closed` [(epoch, match length, occurrences)] as `SuffixIndex` does."""
+        """Return `live_len`, `live_count` and `closed` [(epoch, match length, occurrences)] as `SuffixIndex` does.
+
+        An attached epoch stays in `closed` when it is dropped; nothing is drafted from it any more.
+        """
         length, count, _ = self._live_match(self._requests[handle])
         closed = []
         for i in self._attached[self._requests[handle].problem]:
@@ -80,12 +86,20 @@ class NaiveIndex:
         return {"live_len": length, "live_count": count, "closed": closed}
 
     def continuations(self, handle: int) -> tuple[Counter, list[Counter]]:
-        """Return what followed the longest match: in the live tier, and in each closed epoch."""
+        """Return what followed the longest match: in the live tier, and in each attached epoch that was not dropped."""
         request = self._requests[handle]
-        closed = [
-            self._closed_match(request, self._closed[i][1][request.problem])[1] for i in self._attached[request.problem]
-        ]
+        closed = [self._closed_match(request, texts)[1] for texts in self._closed_texts(request.problem)]
         return self._live_match(request)[2], closed
+
+    def successors(self, handle: int, draft: Sequence[int] = ()) -> set[int]:
+        """Return what ever followed the last token of the request and a draft, wherever the request may draft from."""
+        request = self._requests[handle]
+        live_last = [*request.prompt, *request.tokens, *draft][-1:]
+        closed_last = [START, *request.tokens, *draft][-1]
+        found = {b for text, _ in self._texts(request.problem) for a, b in pairwise(text) if [a] == live_last}
+        for texts in self._closed_texts(request.problem):
+            found |= {b for text in texts for a, b in pairwise(text) if a == closed_last}
+        return found
 
     def _forget_idle(self, problem: int) -> None:
         requests = self._live[problem]
@@ -99,7 +113,7 @@ class NaiveIndex:
         for length in range(len(own), 0, -1):
             suffix = own[len(own) - length :]
             ends = {
-                tuple(text[:end]) if end <= shared else (name, end)
+                ("prompt" if end <= shared else name, end)
                 for name, (text, shared) in enumerate(texts)
                 for end in range(length, len(text) + 1)
                 if text[end - length : end] == suffix
@@ -117,6 +131,11 @@ class NaiveIndex:
         """Prompt and tokens of every rollout, and how much of it is the problem's prompt, which counts once for all."""
         requests = self._live[problem]
         return [(r.prompt + r.tokens, len(r.prompt) if r.prompt == requests[0].prompt else 0) for r in requests]
+
+    def _closed_texts(self, problem: int) -> list[list[list[int]]]:
+        """Rollouts of the problem in each attached epoch that was not dropped since."""
+        attached = [self._closed[i] for i in self._attached[problem]]
+        return [texts[problem] for epoch, texts in attached if epoch >= self._min_epoch]
 
     def _closed_match(self, request: _Request, texts: list[list[int]]) -> tuple[int, Counter]:
         context = ([START, *request.tokens])[-MAX_CONTEXT:]

@@ -111,9 +111,9 @@ class AcquireOnce:
             if not of_one_engine(self):
                 return await acquire(self, request_id, **fields)
             answer = self.__dict__.get("_rl_accel_answer")
-            if answer is None:
+            if answer is None or (answer.done() and (answer.cancelled() or answer.exception())):
                 answer = self._rl_accel_answer = asyncio.ensure_future(acquire(self, request_id, **fields))
-            return await answer
+            return await asyncio.shield(answer)  # a request that is cancelled leaves the answer to the others
 
         def release_server(self, server_id, request_id=None):
             if not of_one_engine(self):
@@ -205,28 +205,33 @@ class PatientPolls:
 
 
 class _CoalescingQueue:
-    """TransferQueue's module with an `async_kv_batch_put` that gathers what arrives within `COALESCE_S`."""
+    """TransferQueue's module with an `async_kv_batch_put` that gathers what arrives within `COALESCE_S`.
+
+    Only what has one partition and fields of the same names and types goes together: a TensorDict has the fields of its
+    first row. The writer is a task of its own, so a caller that is cancelled takes nobody else's rows with it.
+    """
 
     def __init__(self, queue: Any, to_tensordict: Any):
         self._queue, self._to_tensordict = queue, to_tensordict
-        self._waiting: dict[str, list[tuple[list, list, list, asyncio.Future]]] = {}
-        self._flushing = False
+        self._waiting: dict[tuple[str, frozenset], list[tuple[list, list, list, asyncio.Future]]] = {}
+        self._writer: asyncio.Task | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._queue, name)
 
     async def async_kv_batch_put(self, keys: list, fields: list, tags: list, partition_id: str) -> None:
         written = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(partition_id, []).append((keys, fields, tags, written))
-        if not self._flushing:
-            self._flushing = True
-            try:
-                await asyncio.sleep(COALESCE_S)
-                while self._waiting:
-                    await self._flush(*self._waiting.popitem())
-            finally:
-                self._flushing = False
+        kind = frozenset((name, type(value)) for name, value in fields[0].items())
+        self._waiting.setdefault((partition_id, kind), []).append((keys, fields, tags, written))
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write())
         await written
+
+    async def _write(self) -> None:
+        await asyncio.sleep(COALESCE_S)
+        while self._waiting:
+            (partition_id, _), items = self._waiting.popitem()
+            await self._flush(partition_id, items)
 
     async def _flush(self, partition_id: str, items: list[tuple[list, list, list, asyncio.Future]]) -> None:
         try:
