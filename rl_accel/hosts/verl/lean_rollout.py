@@ -4,7 +4,7 @@ What stock verl 0.9.1 spends on every request of a single-turn rollout, measured
 (seconds of rollout; tiny policy), and what is done here instead:
 - output of every token to the front end, detokenised: only the final output, token ids only    (with `uni`: 4.9 -> 3.1)
 - `hydra.utils.instantiate` of the agent loop, 4 ms a request: the class is looked up and called  \
-- a TransferQueue write per response: those of 20 ms together                                      } 3.1 -> 2.3
+- a TransferQueue write per response: those of a burst together                                    } 3.1 -> 2.3
 - the built-in rule-based reward through another Ray process: called in place                      |
 - the load balancer asked for every request although there is one engine: asked once              /
 - a chat-template builder per request, each encoding its boundary tokens anew: one for all        \
@@ -23,7 +23,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 OUR_REWARD = "pkg://rl_accel.quickstart.reward"
-COALESCE_S = 0.02
+COALESCE_S, QUIET_S = 0.06, 0.015
+"""A write waits for others so long at most, and so long for the next one."""
 POLL_INTERVAL_S = 0.05
 PATIENCE = 0.6
 """Share of the shortest of the last rollouts within which nobody asks whether this one is done."""
@@ -205,7 +206,7 @@ class PatientPolls:
 
 
 class _CoalescingQueue:
-    """TransferQueue's module with an `async_kv_batch_put` that gathers what arrives within `COALESCE_S`.
+    """TransferQueue's module with an `async_kv_batch_put` that gathers what arrives in a burst.
 
     Only what has one partition and fields of the same names and types goes together: a TensorDict has the fields of its
     first row. The writer is a task of its own, so a caller that is cancelled takes nobody else's rows with it.
@@ -228,7 +229,10 @@ class _CoalescingQueue:
         await written
 
     async def _write(self) -> None:
-        await asyncio.sleep(COALESCE_S)
+        until, seen = time.monotonic() + COALESCE_S, 0
+        while (arrived := sum(map(len, self._waiting.values()))) > seen and time.monotonic() < until:
+            seen = arrived
+            await asyncio.sleep(QUIET_S)
         while self._waiting:
             (partition_id, _), items = self._waiting.popitem()
             await self._flush(partition_id, items)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from rl_accel.hosts.verl import lean_rollout
-from rl_accel.hosts.verl.lean_rollout import COALESCE_S, AcquireOnce, CoalescePuts, InstantiateDirectly
+from rl_accel.hosts.verl.lean_rollout import COALESCE_S, QUIET_S, AcquireOnce, CoalescePuts, InstantiateDirectly
 
 
 class TransferQueue:
@@ -84,7 +84,7 @@ def test_concurrent_puts_become_one(module, transfer_queue) -> None:
 def test_a_put_returns_when_its_rows_are_written_and_not_before(module, transfer_queue) -> None:
     async def run():
         waiting = asyncio.create_task(put(module, 1))
-        await asyncio.sleep(COALESCE_S / 4)
+        await asyncio.sleep(QUIET_S / 4)
         joined = asyncio.create_task(put(module, 2))
         while not transfer_queue.puts:
             assert not waiting.done() and not joined.done()
