@@ -1,177 +1,14 @@
 #include "index.hpp"
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 #include <numeric>
-#include <optional>
 
 namespace rl_accel::suffix {
 namespace {
 
 constexpr u32 kCrossSlice = 64;   // more tokens than a step takes are fed to the index over all problems
 constexpr u32 kCrossContext = 32; // tokens matched again when that index was renewed
-constexpr u32 kPromptSequence = 0;
 constexpr float kMinProbability = 1e-6f;
-
-// Predictions for one draft position.
-struct Ballot {
-  Token token[kMaxVotes];
-  u32 cell[kMaxVotes];
-  float odds[kMaxVotes];
-  u32 size = 0;
-
-  void add(Token t, u32 c, float o) {
-    if (size == kMaxVotes) return;
-    token[size] = t;
-    cell[size] = c;
-    odds[size++] = o;
-  }
-
-  // The token with the largest sum of odds; `rest` gets the odds of all others.
-  Token winner(float& win, float& rest) const {
-    float all = 0;
-    bool same = true;
-    for (u32 i = 0; i < size; ++i) {
-      all += odds[i];
-      same &= token[i] == token[0];
-    }
-    if (same) {
-      win = all;
-      rest = 0;
-      return token[0];
-    }
-    win = 0;
-    Token best = 0;
-    for (u32 i = 0; i < size; ++i) {
-      float sum = 0;
-      for (u32 j = 0; j < size; ++j) sum += token[j] == token[i] ? odds[j] : 0.f;
-      if (sum > win) win = sum, best = token[i];
-    }
-    rest = std::max(all - win, 0.f);
-    return best;
-  }
-};
-
-// Reads on behind the occurrences that a request follows in one closed epoch. One load per occurrence and position.
-class ClosedReader {
- public:
-  ClosedReader() = default;
-  ClosedReader(const ClosedCursor& cursor, std::span<const Token> text, Source source)
-      : text_(text.data()), size_(text.size()), source_(source), num_(cursor.num), len_(cursor.len) {
-    for (u32 i = 0; i < num_; ++i) {
-      next_[i] = cursor.next[i];
-      tokens_[i] = text_[next_[i]];
-    }
-  }
-
-  bool alive() const { return num_ > 0; }
-
-  // The token that most occurrences go on with, the later of equals.
-  void vote(Ballot& ballot, const Scoring& scoring) const {
-    Token token = tokens_[0];
-    u32 best = 1;
-    for (u32 i = 1; i < num_; ++i) best += tokens_[i] == token;
-    if (best < num_) {
-      best = 0;
-      for (u32 i = 0; i < num_; ++i) {
-        const auto equal = static_cast<u32>(std::count(tokens_, tokens_ + num_, tokens_[i]));
-        if (equal >= best) best = equal, token = tokens_[i];
-      }
-    }
-    const u32 cell = Scoring::cell(source_, len_, best, num_);
-    ballot.add(token, cell, scoring.odds(cell));
-  }
-
-  // Keeps the occurrences that go on with `token`.
-  void follow(Token token) {
-    u32 kept = 0;
-    for (u32 i = 0; i < num_; ++i) {
-      const u32 next = next_[i] + 1;
-      if (tokens_[i] != token || next >= size_ || text_[next] == kStart) continue;
-      next_[kept] = next;
-      tokens_[kept++] = text_[next];
-    }
-    num_ = kept;
-    ++len_;
-  }
-
- private:
-  const Token* text_ = nullptr;
-  std::size_t size_ = 0;
-  Source source_ = Source::kPast1;
-  u32 num_ = 0, len_ = 0;
-  u32 next_[ClosedCursor::kFollow];
-  Token tokens_[ClosedCursor::kFollow];
-};
-
-// A cursor that was not moved while its automaton grew may stand in a state that was split since.
-void normalise(const LiveAutomaton& automaton, u32& state, u32 len) {
-  while (state != LiveAutomaton::kRoot && len <= automaton.state(automaton.state(state).link).len)
-    state = automaton.state(state).link;
-}
-
-// Reads on in an automaton behind a suffix of a text: state by state while there is a choice, then, where only one
-// occurrence is left, straight from the text that it occurred in.
-class Reader {
- public:
-  Reader(const LiveAutomaton& automaton, u32 state, u32 len) : automaton_(&automaton), state_(state), len_(len) {}
-
-  bool alive() const { return next_ != nullptr ? next_ < end_ : state_ != LiveAutomaton::kRoot; }
-  bool reads_states() const { return next_ == nullptr; }
-  Token token() const { return next_ != nullptr ? *next_ : token_; }
-  u32 length() const { return len_; }
-  u32 best() const { return best_; }
-  u32 total() const { return total_; }
-  u32 sequence() const { return sequence_; }
-  // The next shorter context, or the root where there is none or the automaton was left.
-  u32 shorter() const {
-    if (next_ != nullptr && !fresh_) return LiveAutomaton::kRoot;
-    u32 s = automaton_->state(state_).link;
-    while (s != LiveAutomaton::kRoot && automaton_->state(s).tok == LiveAutomaton::kNoToken) s = automaton_->state(s).link;
-    return s;
-  }
-
-  // Finds the prediction of the current state; `text_at(end)` gives the text from an occurrence on, or an empty span.
-  template <typename F>
-  void settle(F&& text_at) {
-    while (state_ != LiveAutomaton::kRoot && automaton_->state(state_).tok == LiveAutomaton::kNoToken) {
-      state_ = automaton_->state(state_).link;
-      len_ = automaton_->state(state_).len;
-    }
-    if (state_ == LiveAutomaton::kRoot) return;
-    const LiveAutomaton::State& from = automaton_->state(state_);
-    const LiveAutomaton::State& to = automaton_->state(from.to);
-    token_ = from.tok;
-    best_ = to.count;
-    total_ = LiveAutomaton::continued(from, best_);
-    sequence_ = End::seq(to.end);
-    if (total_ == 1) {
-      const std::span<const Token> text = text_at(to.end);
-      if (!text.empty() && text[0] == token_) next_ = text.data(), end_ = text.data() + text.size(), fresh_ = true;
-    }
-  }
-
-  // Moves behind `token`; a reader of a text that goes on otherwise ends.
-  void follow(Token token) {
-    if (next_ != nullptr) {
-      next_ = *next_ == token ? next_ + 1 : end_;
-      fresh_ = false;
-      ++len_;
-    } else {
-      automaton_->advance(state_, len_, token);
-    }
-  }
-
- private:
-  const LiveAutomaton* automaton_;
-  u32 state_, len_;
-  const Token* next_ = nullptr;
-  const Token* end_ = nullptr;
-  bool fresh_ = false;  // at the place where the automaton was left
-  Token token_ = 0;
-  u32 best_ = 0, total_ = 0, sequence_ = 0;
-};
 
 void require_tokens(std::span<const Token> tokens) {
   for (const Token token : tokens)
@@ -180,6 +17,14 @@ void require_tokens(std::span<const Token> tokens) {
 
 std::span<const Token> tail(const std::vector<Token>& tokens, std::size_t n) {
   return {tokens.data() + (tokens.size() - std::min(tokens.size(), n)), std::min(tokens.size(), n)};
+}
+
+// Returns the state of the whole prompt.
+u32 append_prompt(LiveAutomaton& automaton, std::span<const Token> prompt) {
+  u32 state = LiveAutomaton::kRoot, position = 0;
+  for (const Token token : prompt)
+    state = automaton.append(state, token, End::pack(kPromptSequence, std::min(++position, End::kMaxLen)));
+  return state;
 }
 
 }  // namespace
@@ -223,10 +68,7 @@ SuffixIndex::Problem& SuffixIndex::problem_of(u64 key, std::span<const Token> pr
   problem.key = key;
   problem.prompt.assign(prompt.begin(), prompt.end());
   problem.sequences.emplace_back();  // stands for the prompt
-  u32 position = 0;
-  for (const Token token : prompt)
-    problem.prompt_state = problem.automaton.append(problem.prompt_state, token,
-                                                    End::pack(kPromptSequence, std::min(++position, End::kMaxLen)));
+  problem.prompt_state = append_prompt(problem.automaton, prompt);
   for (const auto& segment : segments_) {
     if (problem.closed.size() == options_.max_closed) break;
     ClosedProblem found;
@@ -258,10 +100,7 @@ i64 SuffixIndex::begin(u64 key, std::span<const Token> prompt) {
   if (std::equal(prompt.begin(), prompt.end(), problem.prompt.begin(), problem.prompt.end())) {
     r.last = problem.prompt_state;
   } else {  // the problem was asked in other words: this prompt is a text of its own
-    r.last = LiveAutomaton::kRoot;
-    u32 position = 0;
-    for (const Token token : prompt)
-      r.last = problem.automaton.append(r.last, token, End::pack(kPromptSequence, std::min(++position, End::kMaxLen)));
+    r.last = append_prompt(problem.automaton, prompt);
   }
   r.cursors.clear();
   for (const Attached& closed : problem.closed)
@@ -349,148 +188,6 @@ void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
     normalise(automaton, cursor.state, cursor.len);
     for (const Token token : fresh) automaton.advance(cursor.state, cursor.len, token);
   }
-}
-
-void SuffixIndex::draft(Request& r, u32 cap, float floor) {
-  cap = std::min(cap, options_.max_draft);
-  if (cap == 0) return;
-  const Problem& problem = *r.problem;
-  u32 state = problem.automaton.longest_continued(r.last);
-  Reader live(problem.automaton, state, problem.automaton.state(state).len);
-  ClosedReader closed[kMaxClosed];
-  u32 num_closed = 0;
-  for (std::size_t i = 0; i < r.cursors.size(); ++i) {
-    const i64 epoch = problem.closed[i].segment->epoch();
-    if (r.cursors[i].num == 0 || epoch < min_epoch_) continue;
-    closed[num_closed++] =
-        ClosedReader(r.cursors[i], problem.closed[i].problem.text, past_source(newest_epoch_ + 1 - epoch));
-  }
-  std::optional<Reader> cross[2];
-  for (u32 g = 0; g < 2; ++g)
-    if (cross_[g] && r.cross[g].generation == cross_[g]->generation && r.cross[g].len > 0)
-      cross[g].emplace(cross_[g]->automaton, r.cross[g].state, r.cross[g].len);
-
-  float path = 1.f, expected = 0.f;
-  for (u32 k = 0; k < cap; ++k) {
-    Ballot ballot;
-    if (live.alive()) {
-      if (live.reads_states()) live.settle([&](u32 end) { return text_at(problem, end); });
-      if (live.alive()) {
-        const u32 name = live.sequence();
-        const Source source = name == kPromptSequence ? Source::kPrompt
-                              : name == r.sequence    ? Source::kOwn
-                                                      : Source::kSibling;
-        const u32 cell = Scoring::cell(source, live.length(), live.best(), live.total());
-        ballot.add(live.token(), cell, scoring_.odds(cell));
-        if (const u32 shorter = live.shorter(); shorter != LiveAutomaton::kRoot) {  // a shorter context has a say, too
-          const LiveAutomaton& automaton = problem.automaton;
-          const LiveAutomaton::State& from = automaton.state(shorter);
-          const u32 best = automaton.state(from.to).count;
-          const u32 other = Scoring::cell(Source::kShorter, from.len, best, LiveAutomaton::continued(from, best));
-          ballot.add(from.tok, other, scoring_.odds(other));
-        }
-      }
-    }
-    for (u32 i = 0; i < num_closed; ++i)
-      if (closed[i].alive()) closed[i].vote(ballot, scoring_);
-    for (u32 g = 0; g < 2; ++g) {
-      if (!cross[g] || !cross[g]->alive()) continue;
-      if (cross[g]->reads_states()) cross[g]->settle([&](u32 end) { return text_at(*cross_[g], end); });
-      if (!cross[g]->alive()) continue;
-      const u32 cell = Scoring::cell(Source::kCross, cross[g]->length(), cross[g]->best(), cross[g]->total());
-      ballot.add(cross[g]->token(), cell, scoring_.odds(cell));
-    }
-    if (ballot.size == 0) break;
-    float win, rest;
-    const Token token = ballot.winner(win, rest);
-    const u32 score = Scoring::score(win, rest, k);
-    path *= scoring_.probability(score, win, rest);
-    if (k == 0) {
-      float strongest = -1;
-      for (u32 i = 0; i < ballot.size; ++i) {
-        r.votes[r.num_votes++] = {ballot.cell[i], ballot.token[i]};
-        if (ballot.token[i] == token && ballot.odds[i] > strongest) strongest = ballot.odds[i], r.lead_cell = ballot.cell[i];
-      }
-      stats_.expected_first += path;
-    }
-    r.path[k] = token;  // the first one below the floor is kept, so that its outcome is learned
-    r.scores[k] = static_cast<u8>(score);
-    r.paths[k] = path;
-    r.num_candidates = k + 1;
-    if (path < floor) break;
-    expected += path;
-    if (k + 1 == cap || is_stop(token)) break;
-    if (live.alive()) live.follow(token);
-    for (u32 i = 0; i < num_closed; ++i)
-      if (closed[i].alive()) closed[i].follow(token);
-    for (u32 g = 0; g < 2; ++g)
-      if (cross[g] && cross[g]->alive()) cross[g]->follow(token);
-  }
-  stats_.expected_all += expected;
-  stats_.candidates += r.num_candidates;
-}
-
-// Decides how many tokens of each draft are admitted. Path probabilities fall along a draft, so admitting the tokens with
-// the best ratio of probability to price takes a prefix of every draft.
-void SuffixIndex::admit(std::span<Request*> requests, std::span<const float> thresholds, std::span<const u32> totals) {
-  std::size_t admitted = 0, possible = 0;
-  for (std::size_t i = 0; i < requests.size(); ++i) {
-    Request& r = *requests[i];
-    u32 n = 0;
-    while (n < r.num_candidates && r.paths[n] >= std::max(thresholds[i], options_.min_probability)) ++n;
-    r.num_admitted = n;
-    admitted += n;
-    possible += r.num_candidates;
-  }
-  if (totals.empty()) return;
-  const std::size_t base = requests.size();
-  const u32 limit = totals.back();
-  // The smallest size that holds what was admitted: up to it, more tokens cost nothing.
-  const auto size = std::lower_bound(totals.begin(), totals.end(), base + admitted);
-  std::size_t wanted = size == totals.end() ? limit : *size;
-  wanted = wanted > base ? wanted - base : 0;
-  if (admitted == 0 || wanted == admitted) return;
-  wanted = std::min(wanted, possible);
-  ratios_.clear();
-  for (std::size_t i = 0; i < requests.size(); ++i)
-    for (u32 k = 0; k < requests[i]->num_candidates; ++k)
-      if (const float path = requests[i]->paths[k]; path >= options_.min_probability && thresholds[i] <= 1.f)
-        ratios_.push_back(path / thresholds[i]);
-  if (wanted == 0 || ratios_.empty()) {
-    for (Request* r : requests) r->num_admitted = 0;
-    return;
-  }
-  float price = 0;
-  if (wanted < ratios_.size()) {
-    std::nth_element(ratios_.begin(), ratios_.begin() + static_cast<std::ptrdiff_t>(wanted - 1), ratios_.end(),
-                     std::greater<>());
-    price = ratios_[wanted - 1];
-  }
-  std::size_t left = wanted;
-  for (const bool strictly : {true, false}) {  // ties at the price fill what is left
-    for (std::size_t i = 0; i < requests.size(); ++i) {
-      Request& r = *requests[i];
-      u32 n = strictly ? 0 : r.num_admitted;
-      while (n < r.num_candidates && left > 0 && thresholds[i] <= 1.f && r.paths[n] >= options_.min_probability &&
-             (strictly ? r.paths[n] / thresholds[i] > price : r.paths[n] / thresholds[i] >= price))
-        ++n, --left;
-      r.num_admitted = n;
-    }
-  }
-}
-
-Drafts SuffixIndex::emit(std::span<Request*> requests) const {
-  Drafts out;
-  out.offsets.reserve(requests.size() + 1);
-  out.offsets.push_back(0);
-  for (const Request* r : requests) out.offsets.push_back(out.offsets.back() + r->num_admitted);
-  out.tokens.reserve(out.offsets.back());
-  out.paths.reserve(out.offsets.back());
-  for (const Request* r : requests) {
-    out.tokens.insert(out.tokens.end(), r->path, r->path + r->num_admitted);
-    out.paths.insert(out.paths.end(), r->paths, r->paths + r->num_admitted);
-  }
-  return out;
 }
 
 // What the next requests will read first. The nearer half is in the cache already, so it is followed one step further.

@@ -19,13 +19,14 @@
 
 #include "closed.hpp"
 #include "live.hpp"
+#include "readers.hpp"
 #include "scoring.hpp"
 
 namespace rl_accel::suffix {
 
 inline constexpr u32 kMaxDraft = 128;  // vLLM verifies no more
 inline constexpr u32 kMaxClosed = 8;
-inline constexpr u32 kMaxVotes = 16;
+inline constexpr u32 kPromptSequence = 0;  // name of the prompt among a problem's sequences
 
 struct IndexOptions {
   u64 tokenizer = 0;          // fingerprint of the tokenizer whose ids are indexed
