@@ -1,89 +1,145 @@
 // Reading the draft of a request, and admission of what a batch has drafted.
 #include <algorithm>
 #include <functional>
-#include <optional>
 
 #include "index.hpp"
 
 namespace rl_accel::suffix {
 
-void SuffixIndex::draft(Request& r, u32 cap, float floor) {
-  cap = std::min(cap, options_.max_draft);
-  if (cap == 0) return;
-  const Problem& problem = *r.problem;
-  u32 state = problem.automaton.longest_continued(r.last);
-  Reader live(problem.automaton, state, problem.automaton.state(state).len);
+// The draft of one request while it is read.
+struct SuffixIndex::Reading {
+  Request* request;
+  u32 cap;
+  float floor, path, expected;
+  Reader live, cross[2];
   ClosedReader closed[kMaxClosed];
-  u32 num_closed = 0;
+  u32 num_closed;
+};
+
+void SuffixIndex::start(Reading& reading, Request& r, u32 cap, float floor) const {
+  const Problem& problem = *r.problem;
+  reading.request = &r;
+  reading.cap = cap;
+  reading.floor = floor;
+  reading.path = 1.f;
+  reading.expected = 0.f;
+  const u32 state = problem.automaton.longest_continued(r.last);
+  reading.live = Reader(problem.automaton, state, problem.automaton.state(state).len);
+  reading.num_closed = 0;
   for (std::size_t i = 0; i < r.cursors.size(); ++i) {
     const i64 epoch = problem.closed[i].segment->epoch();
     if (r.cursors[i].num == 0 || epoch < min_epoch_) continue;
-    closed[num_closed++] =
+    reading.closed[reading.num_closed++] =
         ClosedReader(r.cursors[i], problem.closed[i].problem.text, past_source(newest_epoch_ + 1 - epoch));
   }
-  std::optional<Reader> cross[2];
   for (u32 g = 0; g < 2; ++g)
-    if (cross_[g] && r.cross[g].generation == cross_[g]->generation && r.cross[g].len > 0)
-      cross[g].emplace(cross_[g]->automaton, r.cross[g].state, r.cross[g].len);
+    reading.cross[g] = cross_[g] && r.cross[g].generation == cross_[g]->generation && r.cross[g].len > 0
+                           ? Reader(cross_[g]->automaton, r.cross[g].state, r.cross[g].len)
+                           : Reader();
+}
 
-  float path = 1.f, expected = 0.f;
-  for (u32 k = 0; k < cap; ++k) {
-    Ballot ballot;
-    if (live.alive()) {
-      if (live.reads_states()) live.settle([&](u32 end) { return text_at(problem, end); });
-      if (live.alive()) {
-        const u32 name = live.sequence();
-        const Source source = name == kPromptSequence ? Source::kPrompt
-                              : name == r.sequence    ? Source::kOwn
-                                                      : Source::kSibling;
-        const u32 cell = Scoring::cell(source, live.length(), live.best(), live.total());
-        ballot.add(live.token(), cell, scoring_.odds(cell));
-        if (const u32 shorter = live.shorter(); shorter != LiveAutomaton::kRoot) {  // a shorter context has a say, too
-          const LiveAutomaton& automaton = problem.automaton;
-          const LiveAutomaton::State& from = automaton.state(shorter);
-          const u32 best = automaton.state(from.to).count;
-          const u32 other = Scoring::cell(Source::kShorter, from.len, best, LiveAutomaton::continued(from, best));
-          ballot.add(from.tok, other, scoring_.odds(other));
-        }
-      }
+// Adds tokens to a draft until it has to look into an automaton again; returns whether it goes on.
+bool SuffixIndex::read(Reading& reading) {
+  Reader& live = reading.live;
+  do {
+    if (!read_token(reading)) return false;
+  } while (live.reads_text() && reading.cross[0].reads_text() && reading.cross[1].reads_text());
+  return true;
+}
+
+bool SuffixIndex::read_token(Reading& reading) {
+  Request& r = *reading.request;
+  Reader& live = reading.live;
+  const u32 k = r.num_candidates;
+  Ballot ballot;
+  live.leave();
+  if (live.alive()) {
+    const u32 name = live.sequence();
+    const Source source = name == kPromptSequence ? Source::kPrompt
+                          : name == r.sequence    ? Source::kOwn
+                                                  : Source::kSibling;
+    const u32 cell = Scoring::cell(source, live.length(), live.best(), live.total());
+    ballot.add(live.token(), cell, scoring_.odds(cell));
+    if (const u32 shorter = live.shorter(); shorter != LiveAutomaton::kRoot) {  // a shorter context has a say, too
+      const LiveAutomaton& automaton = r.problem->automaton;
+      const LiveAutomaton::State& from = automaton.state(shorter);
+      const u32 best = automaton.state(from.to).count;
+      const u32 other = Scoring::cell(Source::kShorter, from.len, best, LiveAutomaton::continued(from, best));
+      ballot.add(from.tok, other, scoring_.odds(other));
     }
-    for (u32 i = 0; i < num_closed; ++i)
-      if (closed[i].alive()) closed[i].vote(ballot, scoring_);
-    for (u32 g = 0; g < 2; ++g) {
-      if (!cross[g] || !cross[g]->alive()) continue;
-      if (cross[g]->reads_states()) cross[g]->settle([&](u32 end) { return text_at(*cross_[g], end); });
-      if (!cross[g]->alive()) continue;
-      const u32 cell = Scoring::cell(Source::kCross, cross[g]->length(), cross[g]->best(), cross[g]->total());
-      ballot.add(cross[g]->token(), cell, scoring_.odds(cell));
-    }
-    if (ballot.size == 0) break;
-    float win, rest;
-    const Token token = ballot.winner(win, rest);
-    const u32 score = Scoring::score(win, rest, k);
-    path *= scoring_.probability(score, win, rest);
-    if (k == 0) {
-      float strongest = -1;
-      for (u32 i = 0; i < ballot.size; ++i) {
-        r.votes[r.num_votes++] = {ballot.cell[i], ballot.token[i]};
-        if (ballot.token[i] == token && ballot.odds[i] > strongest) strongest = ballot.odds[i], r.lead_cell = ballot.cell[i];
-      }
-      stats_.expected_first += path;
-    }
-    r.path[k] = token;  // the first one below the floor is kept, so that its outcome is learned
-    r.scores[k] = static_cast<u8>(score);
-    r.paths[k] = path;
-    r.num_candidates = k + 1;
-    if (path < floor) break;
-    expected += path;
-    if (k + 1 == cap || is_stop(token)) break;
-    if (live.alive()) live.follow(token);
-    for (u32 i = 0; i < num_closed; ++i)
-      if (closed[i].alive()) closed[i].follow(token);
-    for (u32 g = 0; g < 2; ++g)
-      if (cross[g] && cross[g]->alive()) cross[g]->follow(token);
   }
-  stats_.expected_all += expected;
-  stats_.candidates += r.num_candidates;
+  for (u32 i = 0; i < reading.num_closed; ++i)
+    if (reading.closed[i].alive()) reading.closed[i].vote(ballot, scoring_);
+  for (Reader& cross : reading.cross) {
+    cross.leave();
+    if (!cross.alive()) continue;
+    const u32 cell = Scoring::cell(Source::kCross, cross.length(), cross.best(), cross.total());
+    ballot.add(cross.token(), cell, scoring_.odds(cell));
+  }
+  if (ballot.size == 0) return false;
+  float win, rest;
+  const Token token = ballot.winner(win, rest);
+  const u32 score = Scoring::score(win, rest, k);
+  reading.path *= scoring_.probability(score, win, rest);
+  if (k == 0) {
+    float strongest = -1;
+    for (u32 i = 0; i < ballot.size; ++i) {
+      r.votes[r.num_votes++] = {ballot.cell[i], ballot.token[i]};
+      if (ballot.token[i] == token && ballot.odds[i] > strongest) strongest = ballot.odds[i], r.lead_cell = ballot.cell[i];
+    }
+    stats_.expected_first += reading.path;
+  }
+  r.path[k] = token;  // the first one below the floor is kept, so that its outcome is learned
+  r.scores[k] = static_cast<u8>(score);
+  r.paths[k] = reading.path;
+  r.num_candidates = k + 1;
+  if (reading.path < reading.floor) return false;
+  reading.expected += reading.path;
+  if (k + 1 == reading.cap || is_stop(token)) return false;
+  if (live.alive()) live.follow(token);
+  for (u32 i = 0; i < reading.num_closed; ++i)
+    if (reading.closed[i].alive()) reading.closed[i].follow(token);
+  for (Reader& cross : reading.cross)
+    if (cross.alive()) cross.follow(token);
+  return true;
+}
+
+// Reads the drafts of requests [first, last) of the batch in turns: what one waits for is fetched while others go on.
+void SuffixIndex::draft(std::size_t first, std::size_t last, std::span<const u32> caps,
+                        std::span<const float> thresholds, float below) {
+  Reading readings[kTogether];
+  Reading* going[kTogether];
+  while (first < last) {
+    u32 n = 0;
+    for (; first < last && n < kTogether; ++first) {
+      const u32 cap = std::min(caps[first], options_.max_draft);
+      if (cap == 0) continue;
+      const float floor = std::max(options_.min_probability, std::min(thresholds[first], 1.f) * below);
+      start(readings[n], *batch_[first], cap, floor);
+      going[n] = &readings[n];
+      ++n;
+    }
+    while (n > 0) {
+      for (u32 i = 0; i < n; ++i) {
+        going[i]->live.approach();
+        for (Reader& cross : going[i]->cross) cross.approach();
+      }
+      for (u32 i = 0; i < n; ++i) {
+        going[i]->live.settle([&](u32 end) { return text_at(*going[i]->request->problem, end); });
+        going[i]->live.settle_shorter();
+        for (u32 g = 0; g < 2; ++g) going[i]->cross[g].settle([&](u32 end) { return text_at(*cross_[g], end); });
+      }
+      u32 left = 0;
+      for (u32 i = 0; i < n; ++i)
+        if (read(*going[i])) {
+          going[left++] = going[i];
+        } else {
+          stats_.expected_all += going[i]->expected;
+          stats_.candidates += going[i]->request->num_candidates;
+        }
+      n = left;
+    }
+  }
 }
 
 // Decides how many tokens of each draft are admitted. Path probabilities fall along a draft, so admitting the tokens with

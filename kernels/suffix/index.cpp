@@ -39,12 +39,7 @@ std::span<const Token> SuffixIndex::text_at(const Problem& problem, u32 end) {
   return position >= tokens.size() ? std::span<const Token>{} : std::span<const Token>(tokens).subspan(position);
 }
 
-std::span<const Token> SuffixIndex::text_at(const Cross& cross, u32 end) {
-  // A rollout ends at the next kStart.
-  const Token* first = cross.text.data() + end;
-  const Token* last = first + std::min<std::size_t>(kMaxDraft, cross.text.size() - end);
-  return {first, std::find(first, last, kStart)};
-}
+std::span<const Token> SuffixIndex::text_at(const Cross& cross, u32 end) { return std::span(cross.text).subspan(end); }
 
 SuffixIndex::SuffixIndex(IndexOptions options) : options_(std::move(options)) {
   // Above zero, so that no path probability that is compared has underflowed.
@@ -161,13 +156,17 @@ void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
   Problem& problem = *r.problem;
   std::vector<Token>& text = problem.sequences[r.sequence].tokens;
   const u32 name = std::min(r.sequence, End::kMaxSeqs - 1);
-  for (const Token token : tokens) {
+  for (const Token& token : tokens) {
     if (text.size() == text.capacity()) text.reserve(text.size() + text.size() / 4 + 32);
     text.push_back(token);
     const u32 position = std::min(static_cast<u32>(text.size() - 1), End::kMaxLen);
     r.last = problem.automaton.append(r.last, token, End::pack(name, position));
-    const auto context = tail(text, kMaxContext);
-    for (std::size_t i = 0; i < r.cursors.size(); ++i) advance(r.cursors[i], problem.closed[i].problem, token, context);
+    for (std::size_t i = 0; i < r.cursors.size(); ++i) {
+      const ClosedProblem& closed = problem.closed[i].problem;
+      if (advance(r.cursors[i], closed, token)) continue;
+      if (&token == &tokens.back()) searches_.emplace_back(&r.cursors[i], Search(closed, tail(text, kMaxContext)));
+      else r.cursors[i] = search(closed, tail(text, kMaxContext));
+    }
   }
   r.num_consumed += static_cast<u32>(tokens.size());
   r.num_fresh = static_cast<u32>(tokens.size());
@@ -190,42 +189,73 @@ void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
   }
 }
 
-// What the next requests will read first. The nearer half is in the cache already, so it is followed one step further.
-void SuffixIndex::prefetch_requests(std::size_t first, std::size_t last) const {
-  const std::size_t nearer = first + (last - first) / 2;
-  for (std::size_t i = first; i < nearer; ++i) {
-    const Request& r = *batch_[i];
-    r.problem->automaton.prefetch(r.last);
-    __builtin_prefetch(&r.problem->sequences[r.sequence]);
-    __builtin_prefetch(r.cursors.data());
-  }
-  for (std::size_t i = nearer; i < last; ++i) {
-    const char* bytes = reinterpret_cast<const char*>(batch_[i]);
-    for (const std::size_t line : {0, 64, 128, 192, 256}) __builtin_prefetch(bytes + line);
-  }
-}
-
-// What the drafts of these requests will begin with: continuations in the automaton and in the closed epochs.
-void SuffixIndex::prefetch_continuations(std::size_t first, std::size_t last) const {
+// Fetches what requests [first, last) of the batch will read to take their first new token. Each pass reads what the one
+// before it has fetched, so the requests wait for memory together.
+template <typename F>
+void SuffixIndex::prefetch(std::size_t first, std::size_t last, F&& fresh_of) {
+  struct Walk {
+    const LiveAutomaton* automaton;
+    Token token;
+    u32 states[4];  // along the suffix links, the latest first
+  };
+  Walk walks[kTogether];
+  for (std::size_t i = first; i < last; ++i) batch_[i]->prefetch();
+  u32 n = 0;
   for (std::size_t i = first; i < last; ++i) {
     const Request& r = *batch_[i];
-    const LiveAutomaton& live = r.problem->automaton;
-    const u32 state = live.longest_continued(r.last);
-    if (state != LiveAutomaton::kRoot) live.prefetch(live.state(state).to);
+    const Problem& problem = *r.problem;
+    fetch(&problem.sequences[r.sequence]);
+    for (std::size_t at = 0; at < r.cursors.size() * sizeof(ClosedCursor); at += 64)
+      fetch(reinterpret_cast<const char*>(r.cursors.data()) + at);
+    if (fresh_of(i).empty()) continue;
+    problem.automaton.prefetch(r.last);
+    walks[n++] = {&problem.automaton, fresh_of(i)[0], {r.last, kNone, kNone, kNone}};
+    for (u32 g = 0; g < 2; ++g)
+      if (cross_[g]) cross_[g]->automaton.prefetch(r.cross[g].generation == cross_[g]->generation ? r.cross[g].state : 0);
+  }
+  for (std::size_t i = first; i < last; ++i) {
+    const Request& r = *batch_[i];
+    const Problem& problem = *r.problem;
+    const std::vector<Token>& text = problem.sequences[r.sequence].tokens;
+    fetch(text.data() + text.size());
     for (std::size_t c = 0; c < r.cursors.size(); ++c)
-      for (u32 k = 0; k < r.cursors[c].num; ++k)
-        __builtin_prefetch(&r.problem->closed[c].problem.text[r.cursors[c].next[k]]);
+      for (u32 k = 0; k < r.cursors[c].num; ++k) fetch(&problem.closed[c].problem.text[r.cursors[c].next[k]]);
+  }
+  for (u32 left = n, step = 0; left > 0 && step < kWalk; ++step) {
+    left = 0;
+    for (u32 i = 0; i < n; ++i) left += walks[i].automaton->prefetch_append(walks[i].states, walks[i].token);
   }
 }
 
-// Requests of one problem that follow each other are taken together: all of them append, then all of them draft, so that
-// siblings see each other's newest tokens while the problem is still in the cache.
+// Finishes the searches that `take` has begun, in turns.
+void SuffixIndex::finish_searches() {
+  constexpr std::size_t kSearches = 16;
+  for (std::size_t begin = 0; begin < searches_.size(); begin += kSearches) {
+    const std::size_t end = std::min(searches_.size(), begin + kSearches);
+    for (bool going = true; going;) {
+      going = false;
+      for (std::size_t i = begin; i < end; ++i)
+        if (!searches_[i].second.done()) searches_[i].second.prefetch();
+      for (std::size_t i = begin; i < end; ++i) {
+        if (searches_[i].second.done()) continue;
+        searches_[i].second.step();
+        going = true;
+      }
+    }
+  }
+  for (auto& [cursor, search] : searches_) *cursor = search.result();
+  searches_.clear();
+}
+
+// Some tens of requests are taken together, and all requests of one problem that follow each other: all of them append, then
+// all of them draft, so that siblings see each other's newest tokens while the problem is still in the cache.
 template <typename F>
 Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps,
                         std::span<const float> thresholds, std::span<const u32> totals) {
   // With room to fill, candidates below the price are wanted as well.
   const float below = totals.size() > 1 ? .25f : 1.f;
   batch_.clear();
+  searches_.clear();
   for (const i64 handle : handles) batch_.push_back(&request(handle));
   const std::size_t n = batch_.size();
   u32 num_taken = 0;
@@ -234,9 +264,10 @@ Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<co
     num_taken += static_cast<u32>(fresh_of(i).size());
   }
   for (std::size_t first = 0, last = 0; first < n; first = last) {
-    while (last < n && batch_[last]->problem == batch_[first]->problem) ++last;
-    prefetch_requests(last, std::min(n, last + 2 * (last - first)));
+    last = std::min(n, first + kTogether);
+    while (last < n && batch_[last]->problem == batch_[last - 1]->problem) ++last;
     for (std::size_t i = first; i < last; ++i) {
+      if ((i - first) % kTogether == 0) prefetch(i, std::min(last, i + kTogether), fresh_of);
       const std::span<const Token> fresh = fresh_of(i);
       if (fresh.empty()) {
         forget_draft(*batch_[i]);
@@ -245,9 +276,8 @@ Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<co
         take(*batch_[i], fresh);
       }
     }
-    prefetch_continuations(first, last);
-    for (std::size_t i = first; i < last; ++i)
-      draft(*batch_[i], caps[i], std::max(options_.min_probability, std::min(thresholds[i], 1.f) * below));
+    finish_searches();
+    draft(first, last, caps, thresholds, below);
   }
   admit(batch_, thresholds, totals);
   feed_cross(num_taken + kCrossSlice);

@@ -154,7 +154,21 @@ class SuffixIndex {
     Token path[kMaxDraft];
     float paths[kMaxDraft];
     u8 scores[kMaxDraft];
+
+    // What learning from a short answer and writing a short draft need.
+    void prefetch() const {
+      const char* bytes = reinterpret_cast<const char*>(this);
+      for (std::size_t at = 0; at < offsetof(Request, path) + 128; at += 64) fetch(bytes + at);
+      for (const void* at : {static_cast<const void*>(paths), static_cast<const void*>(paths + 16),
+                             static_cast<const void*>(scores)})
+        fetch(at);
+    }
   };
+
+  struct Reading;
+  static constexpr u32 kTogether = 32;  // requests that take turns, so that they wait for memory together
+
+  static constexpr u32 kWalk = 8;       // suffix links that are fetched ahead
 
   static std::span<const Token> text_at(const Problem& problem, u32 end);
   static std::span<const Token> text_at(const Cross& cross, u32 end);
@@ -163,12 +177,16 @@ class SuffixIndex {
   Problem& problem_of(u64 key, std::span<const Token> prompt);
   void learn(Request& request, std::span<const Token> tokens);
   void take(Request& request, std::span<const Token> tokens);
-  void draft(Request& request, u32 cap, float floor);
+  void start(Reading& reading, Request& request, u32 cap, float floor) const;
+  bool read(Reading& reading);
+  bool read_token(Reading& reading);
+  void draft(std::size_t first, std::size_t last, std::span<const u32> caps, std::span<const float> thresholds, float below);
   void admit(std::span<Request*> requests, std::span<const float> thresholds, std::span<const u32> totals);
   Drafts emit(std::span<Request*> requests) const;
   static void forget_draft(Request& request);
-  void prefetch_requests(std::size_t first, std::size_t last) const;
-  void prefetch_continuations(std::size_t first, std::size_t last) const;
+  void finish_searches();
+  template <typename F>
+  void prefetch(std::size_t first, std::size_t last, F&& fresh_of);
   template <typename F>
   Drafts run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps, std::span<const float> thresholds,
              std::span<const u32> totals);
@@ -194,6 +212,7 @@ class SuffixIndex {
   u32 cross_last_ = LiveAutomaton::kRoot;
   IndexStats stats_;
   std::vector<Request*> batch_;
+  std::vector<std::pair<ClosedCursor*, Search>> searches_;
   std::vector<float> ratios_;
 };
 

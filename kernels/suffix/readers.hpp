@@ -54,7 +54,7 @@ struct Ballot {
 // Reads on behind the occurrences that a request follows in one closed epoch. One load per occurrence and position.
 class ClosedReader {
  public:
-  ClosedReader() = default;
+  ClosedReader() {}  // nothing: arrays of them are made for every batch
   ClosedReader(const ClosedCursor& cursor, std::span<const Token> text, Source source)
       : text_(text.data()), size_(text.size()), source_(source), num_(cursor.num), len_(cursor.len) {
     for (u32 i = 0; i < num_; ++i) {
@@ -95,10 +95,10 @@ class ClosedReader {
   }
 
  private:
-  const Token* text_ = nullptr;
-  std::size_t size_ = 0;
-  Source source_ = Source::kPast1;
-  u32 num_ = 0, len_ = 0;
+  const Token* text_;
+  std::size_t size_;
+  Source source_;
+  u32 num_, len_;
   u32 next_[ClosedCursor::kFollow];
   Token tokens_[ClosedCursor::kFollow];
 };
@@ -110,34 +110,41 @@ inline void normalise(const LiveAutomaton& automaton, u32& state, u32 len) {
 }
 
 // Reads on in an automaton behind a suffix of a text: state by state while there is a choice, then, where only one
-// occurrence is left, straight from the text that it occurred in.
+// occurrence is left, straight from the text that it occurred in. A position takes three calls, each of which fetches
+// what the next one reads, so that many readers which take turns do not wait for memory one after the other.
 class Reader {
  public:
+  Reader() = default;
   Reader(const LiveAutomaton& automaton, u32 state, u32 len) : automaton_(&automaton), state_(state), len_(len) {}
 
-  bool alive() const { return next_ != nullptr ? next_ < end_ : state_ != LiveAutomaton::kRoot; }
-  bool reads_states() const { return next_ == nullptr; }
+  bool alive() const { return next_ != nullptr ? next_ < end_ && *next_ != kStart : state_ != LiveAutomaton::kRoot; }
+  bool reads_text() const { return next_ != nullptr || state_ == LiveAutomaton::kRoot; }  // or nothing more
   Token token() const { return next_ != nullptr ? *next_ : token_; }
   u32 length() const { return len_; }
   u32 best() const { return best_; }
   u32 total() const { return total_; }
   u32 sequence() const { return sequence_; }
-  // The next shorter context, or the root where there is none or the automaton was left.
-  u32 shorter() const {
-    if (next_ != nullptr && !fresh_) return LiveAutomaton::kRoot;
-    u32 s = automaton_->state(state_).link;
-    while (s != LiveAutomaton::kRoot && automaton_->state(s).tok == LiveAutomaton::kNoToken) s = automaton_->state(s).link;
-    return s;
-  }
+  // The next shorter context that was continued; the root if there is none, or where a text is read.
+  u32 shorter() const { return shorter_; }
 
-  // Finds the prediction of the current state; `text_at(end)` gives the text from an occurrence on, or an empty span.
-  template <typename F>
-  void settle(F&& text_at) {
-    while (state_ != LiveAutomaton::kRoot && automaton_->state(state_).tok == LiveAutomaton::kNoToken) {
-      state_ = automaton_->state(state_).link;
-      len_ = automaton_->state(state_).len;
+  // Goes to the longest context that was continued.
+  void approach() {
+    if (next_ != nullptr || state_ == LiveAutomaton::kRoot) return;
+    const LiveAutomaton::State* state = &automaton_->state(state_);
+    while (state_ != LiveAutomaton::kRoot && state->tok == LiveAutomaton::kNoToken) {
+      state_ = state->link;
+      state = &automaton_->state(state_);
+      len_ = state->len;
     }
     if (state_ == LiveAutomaton::kRoot) return;
+    automaton_->prefetch(state->to);
+    automaton_->prefetch(state->link);
+  }
+
+  // Finds its prediction; `text_at(end)` gives the text from an occurrence on, or an empty span.
+  template <typename F>
+  void settle(F&& text_at) {
+    if (next_ != nullptr || state_ == LiveAutomaton::kRoot) return;
     const LiveAutomaton::State& from = automaton_->state(state_);
     const LiveAutomaton::State& to = automaton_->state(from.to);
     token_ = from.tok;
@@ -146,29 +153,44 @@ class Reader {
     sequence_ = End::seq(to.end);
     if (total_ == 1) {
       const std::span<const Token> text = text_at(to.end);
-      if (!text.empty() && text[0] == token_) next_ = text.data(), end_ = text.data() + text.size(), fresh_ = true;
+      if (!text.empty()) left_ = text.data(), end_ = text.data() + text.size();
+      fetch(left_);
     }
+  }
+
+  // After settle: looks for a shorter context, too.
+  void settle_shorter() {
+    if (next_ != nullptr || state_ == LiveAutomaton::kRoot) return;
+    shorter_ = automaton_->longest_continued(automaton_->state(state_).link);
+    if (shorter_ != LiveAutomaton::kRoot) automaton_->prefetch(automaton_->state(shorter_).to);
+  }
+
+  // Leaves the automaton for the text of the only occurrence.
+  void leave() {
+    if (left_ != nullptr && *left_ == token_) next_ = left_;
+    left_ = nullptr;
   }
 
   // Moves behind `token`; a reader of a text that goes on otherwise ends.
   void follow(Token token) {
     if (next_ != nullptr) {
       next_ = *next_ == token ? next_ + 1 : end_;
-      fresh_ = false;
+      shorter_ = LiveAutomaton::kRoot;
       ++len_;
     } else {
       automaton_->advance(state_, len_, token);
+      automaton_->prefetch(state_);
     }
   }
 
  private:
-  const LiveAutomaton* automaton_;
-  u32 state_, len_;
+  const LiveAutomaton* automaton_ = nullptr;
+  u32 state_ = LiveAutomaton::kRoot, len_ = 0;
   const Token* next_ = nullptr;
   const Token* end_ = nullptr;
-  bool fresh_ = false;  // at the place where the automaton was left
+  const Token* left_ = nullptr;  // where the text of the only occurrence goes on, until it is entered
   Token token_ = 0;
-  u32 best_ = 0, total_ = 0, sequence_ = 0;
+  u32 best_ = 0, total_ = 0, sequence_ = 0, shorter_ = LiveAutomaton::kRoot;
 };
 
 }  // namespace rl_accel::suffix
