@@ -92,9 +92,17 @@ struct ByReversedContext {
 
 }  // namespace
 
+std::vector<Token> heads_of(const ClosedProblem& problem) {
+  std::vector<Token> heads;
+  heads.reserve(problem.order.size() / kHeadStep + 1);
+  for (std::size_t i = 0; i < problem.order.size(); i += kHeadStep) heads.push_back(problem.text[problem.order[i]]);
+  return heads;
+}
+
 Search::Search(const ClosedProblem& problem, std::span<const Token> context)
     : text_(problem.text.data()),
       order_(problem.order.data()),
+      heads_(problem.heads),
       context_(context.last(std::min<std::size_t>(context.size(), kMaxContext))),
       high_(static_cast<u32>(problem.order.size())) {
   begin_level();
@@ -102,56 +110,58 @@ Search::Search(const ClosedProblem& problem, std::span<const Token> context)
 
 // Looks for the places in [low, high) whose context goes on with the next token.
 void Search::begin_level() {
-  if (len_ == context_.size() || low_ == high_) {
-    done_ = true;
-    return;
-  }
+  done_ = len_ == context_.size() || low_ == high_;
+  if (done_) return;
   token_ = context_[context_.size() - 1 - len_];
   first_ = low_;
   last_ = high_;
   found_ = kNone;
-  look_at(first_ + (last_ - first_) / 2);
+  equal_ = false;
+  if (len_ == 0 && !heads_.empty()) {
+    const auto head = std::lower_bound(heads_.begin(), heads_.end(), token_);
+    const auto k = static_cast<u32>(head - heads_.begin());
+    if (k > 0) first_ = (k - 1) * kHeadStep + 1;
+    if (head != heads_.end()) last_ = k * kHeadStep, equal_ = *head == token_;
+  }
+  look();
 }
 
-void Search::look_at(u32 place) {
-  at_ = place;
-  fetch(&order_[place]);
+// Halves [first, last), or goes on where there is nothing left of it.
+void Search::look() {
+  if (first_ == last_ && found_ == kNone) {  // the lower bound
+    if (!equal_) {
+      done_ = true;
+      return;
+    }
+    found_ = first_++;
+    last_ = high_;
+    if (len_ == 0 && !heads_.empty()) {
+      const auto head = std::upper_bound(heads_.begin() + found_ / kHeadStep, heads_.end(), token_);
+      const auto k = static_cast<u32>(head - heads_.begin());
+      if (k > 0) first_ = std::max(first_, (k - 1) * kHeadStep + 1);
+      if (head != heads_.end()) last_ = k * kHeadStep;
+    }
+  }
+  if (first_ < last_) {
+    at_ = first_ + (last_ - first_) / 2;
+    fetch(&order_[at_]);
+    return;
+  }
+  low_ = found_;
+  high_ = first_;
+  ++len_;
+  if (token_ == kStart) done_ = true;
+  else if (high_ - low_ == 1) compare_on();
+  else begin_level();
 }
 
 void Search::step() {
   const Token token = text_[order_[at_] - len_];
-  if (found_ == kNone) {  // lower bound
-    if (token < token_) first_ = at_ + 1;
-    else last_ = at_, equal_ = token == token_;
-    if (first_ < last_) return look_at(first_ + (last_ - first_) / 2);
-    if (first_ == high_ || !equal_) {
-      done_ = true;
-      return;
-    }
-    found_ = first_;
-    stride_ = 1;
-    last_ = high_;
-    ++first_;
-  } else if (token == token_) {
-    first_ = at_ + 1;
-    stride_ *= 2;
-  } else {
-    last_ = at_;
-    stride_ = 0;  // the end is near: halve
-  }
-  // Few places have the token, so its end is looked for in growing steps from the first one.
-  if (first_ < last_)
-    return look_at(stride_ > 0 && stride_ < (last_ - first_) / 2 ? first_ + stride_ - 1 : first_ + (last_ - first_) / 2);
-  low_ = found_;
-  high_ = first_;
-  ++len_;
-  equal_ = false;
-  if (token_ == kStart) {
-    done_ = true;
-    return;
-  }
-  if (high_ - low_ == 1) return compare_on();
-  begin_level();
+  const bool before = found_ == kNone ? token < token_ : token <= token_;
+  equal_ = before ? equal_ : token == token_;
+  first_ = before ? at_ + 1 : first_;
+  last_ = before ? last_ : at_;
+  look();
 }
 
 // One place is left: how far do the texts agree?

@@ -23,7 +23,11 @@ inline constexpr u32 kMaxContext = 64; // longest context that the order looks a
 struct ClosedProblem {
   std::span<const Token> text;
   std::span<const u32> order;  // places i with a continuation text[i + 1], by reversed context text[i], text[i - 1], ...
+  std::span<const Token> heads = {};  // text[order[i]] of every kHeadStep-th i, or none: so that few places are read
 };
+
+inline constexpr u32 kHeadStep = 16;
+std::vector<Token> heads_of(const ClosedProblem& problem);
 
 // The occurrences that a request follows in one closed problem.
 struct ClosedCursor {
@@ -46,16 +50,16 @@ class Search {
 
  private:
   void begin_level();
-  void look_at(u32 place);
+  void look();
   void compare_on();
 
   const Token* text_;
   const u32* order_;
+  std::span<const Token> heads_;
   std::span<const Token> context_;
   u32 low_ = 0, high_, len_ = 0;      // places [low, high) have the last `len` tokens of the context
   u32 first_ = 0, last_ = 0, at_ = 0;  // a bound is looked for in [first, last), next at `at`
   u32 found_ = kNone;                  // first place with the next token
-  u32 stride_ = 0;
   Token token_ = 0;
   bool equal_ = false, done_ = false;
 };

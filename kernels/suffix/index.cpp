@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 
 namespace rl_accel::suffix {
 namespace {
@@ -67,7 +68,10 @@ SuffixIndex::Problem& SuffixIndex::problem_of(u64 key, std::span<const Token> pr
   for (const auto& segment : segments_) {
     if (problem.closed.size() == options_.max_closed) break;
     ClosedProblem found;
-    if (segment->find(key, found)) problem.closed.push_back({segment, found});
+    if (!segment->find(key, found)) continue;
+    std::vector<Token> heads = heads_of(found);
+    found.heads = heads;
+    problem.closed.push_back({segment, found, std::move(heads)});
   }
   return problem;
 }
@@ -164,7 +168,7 @@ void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
     for (std::size_t i = 0; i < r.cursors.size(); ++i) {
       const ClosedProblem& closed = problem.closed[i].problem;
       if (advance(r.cursors[i], closed, token)) continue;
-      if (&token == &tokens.back()) searches_.emplace_back(&r.cursors[i], Search(closed, tail(text, kMaxContext)));
+      if (&token == &tokens.back()) unsearched_.emplace_back(&r, static_cast<u32>(i));
       else r.cursors[i] = search(closed, tail(text, kMaxContext));
     }
   }
@@ -227,24 +231,32 @@ void SuffixIndex::prefetch(std::size_t first, std::size_t last, F&& fresh_of) {
   }
 }
 
-// Finishes the searches that `take` has begun, in turns.
+// Makes the searches that `take` has left, in turns.
 void SuffixIndex::finish_searches() {
   constexpr std::size_t kSearches = 16;
-  for (std::size_t begin = 0; begin < searches_.size(); begin += kSearches) {
-    const std::size_t end = std::min(searches_.size(), begin + kSearches);
+  std::optional<Search> searches[kSearches];
+  for (std::size_t first = 0; first < unsearched_.size(); first += kSearches) {
+    const std::size_t n = std::min(unsearched_.size() - first, kSearches);
+    for (std::size_t i = 0; i < n; ++i) {
+      const auto [r, c] = unsearched_[first + i];
+      searches[i].emplace(r->problem->closed[c].problem, tail(r->problem->sequences[r->sequence].tokens, kMaxContext));
+    }
     for (bool going = true; going;) {
       going = false;
-      for (std::size_t i = begin; i < end; ++i)
-        if (!searches_[i].second.done()) searches_[i].second.prefetch();
-      for (std::size_t i = begin; i < end; ++i) {
-        if (searches_[i].second.done()) continue;
-        searches_[i].second.step();
+      for (std::size_t i = 0; i < n; ++i)
+        if (!searches[i]->done()) searches[i]->prefetch();
+      for (std::size_t i = 0; i < n; ++i) {
+        if (searches[i]->done()) continue;
+        searches[i]->step();
         going = true;
       }
     }
+    for (std::size_t i = 0; i < n; ++i) {
+      const auto [r, c] = unsearched_[first + i];
+      r->cursors[c] = searches[i]->result();
+    }
   }
-  for (auto& [cursor, search] : searches_) *cursor = search.result();
-  searches_.clear();
+  unsearched_.clear();
 }
 
 // Some tens of requests are taken together, and all requests of one problem that follow each other: all of them append, then
@@ -255,7 +267,7 @@ Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<co
   // With room to fill, candidates below the price are wanted as well.
   const float below = totals.size() > 1 ? .25f : 1.f;
   batch_.clear();
-  searches_.clear();
+  unsearched_.clear();
   for (const i64 handle : handles) batch_.push_back(&request(handle));
   const std::size_t n = batch_.size();
   u32 num_taken = 0;
@@ -410,6 +422,7 @@ std::size_t SuffixIndex::live_bytes() const {
   std::size_t bytes = 0;
   for (const auto& [key, problem] : problems_) {
     bytes += sizeof(Problem) + 64 + problem->automaton.memory_bytes() + problem->prompt.capacity() * sizeof(Token);
+    for (const Attached& closed : problem->closed) bytes += closed.heads.capacity() * sizeof(Token);
     for (const Sequence& s : problem->sequences) bytes += sizeof(Sequence) + s.tokens.capacity() * sizeof(Token);
   }
   for (const auto& r : requests_)

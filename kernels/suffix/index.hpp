@@ -111,6 +111,7 @@ class SuffixIndex {
   struct Attached {
     std::shared_ptr<const Segment> segment;
     ClosedProblem problem;
+    std::vector<Token> heads;  // of the problem
   };
   struct Sequence {
     std::vector<Token> tokens;  // kStart first
@@ -212,7 +213,7 @@ class SuffixIndex {
   u32 cross_last_ = LiveAutomaton::kRoot;
   IndexStats stats_;
   std::vector<Request*> batch_;
-  std::vector<std::pair<ClosedCursor*, Search>> searches_;
+  std::vector<std::pair<Request*, u32>> unsearched_;  // cursors that have lost what they followed
   std::vector<float> ratios_;
 };
 
