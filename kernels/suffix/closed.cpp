@@ -86,61 +86,117 @@ struct ByReversedContext {
   }
 };
 
-void place(const ClosedProblem& problem, u32 low, u32 high, u32 len, ClosedCursor& cursor) {
-  cursor.len = len;
-  cursor.total = high - low;
-  cursor.num = std::min(cursor.total, ClosedCursor::kFollow);
-  for (u32 i = 0; i < cursor.num; ++i) {
-    const u64 offset = (static_cast<u64>(2 * i + 1) * cursor.total) / (2 * cursor.num);  // evenly spread
-    cursor.next[i] = problem.order[low + static_cast<u32>(offset)] + 1;
-  }
-}
-
 [[noreturn]] void fail(const std::string& path, const std::string& why) {
   throw SuffixError("history " + path + ": " + why);
 }
 
 }  // namespace
 
-ClosedCursor search(const ClosedProblem& problem, std::span<const Token> context) {
-  ClosedCursor cursor;
-  const Token* text = problem.text.data();
-  const u32* order = problem.order.data();
-  u32 low = 0, high = static_cast<u32>(problem.order.size()), len = 0;
-  const u32 longest = static_cast<u32>(std::min<std::size_t>(context.size(), kMaxContext));
-  while (len < longest) {
-    const Token token = context[context.size() - 1 - len];
-    if (high - low == 1) {  // one occurrence left: compare on
-      if (text[order[low] - len] != token) break;
-      ++len;
-      if (token == kStart) break;
-      continue;
+std::vector<Token> heads_of(const ClosedProblem& problem) {
+  std::vector<Token> heads;
+  heads.reserve(problem.order.size() / kHeadStep + 1);
+  for (std::size_t i = 0; i < problem.order.size(); i += kHeadStep) heads.push_back(problem.text[problem.order[i]]);
+  return heads;
+}
+
+Search::Search(const ClosedProblem& problem, std::span<const Token> context)
+    : text_(problem.text.data()),
+      order_(problem.order.data()),
+      heads_(problem.heads),
+      context_(context.last(std::min<std::size_t>(context.size(), kMaxContext))),
+      high_(static_cast<u32>(problem.order.size())) {
+  begin_level();
+}
+
+// Looks for the places in [low, high) whose context goes on with the next token.
+void Search::begin_level() {
+  done_ = len_ == context_.size() || low_ == high_;
+  if (done_) return;
+  token_ = context_[context_.size() - 1 - len_];
+  first_ = low_;
+  last_ = high_;
+  found_ = kNone;
+  equal_ = false;
+  if (len_ == 0 && !heads_.empty()) {
+    const auto head = std::lower_bound(heads_.begin(), heads_.end(), token_);
+    const auto k = static_cast<u32>(head - heads_.begin());
+    if (k > 0) first_ = (k - 1) * kHeadStep + 1;
+    if (head != heads_.end()) last_ = k * kHeadStep, equal_ = *head == token_;
+  }
+  look();
+}
+
+// Halves [first, last), or goes on where there is nothing left of it.
+void Search::look() {
+  if (first_ == last_ && found_ == kNone) {  // the lower bound
+    if (!equal_) {
+      done_ = true;
+      return;
     }
-    const auto at = [&](u32 i) { return text[order[i] - len]; };
-    u32 first = low, last = high;
-    while (first < last) {
-      const u32 middle = first + (last - first) / 2;
-      if (at(middle) < token) first = middle + 1;
-      else last = middle;
+    found_ = first_++;
+    last_ = high_;
+    if (len_ == 0 && !heads_.empty()) {
+      const auto head = std::upper_bound(heads_.begin() + found_ / kHeadStep, heads_.end(), token_);
+      const auto k = static_cast<u32>(head - heads_.begin());
+      if (k > 0) first_ = std::max(first_, (k - 1) * kHeadStep + 1);
+      if (head != heads_.end()) last_ = k * kHeadStep;
     }
-    if (first == high || at(first) != token) break;
-    u32 end = first + 1;
-    last = high;
-    while (end < last) {
-      const u32 middle = end + (last - end) / 2;
-      if (at(middle) <= token) end = middle + 1;
-      else last = middle;
-    }
-    low = first;
-    high = end;
-    ++len;
+  }
+  if (first_ < last_) {
+    at_ = first_ + (last_ - first_) / 2;
+    fetch(&order_[at_]);
+    return;
+  }
+  low_ = found_;
+  high_ = first_;
+  ++len_;
+  if (token_ == kStart) done_ = true;
+  else if (high_ - low_ == 1) compare_on();
+  else begin_level();
+}
+
+void Search::step() {
+  const Token token = text_[order_[at_] - len_];
+  const bool before = found_ == kNone ? token < token_ : token <= token_;
+  equal_ = before ? equal_ : token == token_;
+  first_ = before ? at_ + 1 : first_;
+  last_ = before ? last_ : at_;
+  look();
+}
+
+// One place is left: how far do the texts agree?
+void Search::compare_on() {
+  const Token* place = text_ + order_[low_];
+  while (len_ < context_.size()) {
+    const Token token = context_[context_.size() - 1 - len_];
+    if (*(place - len_) != token) break;
+    ++len_;
     if (token == kStart) break;
   }
-  if (len > 0) place(problem, low, high, len, cursor);
+  done_ = true;
+}
+
+ClosedCursor Search::result() const {
+  ClosedCursor cursor;
+  if (len_ == 0) return cursor;
+  cursor.len = len_;
+  cursor.total = high_ - low_;
+  cursor.num = std::min(cursor.total, ClosedCursor::kFollow);
+  for (u32 i = 0; i < cursor.num; ++i) {
+    const u64 offset = (static_cast<u64>(2 * i + 1) * cursor.total) / (2 * cursor.num);  // evenly spread
+    cursor.next[i] = order_[low_ + static_cast<u32>(offset)] + 1;
+    fetch(&text_[cursor.next[i]]);
+  }
   return cursor;
 }
 
-void advance(ClosedCursor& cursor, const ClosedProblem& problem, Token token, std::span<const Token> context) {
+ClosedCursor search(const ClosedProblem& problem, std::span<const Token> context) {
+  Search search(problem, context);
+  while (!search.done()) search.step();
+  return search.result();
+}
+
+bool advance(ClosedCursor& cursor, const ClosedProblem& problem, Token token) {
   const bool sampled = cursor.total > ClosedCursor::kFollow;
   u32 kept = 0;
   for (u32 i = 0; i < cursor.num; ++i) {
@@ -151,11 +207,8 @@ void advance(ClosedCursor& cursor, const ClosedProblem& problem, Token token, st
   }
   cursor.num = kept;
   ++cursor.len;
-  if (kept == 0 || (sampled && kept < ClosedCursor::kFollow / 2)) {
-    cursor = search(problem, context);
-  } else if (!sampled) {
-    cursor.total = kept;
-  }
+  if (!sampled) cursor.total = kept;
+  return kept > 0 && !(sampled && kept < ClosedCursor::kFollow / 2);
 }
 
 std::shared_ptr<const Segment> Segment::build(i64 epoch, i64 policy_version, u64 tokenizer,

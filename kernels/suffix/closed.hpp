@@ -23,7 +23,11 @@ inline constexpr u32 kMaxContext = 64; // longest context that the order looks a
 struct ClosedProblem {
   std::span<const Token> text;
   std::span<const u32> order;  // places i with a continuation text[i + 1], by reversed context text[i], text[i - 1], ...
+  std::span<const Token> heads = {};  // text[order[i]] of every kHeadStep-th i, or none: so that few places are read
 };
+
+inline constexpr u32 kHeadStep = 16;
+std::vector<Token> heads_of(const ClosedProblem& problem);
 
 // The occurrences that a request follows in one closed problem.
 struct ClosedCursor {
@@ -34,11 +38,36 @@ struct ClosedCursor {
   u32 total = 0;  // occurrences when it was last searched
 };
 
-// Finds the longest suffix of `context` (at most kMaxContext tokens) in `problem`.
+// Finds the longest suffix of `context` (at most kMaxContext tokens) in `problem`; `context` must stay. Each step reads one
+// place: `prefetch` before it, for many searches in turn, lets them wait for memory together.
+class Search {
+ public:
+  Search(const ClosedProblem& problem, std::span<const Token> context);
+  bool done() const { return done_; }
+  void prefetch() const { fetch(&text_[order_[at_] - len_]); }
+  void step();
+  ClosedCursor result() const;
+
+ private:
+  void begin_level();
+  void look();
+  void compare_on();
+
+  const Token* text_;
+  const u32* order_;
+  std::span<const Token> heads_;
+  std::span<const Token> context_;
+  u32 low_ = 0, high_, len_ = 0;      // places [low, high) have the last `len` tokens of the context
+  u32 first_ = 0, last_ = 0, at_ = 0;  // a bound is looked for in [first, last), next at `at`
+  u32 found_ = kNone;                  // first place with the next token
+  Token token_ = 0;
+  bool equal_ = false, done_ = false;
+};
+
 ClosedCursor search(const ClosedProblem& problem, std::span<const Token> context);
 
-// Moves the cursor behind `token`; `context` ends with it.
-void advance(ClosedCursor& cursor, const ClosedProblem& problem, Token token, std::span<const Token> context);
+// Moves the cursor behind `token`; returns false where it has to be searched again.
+bool advance(ClosedCursor& cursor, const ClosedProblem& problem, Token token);
 
 // The rollouts of one problem, as they go into a segment.
 struct ProblemTexts {

@@ -31,6 +31,13 @@ inline u64 mix64(u64 x) {
   return x ^ (x >> 31);
 }
 
+// Fetches the cache line of `at`. GCC takes a function of nothing but __builtin_prefetch for pure and drops calls of it; the
+// empty statement is a side effect.
+inline void fetch(const void* at) {
+  __builtin_prefetch(at);
+  asm volatile("");
+}
+
 // Append-only array in chunks of 2^kLog2 items: growing copies nothing and moves nothing, so there is no latency spike.
 template <typename T, unsigned kLog2>
 class ChunkedArray {

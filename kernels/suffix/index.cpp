@@ -1,8 +1,6 @@
 #include "index.hpp"
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 #include <numeric>
 #include <optional>
 
@@ -11,167 +9,7 @@ namespace {
 
 constexpr u32 kCrossSlice = 64;   // more tokens than a step takes are fed to the index over all problems
 constexpr u32 kCrossContext = 32; // tokens matched again when that index was renewed
-constexpr u32 kPromptSequence = 0;
 constexpr float kMinProbability = 1e-6f;
-
-// Predictions for one draft position.
-struct Ballot {
-  Token token[kMaxVotes];
-  u32 cell[kMaxVotes];
-  float odds[kMaxVotes];
-  u32 size = 0;
-
-  void add(Token t, u32 c, float o) {
-    if (size == kMaxVotes) return;
-    token[size] = t;
-    cell[size] = c;
-    odds[size++] = o;
-  }
-
-  // The token with the largest sum of odds; `rest` gets the odds of all others.
-  Token winner(float& win, float& rest) const {
-    float all = 0;
-    bool same = true;
-    for (u32 i = 0; i < size; ++i) {
-      all += odds[i];
-      same &= token[i] == token[0];
-    }
-    if (same) {
-      win = all;
-      rest = 0;
-      return token[0];
-    }
-    win = 0;
-    Token best = 0;
-    for (u32 i = 0; i < size; ++i) {
-      float sum = 0;
-      for (u32 j = 0; j < size; ++j) sum += token[j] == token[i] ? odds[j] : 0.f;
-      if (sum > win) win = sum, best = token[i];
-    }
-    rest = std::max(all - win, 0.f);
-    return best;
-  }
-};
-
-// Reads on behind the occurrences that a request follows in one closed epoch. One load per occurrence and position.
-class ClosedReader {
- public:
-  ClosedReader() = default;
-  ClosedReader(const ClosedCursor& cursor, std::span<const Token> text, Source source)
-      : text_(text.data()), size_(text.size()), source_(source), num_(cursor.num), len_(cursor.len) {
-    for (u32 i = 0; i < num_; ++i) {
-      next_[i] = cursor.next[i];
-      tokens_[i] = text_[next_[i]];
-    }
-  }
-
-  bool alive() const { return num_ > 0; }
-
-  // The token that most occurrences go on with, the later of equals.
-  void vote(Ballot& ballot, const Scoring& scoring) const {
-    Token token = tokens_[0];
-    u32 best = 1;
-    for (u32 i = 1; i < num_; ++i) best += tokens_[i] == token;
-    if (best < num_) {
-      best = 0;
-      for (u32 i = 0; i < num_; ++i) {
-        const auto equal = static_cast<u32>(std::count(tokens_, tokens_ + num_, tokens_[i]));
-        if (equal >= best) best = equal, token = tokens_[i];
-      }
-    }
-    const u32 cell = Scoring::cell(source_, len_, best, num_);
-    ballot.add(token, cell, scoring.odds(cell));
-  }
-
-  // Keeps the occurrences that go on with `token`.
-  void follow(Token token) {
-    u32 kept = 0;
-    for (u32 i = 0; i < num_; ++i) {
-      const u32 next = next_[i] + 1;
-      if (tokens_[i] != token || next >= size_ || text_[next] == kStart) continue;
-      next_[kept] = next;
-      tokens_[kept++] = text_[next];
-    }
-    num_ = kept;
-    ++len_;
-  }
-
- private:
-  const Token* text_ = nullptr;
-  std::size_t size_ = 0;
-  Source source_ = Source::kPast1;
-  u32 num_ = 0, len_ = 0;
-  u32 next_[ClosedCursor::kFollow];
-  Token tokens_[ClosedCursor::kFollow];
-};
-
-// A cursor that was not moved while its automaton grew may stand in a state that was split since.
-void normalise(const LiveAutomaton& automaton, u32& state, u32 len) {
-  while (state != LiveAutomaton::kRoot && len <= automaton.state(automaton.state(state).link).len)
-    state = automaton.state(state).link;
-}
-
-// Reads on in an automaton behind a suffix of a text: state by state while there is a choice, then, where only one
-// occurrence is left, straight from the text that it occurred in.
-class Reader {
- public:
-  Reader(const LiveAutomaton& automaton, u32 state, u32 len) : automaton_(&automaton), state_(state), len_(len) {}
-
-  bool alive() const { return next_ != nullptr ? next_ < end_ : state_ != LiveAutomaton::kRoot; }
-  bool reads_states() const { return next_ == nullptr; }
-  Token token() const { return next_ != nullptr ? *next_ : token_; }
-  u32 length() const { return len_; }
-  u32 best() const { return best_; }
-  u32 total() const { return total_; }
-  u32 sequence() const { return sequence_; }
-  // The next shorter context, or the root where there is none or the automaton was left.
-  u32 shorter() const {
-    if (next_ != nullptr && !fresh_) return LiveAutomaton::kRoot;
-    u32 s = automaton_->state(state_).link;
-    while (s != LiveAutomaton::kRoot && automaton_->state(s).tok == LiveAutomaton::kNoToken) s = automaton_->state(s).link;
-    return s;
-  }
-
-  // Finds the prediction of the current state; `text_at(end)` gives the text from an occurrence on, or an empty span.
-  template <typename F>
-  void settle(F&& text_at) {
-    while (state_ != LiveAutomaton::kRoot && automaton_->state(state_).tok == LiveAutomaton::kNoToken) {
-      state_ = automaton_->state(state_).link;
-      len_ = automaton_->state(state_).len;
-    }
-    if (state_ == LiveAutomaton::kRoot) return;
-    const LiveAutomaton::State& from = automaton_->state(state_);
-    const LiveAutomaton::State& to = automaton_->state(from.to);
-    token_ = from.tok;
-    best_ = to.count;
-    total_ = LiveAutomaton::continued(from, best_);
-    sequence_ = End::seq(to.end);
-    if (total_ == 1) {
-      const std::span<const Token> text = text_at(to.end);
-      if (!text.empty() && text[0] == token_) next_ = text.data(), end_ = text.data() + text.size(), fresh_ = true;
-    }
-  }
-
-  // Moves behind `token`; a reader of a text that goes on otherwise ends.
-  void follow(Token token) {
-    if (next_ != nullptr) {
-      next_ = *next_ == token ? next_ + 1 : end_;
-      fresh_ = false;
-      ++len_;
-    } else {
-      automaton_->advance(state_, len_, token);
-    }
-  }
-
- private:
-  const LiveAutomaton* automaton_;
-  u32 state_, len_;
-  const Token* next_ = nullptr;
-  const Token* end_ = nullptr;
-  bool fresh_ = false;  // at the place where the automaton was left
-  Token token_ = 0;
-  u32 best_ = 0, total_ = 0, sequence_ = 0;
-};
 
 void require_tokens(std::span<const Token> tokens) {
   for (const Token token : tokens)
@@ -180,6 +18,14 @@ void require_tokens(std::span<const Token> tokens) {
 
 std::span<const Token> tail(const std::vector<Token>& tokens, std::size_t n) {
   return {tokens.data() + (tokens.size() - std::min(tokens.size(), n)), std::min(tokens.size(), n)};
+}
+
+// Returns the state of the whole prompt.
+u32 append_prompt(LiveAutomaton& automaton, std::span<const Token> prompt) {
+  u32 state = LiveAutomaton::kRoot, position = 0;
+  for (const Token token : prompt)
+    state = automaton.append(state, token, End::pack(kPromptSequence, std::min(++position, End::kMaxLen)));
+  return state;
 }
 
 }  // namespace
@@ -194,12 +40,7 @@ std::span<const Token> SuffixIndex::text_at(const Problem& problem, u32 end) {
   return position >= tokens.size() ? std::span<const Token>{} : std::span<const Token>(tokens).subspan(position);
 }
 
-std::span<const Token> SuffixIndex::text_at(const Cross& cross, u32 end) {
-  // A rollout ends at the next kStart.
-  const Token* first = cross.text.data() + end;
-  const Token* last = first + std::min<std::size_t>(kMaxDraft, cross.text.size() - end);
-  return {first, std::find(first, last, kStart)};
-}
+std::span<const Token> SuffixIndex::text_at(const Cross& cross, u32 end) { return std::span(cross.text).subspan(end); }
 
 SuffixIndex::SuffixIndex(IndexOptions options) : options_(std::move(options)) {
   // Above zero, so that no path probability that is compared has underflowed.
@@ -223,14 +64,14 @@ SuffixIndex::Problem& SuffixIndex::problem_of(u64 key, std::span<const Token> pr
   problem.key = key;
   problem.prompt.assign(prompt.begin(), prompt.end());
   problem.sequences.emplace_back();  // stands for the prompt
-  u32 position = 0;
-  for (const Token token : prompt)
-    problem.prompt_state = problem.automaton.append(problem.prompt_state, token,
-                                                    End::pack(kPromptSequence, std::min(++position, End::kMaxLen)));
+  problem.prompt_state = append_prompt(problem.automaton, prompt);
   for (const auto& segment : segments_) {
     if (problem.closed.size() == options_.max_closed) break;
     ClosedProblem found;
-    if (segment->find(key, found)) problem.closed.push_back({segment, found});
+    if (!segment->find(key, found)) continue;
+    std::vector<Token> heads = heads_of(found);
+    found.heads = heads;
+    problem.closed.push_back({segment, found, std::move(heads)});
   }
   return problem;
 }
@@ -258,10 +99,7 @@ i64 SuffixIndex::begin(u64 key, std::span<const Token> prompt) {
   if (std::equal(prompt.begin(), prompt.end(), problem.prompt.begin(), problem.prompt.end())) {
     r.last = problem.prompt_state;
   } else {  // the problem was asked in other words: this prompt is a text of its own
-    r.last = LiveAutomaton::kRoot;
-    u32 position = 0;
-    for (const Token token : prompt)
-      r.last = problem.automaton.append(r.last, token, End::pack(kPromptSequence, std::min(++position, End::kMaxLen)));
+    r.last = append_prompt(problem.automaton, prompt);
   }
   r.cursors.clear();
   for (const Attached& closed : problem.closed)
@@ -322,13 +160,17 @@ void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
   Problem& problem = *r.problem;
   std::vector<Token>& text = problem.sequences[r.sequence].tokens;
   const u32 name = std::min(r.sequence, End::kMaxSeqs - 1);
-  for (const Token token : tokens) {
+  for (const Token& token : tokens) {
     if (text.size() == text.capacity()) text.reserve(text.size() + text.size() / 4 + 32);
     text.push_back(token);
     const u32 position = std::min(static_cast<u32>(text.size() - 1), End::kMaxLen);
     r.last = problem.automaton.append(r.last, token, End::pack(name, position));
-    const auto context = tail(text, kMaxContext);
-    for (std::size_t i = 0; i < r.cursors.size(); ++i) advance(r.cursors[i], problem.closed[i].problem, token, context);
+    for (std::size_t i = 0; i < r.cursors.size(); ++i) {
+      const ClosedProblem& closed = problem.closed[i].problem;
+      if (advance(r.cursors[i], closed, token)) continue;
+      if (&token == &tokens.back()) unsearched_.emplace_back(&r, static_cast<u32>(i));
+      else r.cursors[i] = search(closed, tail(text, kMaxContext));
+    }
   }
   r.num_consumed += static_cast<u32>(tokens.size());
   r.num_fresh = static_cast<u32>(tokens.size());
@@ -351,191 +193,81 @@ void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
   }
 }
 
-void SuffixIndex::draft(Request& r, u32 cap, float floor) {
-  cap = std::min(cap, options_.max_draft);
-  if (cap == 0) return;
-  const Problem& problem = *r.problem;
-  u32 state = problem.automaton.longest_continued(r.last);
-  Reader live(problem.automaton, state, problem.automaton.state(state).len);
-  ClosedReader closed[kMaxClosed];
-  u32 num_closed = 0;
-  for (std::size_t i = 0; i < r.cursors.size(); ++i) {
-    const i64 epoch = problem.closed[i].segment->epoch();
-    if (r.cursors[i].num == 0 || epoch < min_epoch_) continue;
-    closed[num_closed++] =
-        ClosedReader(r.cursors[i], problem.closed[i].problem.text, past_source(newest_epoch_ + 1 - epoch));
-  }
-  std::optional<Reader> cross[2];
-  for (u32 g = 0; g < 2; ++g)
-    if (cross_[g] && r.cross[g].generation == cross_[g]->generation && r.cross[g].len > 0)
-      cross[g].emplace(cross_[g]->automaton, r.cross[g].state, r.cross[g].len);
-
-  float path = 1.f, expected = 0.f;
-  for (u32 k = 0; k < cap; ++k) {
-    Ballot ballot;
-    if (live.alive()) {
-      if (live.reads_states()) live.settle([&](u32 end) { return text_at(problem, end); });
-      if (live.alive()) {
-        const u32 name = live.sequence();
-        const Source source = name == kPromptSequence ? Source::kPrompt
-                              : name == r.sequence    ? Source::kOwn
-                                                      : Source::kSibling;
-        const u32 cell = Scoring::cell(source, live.length(), live.best(), live.total());
-        ballot.add(live.token(), cell, scoring_.odds(cell));
-        if (const u32 shorter = live.shorter(); shorter != LiveAutomaton::kRoot) {  // a shorter context has a say, too
-          const LiveAutomaton& automaton = problem.automaton;
-          const LiveAutomaton::State& from = automaton.state(shorter);
-          const u32 best = automaton.state(from.to).count;
-          const u32 other = Scoring::cell(Source::kShorter, from.len, best, LiveAutomaton::continued(from, best));
-          ballot.add(from.tok, other, scoring_.odds(other));
-        }
-      }
-    }
-    for (u32 i = 0; i < num_closed; ++i)
-      if (closed[i].alive()) closed[i].vote(ballot, scoring_);
-    for (u32 g = 0; g < 2; ++g) {
-      if (!cross[g] || !cross[g]->alive()) continue;
-      if (cross[g]->reads_states()) cross[g]->settle([&](u32 end) { return text_at(*cross_[g], end); });
-      if (!cross[g]->alive()) continue;
-      const u32 cell = Scoring::cell(Source::kCross, cross[g]->length(), cross[g]->best(), cross[g]->total());
-      ballot.add(cross[g]->token(), cell, scoring_.odds(cell));
-    }
-    if (ballot.size == 0) break;
-    float win, rest;
-    const Token token = ballot.winner(win, rest);
-    const u32 score = Scoring::score(win, rest, k);
-    path *= scoring_.probability(score, win, rest);
-    if (k == 0) {
-      float strongest = -1;
-      for (u32 i = 0; i < ballot.size; ++i) {
-        r.votes[r.num_votes++] = {ballot.cell[i], ballot.token[i]};
-        if (ballot.token[i] == token && ballot.odds[i] > strongest) strongest = ballot.odds[i], r.lead_cell = ballot.cell[i];
-      }
-      stats_.expected_first += path;
-    }
-    r.path[k] = token;  // the first one below the floor is kept, so that its outcome is learned
-    r.scores[k] = static_cast<u8>(score);
-    r.paths[k] = path;
-    r.num_candidates = k + 1;
-    if (path < floor) break;
-    expected += path;
-    if (k + 1 == cap || is_stop(token)) break;
-    if (live.alive()) live.follow(token);
-    for (u32 i = 0; i < num_closed; ++i)
-      if (closed[i].alive()) closed[i].follow(token);
-    for (u32 g = 0; g < 2; ++g)
-      if (cross[g] && cross[g]->alive()) cross[g]->follow(token);
-  }
-  stats_.expected_all += expected;
-  stats_.candidates += r.num_candidates;
-}
-
-// Decides how many tokens of each draft are admitted. Path probabilities fall along a draft, so admitting the tokens with
-// the best ratio of probability to price takes a prefix of every draft.
-void SuffixIndex::admit(std::span<Request*> requests, std::span<const float> thresholds, std::span<const u32> totals,
-                        float fee) {
-  std::size_t admitted = 0, possible = 0;
-  float gain = 0;
-  for (std::size_t i = 0; i < requests.size(); ++i) {
-    Request& r = *requests[i];
-    u32 n = 0;
-    for (; n < r.num_candidates && r.paths[n] >= std::max(thresholds[i], options_.min_probability); ++n)
-      if (fee > 0) gain += r.paths[n] / std::max(thresholds[i], options_.min_probability) - 1.f;
-    r.num_admitted = n;
-    admitted += n;
-    possible += r.num_candidates;
-  }
-  if (gain < fee) {
-    for (Request* r : requests) r->num_admitted = 0;
-    return;
-  }
-  if (totals.empty()) return;
-  const std::size_t base = requests.size();
-  const u32 limit = totals.back();
-  // The smallest size that holds what was admitted: up to it, more tokens cost nothing.
-  const auto size = std::lower_bound(totals.begin(), totals.end(), base + admitted);
-  std::size_t wanted = size == totals.end() ? limit : *size;
-  wanted = wanted > base ? wanted - base : 0;
-  if (admitted == 0 || wanted == admitted) return;
-  wanted = std::min(wanted, possible);
-  ratios_.clear();
-  for (std::size_t i = 0; i < requests.size(); ++i)
-    for (u32 k = 0; k < requests[i]->num_candidates; ++k)
-      if (const float path = requests[i]->paths[k]; path >= options_.min_probability && thresholds[i] <= 1.f)
-        ratios_.push_back(path / thresholds[i]);
-  if (wanted == 0 || ratios_.empty()) {
-    for (Request* r : requests) r->num_admitted = 0;
-    return;
-  }
-  float price = 0;
-  if (wanted < ratios_.size()) {
-    std::nth_element(ratios_.begin(), ratios_.begin() + static_cast<std::ptrdiff_t>(wanted - 1), ratios_.end(),
-                     std::greater<>());
-    price = ratios_[wanted - 1];
-  }
-  std::size_t left = wanted;
-  for (const bool strictly : {true, false}) {  // ties at the price fill what is left
-    for (std::size_t i = 0; i < requests.size(); ++i) {
-      Request& r = *requests[i];
-      u32 n = strictly ? 0 : r.num_admitted;
-      while (n < r.num_candidates && left > 0 && thresholds[i] <= 1.f && r.paths[n] >= options_.min_probability &&
-             (strictly ? r.paths[n] / thresholds[i] > price : r.paths[n] / thresholds[i] >= price))
-        ++n, --left;
-      r.num_admitted = n;
-    }
-  }
-}
-
-Drafts SuffixIndex::emit(std::span<Request*> requests) const {
-  Drafts out;
-  out.offsets.reserve(requests.size() + 1);
-  out.offsets.push_back(0);
-  for (const Request* r : requests) out.offsets.push_back(out.offsets.back() + r->num_admitted);
-  out.tokens.reserve(out.offsets.back());
-  out.paths.reserve(out.offsets.back());
-  for (const Request* r : requests) {
-    out.tokens.insert(out.tokens.end(), r->path, r->path + r->num_admitted);
-    out.paths.insert(out.paths.end(), r->paths, r->paths + r->num_admitted);
-  }
-  return out;
-}
-
-// What the next requests will read first. The nearer half is in the cache already, so it is followed one step further.
-void SuffixIndex::prefetch_requests(std::size_t first, std::size_t last) const {
-  const std::size_t nearer = first + (last - first) / 2;
-  for (std::size_t i = first; i < nearer; ++i) {
-    const Request& r = *batch_[i];
-    r.problem->automaton.prefetch(r.last);
-    __builtin_prefetch(&r.problem->sequences[r.sequence]);
-    __builtin_prefetch(r.cursors.data());
-  }
-  for (std::size_t i = nearer; i < last; ++i) {
-    const char* bytes = reinterpret_cast<const char*>(batch_[i]);
-    for (const std::size_t line : {0, 64, 128, 192, 256}) __builtin_prefetch(bytes + line);
-  }
-}
-
-// What the drafts of these requests will begin with: continuations in the automaton and in the closed epochs.
-void SuffixIndex::prefetch_continuations(std::size_t first, std::size_t last) const {
+// Fetches what requests [first, last) of the batch will read to take their first new token. Each pass reads what the one
+// before it has fetched, so the requests wait for memory together.
+template <typename F>
+void SuffixIndex::prefetch(std::size_t first, std::size_t last, F&& fresh_of) {
+  struct Walk {
+    const LiveAutomaton* automaton;
+    Token token;
+    u32 states[4];  // along the suffix links, the latest first
+  };
+  Walk walks[kTogether];
+  for (std::size_t i = first; i < last; ++i) batch_[i]->prefetch();
+  u32 n = 0;
   for (std::size_t i = first; i < last; ++i) {
     const Request& r = *batch_[i];
-    const LiveAutomaton& live = r.problem->automaton;
-    const u32 state = live.longest_continued(r.last);
-    if (state != LiveAutomaton::kRoot) live.prefetch(live.state(state).to);
+    const Problem& problem = *r.problem;
+    fetch(&problem.sequences[r.sequence]);
+    for (std::size_t at = 0; at < r.cursors.size() * sizeof(ClosedCursor); at += 64)
+      fetch(reinterpret_cast<const char*>(r.cursors.data()) + at);
+    if (fresh_of(i).empty()) continue;
+    problem.automaton.prefetch(r.last);
+    walks[n++] = {&problem.automaton, fresh_of(i)[0], {r.last, kNone, kNone, kNone}};
+    for (u32 g = 0; g < 2; ++g)
+      if (cross_[g]) cross_[g]->automaton.prefetch(r.cross[g].generation == cross_[g]->generation ? r.cross[g].state : 0);
+  }
+  for (std::size_t i = first; i < last; ++i) {
+    const Request& r = *batch_[i];
+    const Problem& problem = *r.problem;
+    const std::vector<Token>& text = problem.sequences[r.sequence].tokens;
+    fetch(text.data() + text.size());
     for (std::size_t c = 0; c < r.cursors.size(); ++c)
-      for (u32 k = 0; k < r.cursors[c].num; ++k)
-        __builtin_prefetch(&r.problem->closed[c].problem.text[r.cursors[c].next[k]]);
+      for (u32 k = 0; k < r.cursors[c].num; ++k) fetch(&problem.closed[c].problem.text[r.cursors[c].next[k]]);
+  }
+  for (u32 left = n, step = 0; left > 0 && step < kWalk; ++step) {
+    left = 0;
+    for (u32 i = 0; i < n; ++i) left += walks[i].automaton->prefetch_append(walks[i].states, walks[i].token);
   }
 }
 
-// Requests of one problem that follow each other are taken together: all of them append, then all of them draft, so that
-// siblings see each other's newest tokens while the problem is still in the cache.
+// Makes the searches that `take` has left, in turns.
+void SuffixIndex::finish_searches() {
+  constexpr std::size_t kSearches = 16;
+  std::optional<Search> searches[kSearches];
+  for (std::size_t first = 0; first < unsearched_.size(); first += kSearches) {
+    const std::size_t n = std::min(unsearched_.size() - first, kSearches);
+    for (std::size_t i = 0; i < n; ++i) {
+      const auto [r, c] = unsearched_[first + i];
+      searches[i].emplace(r->problem->closed[c].problem, tail(r->problem->sequences[r->sequence].tokens, kMaxContext));
+    }
+    for (bool going = true; going;) {
+      going = false;
+      for (std::size_t i = 0; i < n; ++i)
+        if (!searches[i]->done()) searches[i]->prefetch();
+      for (std::size_t i = 0; i < n; ++i) {
+        if (searches[i]->done()) continue;
+        searches[i]->step();
+        going = true;
+      }
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+      const auto [r, c] = unsearched_[first + i];
+      r->cursors[c] = searches[i]->result();
+    }
+  }
+  unsearched_.clear();
+}
+
+// Some tens of requests are taken together, and all requests of one problem that follow each other: all of them append, then
+// all of them draft, so that siblings see each other's newest tokens while the problem is still in the cache.
 template <typename F>
 Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps,
                         std::span<const float> thresholds, std::span<const u32> totals, float fee) {
   // With room to fill, candidates below the price are wanted as well.
   const float below = totals.size() > 1 ? .25f : 1.f;
   batch_.clear();
+  unsearched_.clear();
   for (const i64 handle : handles) batch_.push_back(&request(handle));
   const std::size_t n = batch_.size();
   u32 num_taken = 0;
@@ -544,9 +276,10 @@ Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<co
     num_taken += static_cast<u32>(fresh_of(i).size());
   }
   for (std::size_t first = 0, last = 0; first < n; first = last) {
-    while (last < n && batch_[last]->problem == batch_[first]->problem) ++last;
-    prefetch_requests(last, std::min(n, last + 2 * (last - first)));
+    last = std::min(n, first + kTogether);
+    while (last < n && batch_[last]->problem == batch_[last - 1]->problem) ++last;
     for (std::size_t i = first; i < last; ++i) {
+      if ((i - first) % kTogether == 0) prefetch(i, std::min(last, i + kTogether), fresh_of);
       const std::span<const Token> fresh = fresh_of(i);
       if (fresh.empty()) {
         forget_draft(*batch_[i]);
@@ -555,9 +288,8 @@ Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<co
         take(*batch_[i], fresh);
       }
     }
-    prefetch_continuations(first, last);
-    for (std::size_t i = first; i < last; ++i)
-      draft(*batch_[i], caps[i], std::max(options_.min_probability, std::min(thresholds[i], 1.f) * below));
+    finish_searches();
+    draft(first, last, caps, thresholds, below);
   }
   admit(batch_, thresholds, totals, fee);
   feed_cross(num_taken + kCrossSlice);
@@ -690,6 +422,7 @@ std::size_t SuffixIndex::live_bytes() const {
   std::size_t bytes = 0;
   for (const auto& [key, problem] : problems_) {
     bytes += sizeof(Problem) + 64 + problem->automaton.memory_bytes() + problem->prompt.capacity() * sizeof(Token);
+    for (const Attached& closed : problem->closed) bytes += closed.heads.capacity() * sizeof(Token);
     for (const Sequence& s : problem->sequences) bytes += sizeof(Sequence) + s.tokens.capacity() * sizeof(Token);
   }
   for (const auto& r : requests_)

@@ -19,13 +19,14 @@
 
 #include "closed.hpp"
 #include "live.hpp"
+#include "readers.hpp"
 #include "scoring.hpp"
 
 namespace rl_accel::suffix {
 
 inline constexpr u32 kMaxDraft = 128;  // vLLM verifies no more
 inline constexpr u32 kMaxClosed = 8;
-inline constexpr u32 kMaxVotes = 16;
+inline constexpr u32 kPromptSequence = 0;  // name of the prompt among a problem's sequences
 
 struct IndexOptions {
   u64 tokenizer = 0;          // fingerprint of the tokenizer whose ids are indexed
@@ -112,6 +113,7 @@ class SuffixIndex {
   struct Attached {
     std::shared_ptr<const Segment> segment;
     ClosedProblem problem;
+    std::vector<Token> heads;  // of the problem
   };
   struct Sequence {
     std::vector<Token> tokens;  // kStart first
@@ -155,7 +157,21 @@ class SuffixIndex {
     Token path[kMaxDraft];
     float paths[kMaxDraft];
     u8 scores[kMaxDraft];
+
+    // What learning from a short answer and writing a short draft need.
+    void prefetch() const {
+      const char* bytes = reinterpret_cast<const char*>(this);
+      for (std::size_t at = 0; at < offsetof(Request, path) + 128; at += 64) fetch(bytes + at);
+      for (const void* at : {static_cast<const void*>(paths), static_cast<const void*>(paths + 16),
+                             static_cast<const void*>(scores)})
+        fetch(at);
+    }
   };
+
+  struct Reading;
+  static constexpr u32 kTogether = 32;  // requests that take turns, so that they wait for memory together
+
+  static constexpr u32 kWalk = 8;       // suffix links that are fetched ahead
 
   static std::span<const Token> text_at(const Problem& problem, u32 end);
   static std::span<const Token> text_at(const Cross& cross, u32 end);
@@ -164,12 +180,16 @@ class SuffixIndex {
   Problem& problem_of(u64 key, std::span<const Token> prompt);
   void learn(Request& request, std::span<const Token> tokens);
   void take(Request& request, std::span<const Token> tokens);
-  void draft(Request& request, u32 cap, float floor);
+  void start(Reading& reading, Request& request, u32 cap, float floor) const;
+  bool read(Reading& reading);
+  bool read_token(Reading& reading);
+  void draft(std::size_t first, std::size_t last, std::span<const u32> caps, std::span<const float> thresholds, float below);
   void admit(std::span<Request*> requests, std::span<const float> thresholds, std::span<const u32> totals, float fee);
   Drafts emit(std::span<Request*> requests) const;
   static void forget_draft(Request& request);
-  void prefetch_requests(std::size_t first, std::size_t last) const;
-  void prefetch_continuations(std::size_t first, std::size_t last) const;
+  void finish_searches();
+  template <typename F>
+  void prefetch(std::size_t first, std::size_t last, F&& fresh_of);
   template <typename F>
   Drafts run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps, std::span<const float> thresholds,
              std::span<const u32> totals, float fee);
@@ -195,6 +215,7 @@ class SuffixIndex {
   u32 cross_last_ = LiveAutomaton::kRoot;
   IndexStats stats_;
   std::vector<Request*> batch_;
+  std::vector<std::pair<Request*, u32>> unsearched_;  // cursors that have lost what they followed
   std::vector<float> ratios_;
 };
 

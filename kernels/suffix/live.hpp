@@ -52,7 +52,23 @@ class LiveAutomaton {
 
   const State& state(u32 s) const { return states_[s]; }
   u32 num_states() const { return states_.size(); }
-  void prefetch(u32 s) const { __builtin_prefetch(&states_[s]); }
+  void prefetch(u32 s) const { fetch(&states_[s]); }
+
+  // Fetches what append(s, c) will read of a state s on its way: `states` are the latest states of a walk along the suffix
+  // links, the newest first, which is fetched already. Goes one link on; returns whether there is one.
+  bool prefetch_append(u32 (&states)[4], Token c) const {
+    if (states[3] != kNone)  // its edge was fetched
+      if (const u32 to = find(states[3], c); to != kNone) prefetch(to);
+    if (states[2] != kNone) prefetch_edge(states[2], c);
+    if (states[1] != kNone) prefetch_slot(states[1], c);
+    for (int i = 3; i > 0; --i) states[i] = states[i - 1];
+    if (states[1] == kNone) return states[2] != kNone || states[3] != kNone;
+    const State& state = states_[states[1]];
+    if (state.tok != kNoToken) prefetch(state.to);  // reached or compared with
+    states[0] = state.link;
+    if (states[0] != kNone) prefetch(states[0]);
+    return true;
+  }
 
   // Appends token c behind the text that ends in state `last`; `end` is the packed End behind c. Returns the new end.
   u32 append(u32 last, Token c, u32 end) {
@@ -261,6 +277,20 @@ class LiveAutomaton {
     }
     const u32 found = find_in(table_, p, c);
     return found != kNone || old_.slots == nullptr ? found : find_in(old_, p, c);
+  }
+
+  void prefetch_slot(u32 s, Token c) const {
+    const State& state = states_[s];
+    if (state.degree == 0 || state.tok == c) return;
+    if (state.degree <= kListMax) fetch(&edges_[state.head]);
+    else fetch(&table_.slots[static_cast<u32>(hash_of(s, c)) & (table_.capacity - 1)]);
+  }
+
+  void prefetch_edge(u32 s, Token c) const {
+    const State& state = states_[s];
+    if (state.degree <= kListMax || state.tok == c) return;
+    const u32 slot = table_.slots[static_cast<u32>(hash_of(s, c)) & (table_.capacity - 1)];
+    if (slot != 0) fetch(&edges_[slot - 1]);
   }
 
   static u64 hash_of(u32 p, Token c) { return mix64(static_cast<u64>(p) << 32 | static_cast<u32>(c)); }

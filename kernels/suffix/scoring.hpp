@@ -26,23 +26,20 @@ inline Source past_source(i64 age) {
 
 inline constexpr u32 kNumLengths = 10;
 
+// 0 and 1, 2, 3, 4, up to 6, 8, 12, 20, 32, and more; a table, because branches on it are not predictable.
 inline u32 length_bucket(u32 len) {
-  if (len <= 4) return len == 0 ? 0 : len - 1;
-  if (len <= 6) return 4;
-  if (len <= 8) return 5;
-  if (len <= 12) return 6;
-  if (len <= 20) return 7;
-  return len <= 32 ? 8 : 9;
+  static constexpr u8 kBuckets[34] = {0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7,
+                                      7, 7, 7, 7, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 9};
+  return kBuckets[std::min(len, 33u)];
 }
 
 inline constexpr u32 kNumAgreements = 6;
 
 // One occurrence; two or three, or more, that agree; a large, a simple majority, a minority for the best token.
 inline u32 agreement(u32 best, u32 total) {
-  if (total <= 1) return 0;
-  if (best == total) return total <= 3 ? 1 : 2;
-  if (4 * best >= 3 * total) return 3;
-  return 2 * best >= total ? 4 : 5;
+  const u32 agreeing = total <= 3 ? 1 : 2;
+  const u32 split = 3 + (4 * best < 3 * total) + (2 * best < total);
+  return total <= 1 ? 0 : best == total ? agreeing : split;
 }
 
 class Scoring {

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 def compiled(folder: Path, sanitizer: str) -> Path:
     driver = folder / "driver"
-    files = [Path(__file__).with_name("suffix_driver.cpp"), SOURCES / "index.cpp", SOURCES / "closed.cpp"]
+    parts = [SOURCES / f"{part}.cpp" for part in ("index", "drafting", "closed")]
+    files = [Path(__file__).with_name("suffix_driver.cpp"), *parts]
     command = ["g++", *FLAGS, f"-fsanitize={sanitizer}", f"-I{SOURCES}", *map(str, files), "-o", str(driver)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

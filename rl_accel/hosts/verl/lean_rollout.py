@@ -202,7 +202,10 @@ class PatientPolls:
 
     def interval(self, partition_id: str, elapsed_s: float) -> float:
         """Return the seconds to the next poll of a rollout that began `elapsed_s` ago."""
-        return max(POLL_INTERVAL_S, PATIENCE * min(self._recent.get(partition_id, [0.0])) - elapsed_s)
+        recent = self._recent.get(partition_id, [])
+        if len(recent) < 3:  # the first of a run takes several times as long
+            return POLL_INTERVAL_S
+        return max(POLL_INTERVAL_S, PATIENCE * min(recent) - elapsed_s)
 
 
 class _CoalescingQueue:

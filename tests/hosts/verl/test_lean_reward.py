@@ -110,6 +110,8 @@ def test_polls_wait_as_long_as_no_rollout_was_done_before() -> None:
     """Rollouts of 1.0, 0.8 and 1.2 s: the next one is not asked for before 0.48 s, then every 50 ms."""
     polls = PatientPolls(SimpleNamespace(sample=None, _wait_for_next_poll=None))
     assert polls.interval("train", 0.0) == POLL_INTERVAL_S
+    polls._recent["train"] = [8.0, 0.8]
+    assert polls.interval("train", 0.0) == POLL_INTERVAL_S, "too few to know"
     polls._recent["train"] = [1.0, 0.8, 1.2]
     assert polls.interval("train", 0.01) == pytest.approx(0.47)
     assert polls.interval("train", 0.46) == polls.interval("train", 3.0) == POLL_INTERVAL_S
@@ -135,7 +137,7 @@ def test_polls_of_a_replay_buffer_are_timed_and_results_passed_on() -> None:
     assert buffer.sample(global_steps=3, partition_id="train", batch_size=2) == (3, "train", 2, 1.5)
     assert buffer.waits == [POLL_INTERVAL_S]
     assert len(polls._recent["train"]) == 1 and polls._recent["train"][0] < 1.0
-    polls._recent["train"] = [10.0]
+    polls._recent["train"] = [10.0, 11.0, 12.0]
     buffer.sample(global_steps=4, partition_id="train", batch_size=2)
     assert 5.9 < buffer.waits[0] <= 6.0
     for step in range(10):
