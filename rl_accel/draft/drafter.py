@@ -81,7 +81,7 @@ class SuffixDrafter:
         self._limits = np.zeros(0, np.int64)
         self._caps = np.zeros(0, np.uint32)
         self._thresholds = np.zeros(0, np.float32)
-        self._passes_to_plan, self._planned_for = 0, 0
+        self._passes_since_plan, self._least_passes, self._planned_for = 0, 0, 0
         self._usual_threshold = 0.0
         self._idle_calls, self._calls_left_out = 0, 0
         self._stop_tokens = np.array(stop_token_ids, np.int32)
@@ -343,14 +343,17 @@ class SuffixDrafter:
 
     def _prices(self, slots: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
         """Plan anew now and then, and when the batch changed; return caps and thresholds of these requests."""
-        self._passes_to_plan -= 1
-        if self._passes_to_plan < 0 or not 0.9 <= len(self._slots) / max(self._planned_for, 1) <= 1.1:
+        self._passes_since_plan += 1
+        num_live = len(self._slots)
+        changed = not 0.9 <= num_live / max(self._planned_for, 1) <= 1.1
+        if self._passes_since_plan > (self._least_passes if changed else max(PLAN_EVERY, self._least_passes)):
             self.collect()
-            live = np.fromiter(self._slots.values(), np.int64, len(self._slots))
+            live = np.fromiter(self._slots.values(), np.int64, num_live)
             self._caps[live], self._thresholds[live] = self.planner.plan(
                 self._problems[live], self._generated[live], np.maximum(self._limits[live] - self._generated[live], 1)
             )
-            self._passes_to_plan, self._planned_for = PLAN_EVERY, len(live)
+            self._passes_since_plan, self._planned_for = 0, num_live
+            self._least_passes = self.planner.least_passes(num_live)
             self._usual_threshold = float(np.median(self._thresholds[live]))
         # A draft that fills the limit leaves no place for the token that the target adds.
         room = np.maximum(np.minimum(self._limits[slots] - self._generated[slots] - 1, MAX_DRAFT), 0)

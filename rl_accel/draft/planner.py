@@ -9,7 +9,7 @@ probed every `PROBE_EVERY` passes, and what only their absence shows, the fee, e
 
 Source: DAS §4.2; differs: see `budget.py`; half of the value of a pass is shared equally, because a rollout that ends
 early also frees its place, and a forecast can be wrong.
-Cost: about 5 us a pass, and 1 to 3 ms for 512 requests every `PLAN_EVERY` passes.
+Cost: about 20 us a pass, and a plan of 0.5 to 1 ms every `PLAN_EVERY` passes, or as often as `MAX_SHARE` allows.
 
 Shape suffixes: N requests, S scenarios.
 """
@@ -29,8 +29,8 @@ from rl_accel.draft.cost import PassCost
 from rl_accel.draft.lengths import LengthModel
 from rl_accel.errors import DraftError
 
-PLAN_EVERY = 16
-"""Passes between two forecasts; thresholds hold in between."""
+PLAN_EVERY, MAX_SHARE = 16, 0.02
+"""Passes between two forecasts; thresholds hold in between. Forecasts take no larger share of the time than this."""
 PROBE_EVERY = 128
 """Passes without any draft after which one pass drafts what is likely, to see what drafts cost now."""
 BLANK_EVERY = 64
@@ -88,6 +88,11 @@ class Planner:
             rate = 1.0 - (1.0 - RATE) ** max(1.0, passes / 64.0)
             self._accepted += rate * (expected_all / passes - self._accepted)
             self._first += rate * (expected_first / passes - self._first)
+
+    def least_passes(self, num_requests: int) -> int:
+        """Return how many passes should follow a plan before the next one, by what the last one took."""
+        pass_s = self.cost.predict(num_requests, 0)
+        return math.ceil(self.last_plan_s / (MAX_SHARE * pass_s)) if pass_s > 0.0 else 0
 
     def next_fee(self) -> float:
         """Return what the gains of the next pass must sum to, in prices of a draft token; see `propose_batch`."""
