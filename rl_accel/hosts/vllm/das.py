@@ -246,6 +246,7 @@ class DASProposer:
             "propose_ms": 1e3 * self._propose_s / max(self._passes, 1),
             "num_passes": float(self._passes),
             "base_ms": 1e3 * cost.base_s,
+            "speculation_ms": 1e3 * cost.speculation_s,
             "per_request_us": 1e6 * cost.per_request_s,
             "per_draft_us": 1e6 * cost.per_draft_s,
             "cost_error": cost.relative_error,

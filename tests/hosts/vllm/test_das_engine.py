@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-MODES = ("plain", "das", "serve", "preempt", "plain_preempt", "tp2")
+MODES = ("plain", "das", "dear", "serve", "preempt", "plain_preempt", "tp2")
 NUM_PROBLEMS, NUM_SAMPLES, NUM_EPOCHS, MAX_TOKENS = 6, 4, 3, 48
 MAX_DRAFT = 8
 
@@ -51,7 +51,13 @@ def run_engine(model: str, mode: str) -> dict:
 
     speculates, foreign = not mode.startswith("plain"), mode == "serve"
     accel = AccelConfig.from_mapping(
-        {"draft": {"method": "das", "num_speculative_tokens": MAX_DRAFT, "policy": "fixed"}}
+        {
+            "draft": {
+                "method": "das",
+                "num_speculative_tokens": MAX_DRAFT,
+                "policy": "budget" if mode == "dear" else "fixed",
+            }
+        }
     )
     additional = {"rl_accel": {"sampling": {"exact": True, "seed": 7}}}
     if speculates:
@@ -73,6 +79,8 @@ def run_engine(model: str, mode: str) -> dict:
         hf_overrides={"eos_token_id": None},
     )
     result: dict = {"tokens": [], "stats": [], "live": llm.collective_rpc(_live)}
+    if mode == "dear":
+        llm.collective_rpc(_teach_that_drafts_are_dear)
     for epoch in range(NUM_EPOCHS):
         wanted = [(p, s) for p in range(NUM_PROBLEMS) for s in range(NUM_SAMPLES)]
         outputs = llm.generate(
@@ -110,6 +118,14 @@ def abort_two(llm) -> dict:
 
 def _live(worker) -> dict:
     return dict(worker.model_runner.rl_accel_live)
+
+
+def _teach_that_drafts_are_dear(worker) -> None:
+    """Report passes in which a draft token took as long as a whole pass."""
+    planner = worker.model_runner.drafter.drafter.planner
+    for i in range(200):
+        n, d = 1 + i % 24, (i % 2) * (1 + i % 7)
+        planner.observe_pass(0.01 + 1e-4 * n + 0.01 * d, n, d)
 
 
 def _close_epoch(worker, epoch: int) -> dict:
@@ -184,6 +200,17 @@ def test_everything_that_ended_is_history_and_nothing_stays_open(engines) -> Non
     for epoch in engines("das")["stats"]:
         assert epoch[0]["open"] == 0
         assert epoch[0]["segment"]["num_rollouts"] == NUM_PROBLEMS * NUM_SAMPLES
+        assert epoch[0]["segment"]["num_tokens"] == NUM_PROBLEMS * NUM_SAMPLES * MAX_TOKENS
+
+
+def test_drafting_that_does_not_pay_turns_itself_off_and_loses_nothing(engines) -> None:
+    """Hardly a draft is made, the index sleeps, and history is still whole to the last token of every request."""
+    dear = engines("dear")
+    assert dear["tokens"] == engines("plain")["tokens"]
+    drafted = [epoch[0]["counts"]["num_draft_tokens"] for epoch in dear["stats"]]
+    assert sum(drafted) < 0.1 * sum(epoch[0]["counts"]["num_draft_tokens"] for epoch in engines("das")["stats"])
+    for epoch in dear["stats"]:
+        assert epoch[0]["open"] == 0
         assert epoch[0]["segment"]["num_tokens"] == NUM_PROBLEMS * NUM_SAMPLES * MAX_TOKENS
 
 
