@@ -8,7 +8,7 @@ What stock verl 0.9.1 spends on every request of a single-turn rollout, measured
 - the built-in rule-based reward through another Ray process: called in place                      |
 - the load balancer asked for every request although there is one engine: asked once              /
 - a chat-template builder per request, each encoding its boundary tokens anew: one for all        \
-- the built-in reward by a batch of one, with position ids and masks: on the response itself       } see docs/results
+- the built-in reward by a batch of one, with position ids and masks: on the response itself       } 2.3 -> 2.0
 - the replay buffer asked 20 times a second whether all are done: not while they cannot be        /
 
 Named patches, each with the host symbol that it relies on (`target`), applied in the processes of a run that asked for
