@@ -191,6 +191,7 @@ class SuffixDrafter:
         slots = self._slots_of(request_ids)
         self._generated[slots] = num_tokens - self._prompt_lengths[slots]
         if self._sleeps():
+            self._passes_since_plan += 1
             self._take_last_tokens(slots, token_ids, rows, num_tokens)
             return [[] for _ in request_ids]
         caps, thresholds = self._prices(slots)

@@ -165,6 +165,26 @@ def test_a_new_request_wakes_the_index_for_a_while() -> None:
         had = rows.taken()
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_drafts_that_became_cheap_wake_the_index(seed) -> None:
+    """Too dear at first; the probes that notice the new price come while the index sleeps."""
+    rows, rng = Rows(SuffixDrafter(DraftConfig(method="das", cross_problems=False)), 2), np.random.default_rng(seed)
+
+    def some_passes(count: int, per_draft_s: float) -> list[int]:
+        sizes = []
+        for _ in range(count):
+            drafted = sum(map(len, rows.one_pass([TEXT[sum(rows.num_tokens) // 2 % 9]] * 2)))
+            seconds = (0.01 + per_draft_s * drafted) * (1.0 + 0.03 * rng.standard_normal())
+            rows.drafter.observe_pass(seconds, 2, drafted)
+            sizes.append(drafted)
+        return sizes
+
+    dear = some_passes(500, per_draft_s=0.1)
+    assert np.mean(np.array(dear[-200:]) > 0) < 0.2 and rows.drafter._idle_calls > 0
+    cheap = some_passes(450, per_draft_s=1e-5)
+    assert np.mean(np.array(cheap[-60:]) > 0) > 0.9
+
+
 def test_text_that_repeats_wakes_the_index() -> None:
     rows, _ = sleeping()
     drafts = [rows.one_pass([TEXT[i % 10], TEXT[i % 7]]) for i in range(60)]
