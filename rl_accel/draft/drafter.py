@@ -347,7 +347,8 @@ class SuffixDrafter:
         self._passes_since_plan += 1
         num_live = len(self._slots)
         changed = not 0.9 <= num_live / max(self._planned_for, 1) <= 1.1
-        if self._passes_since_plan > (self._least_passes if changed else max(PLAN_EVERY, self._least_passes)):
+        wait = self._least_passes if changed else max(PLAN_EVERY, self._least_passes)
+        if self._passes_since_plan > wait or self.planner.probed:
             self.collect()
             live = np.fromiter(self._slots.values(), np.int64, num_live)
             self._caps[live], self._thresholds[live] = self.planner.plan(

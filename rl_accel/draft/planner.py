@@ -31,13 +31,13 @@ from rl_accel.errors import DraftError
 
 PLAN_EVERY, MAX_SHARE = 16, 0.02
 """Passes between two forecasts; thresholds hold in between. Forecasts take no larger share of the time than this."""
-PROBE_EVERY = 128
-"""Passes without any draft after which one pass drafts what is likely, to see what drafts cost now."""
+PROBE_EVERY, PROBE_PASSES = 128, 4
+"""Passes without any draft after which so many draft what is likely, to see what drafts cost now."""
 BLANK_EVERY = 64
 """Passes with drafts after which one has none."""
-CHEAPER, SURPRISE_RATE = -0.1, 1.0 / 8.0
-"""A probe goes on while passes with drafts take less than predicted by this share, in the mean of some 8: a fit that is
-sure of high prices needs more passes to believe in low ones than a probe has."""
+CHEAPER = -0.1
+"""A probe goes on while its last passes took less than predicted by this share: a fit that is sure of high prices needs
+more passes to believe in low ones than a probe has."""
 SCENARIO_CELLS = 4096
 """Requests times scenarios of a forecast: few requests get many scenarios, as their values scatter more."""
 EQUAL_SHARE = 0.5
@@ -58,7 +58,7 @@ class Planner:
         self._accepted, self._first = 0.5, 0.3  # per request and pass, if everything were drafted; of first tokens
         self._passes_without_draft, self._passes_to_blank = 0, BLANK_EVERY
         self._fee = 0.0
-        self._probing, self._surprise = False, 0.0
+        self._probing, self._surprise, self._passes_of_probe = False, 0.0, 0
         self._priced = False  # the cost was ready once; from then on probes keep it fresh
         self.timed = False
         """Whether pass times are reported; without them nothing has a price."""
@@ -68,16 +68,22 @@ class Planner:
         """Whether drafts should be made to learn what they cost."""
         return not self._priced or self._passes_without_draft >= PROBE_EVERY
 
+    @property
+    def probed(self) -> bool:
+        """Whether a probe has had its passes, so that a plan is due."""
+        return self._passes_of_probe >= PROBE_PASSES
+
     def observe_pass(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
         """Learn from one pass without prefills: its wall time, live requests and verified draft tokens."""
         predicted = self.cost.predict(num_requests, num_draft_tokens)
         self.cost.observe(seconds, num_requests, num_draft_tokens)
-        if num_draft_tokens and predicted:
-            self._surprise += SURPRISE_RATE * (seconds / predicted - 1.0 - self._surprise)
         self.timed = True
         self._priced = self._priced or self.cost.ready
         if num_draft_tokens:
             self._passes_without_draft = 0
+            if self._probing and predicted:
+                self._passes_of_probe += 1
+                self._surprise += (seconds / predicted - 1.0 - self._surprise) / self._passes_of_probe
         else:
             self._passes_without_draft += 1
             self._passes_to_blank = BLANK_EVERY
@@ -115,7 +121,8 @@ class Planner:
             limits_N: most response tokens that each request may still generate, at least 1.
         """
         started = time.perf_counter()
-        n = len(problems_N)
+        n, surprise = len(problems_N), self._surprise
+        self._surprise, self._passes_of_probe = 0.0, 0
         caps_N = np.minimum(np.full(n, self.max_draft), np.maximum(limits_N - 1, 0)).astype(np.uint32)
         if self.policy == "fixed" or (self.policy == "budget" and not self.timed):
             thresholds_N = np.zeros(n, np.float32)
@@ -124,7 +131,7 @@ class Planner:
             allowed_N = budget.class_caps(self.lengths.length_class(problems_N, generated_N), self.max_draft)
             caps_N = np.minimum(caps_N, allowed_N.astype(np.uint32))
         else:
-            self._probing = self.probing or (self._probing and self._surprise < CHEAPER)
+            self._probing = self.probing or (self._probing and surprise < CHEAPER)
             if self._probing:
                 thresholds_N = np.full(n, FIRST_THRESHOLD, np.float32)
             else:
