@@ -1,7 +1,6 @@
 #include "index.hpp"
 
 #include <algorithm>
-#include <numeric>
 #include <optional>
 
 namespace rl_accel::suffix {
@@ -327,69 +326,6 @@ Drafts SuffixIndex::propose_rows(std::span<const i64> handles, const Token* matr
   return run(handles, fresh_of, caps, thresholds, totals, fee);
 }
 
-SegmentInfo SuffixIndex::close_epoch(i64 epoch, i64 policy_version) {
-  const std::lock_guard lock(mutex_);
-  std::vector<ProblemTexts> texts;
-  for (auto& [key, problem] : problems_) {
-    ProblemTexts found{key, {}};
-    for (Sequence& sequence : problem->sequences) {
-      if (!sequence.kept || !sequence.ended || sequence.archived) continue;
-      found.rollouts.push_back(std::span<const Token>(sequence.tokens).subspan(1));
-      sequence.archived = true;
-    }
-    if (!found.rollouts.empty()) texts.push_back(std::move(found));
-  }
-  auto segment = Segment::build(epoch, policy_version, options_.tokenizer, std::move(texts));
-  for (auto it = problems_.begin(); it != problems_.end();)
-    it = it->second->num_live == 0 ? problems_.erase(it) : std::next(it);
-  const SegmentInfo info{segment->epoch(),        segment->policy_version(), segment->num_problems(),
-                         segment->num_rollouts(), segment->num_tokens(),     segment->memory_bytes()};
-  if (segment->num_tokens() > 0) {  // an empty close ages nothing
-    newest_epoch_ = std::max(newest_epoch_, epoch);
-    auto at = segments_.begin();
-    while (at != segments_.end() && (*at)->epoch() > epoch) ++at;
-    segments_.insert(at, std::move(segment));
-  }
-  return info;
-}
-
-void SuffixIndex::drop_before(i64 epoch) {
-  const std::lock_guard lock(mutex_);
-  min_epoch_ = std::max(min_epoch_, epoch);
-  while (!segments_.empty() && segments_.back()->epoch() < min_epoch_) segments_.pop_back();
-}
-
-std::vector<SegmentInfo> SuffixIndex::segments() const {
-  const std::lock_guard lock(mutex_);
-  std::vector<SegmentInfo> out;
-  for (const auto& s : segments_)
-    out.push_back({s->epoch(), s->policy_version(), s->num_problems(), s->num_rollouts(), s->num_tokens(),
-                   s->memory_bytes()});
-  return out;
-}
-
-void SuffixIndex::write_segment(std::size_t i, const std::string& path) const {
-  std::shared_ptr<const Segment> segment;
-  {
-    const std::lock_guard lock(mutex_);
-    if (i >= segments_.size()) throw SuffixError("no segment " + std::to_string(i));
-    segment = *std::next(segments_.begin(), static_cast<std::ptrdiff_t>(i));
-  }
-  segment->write(path);
-}
-
-SegmentInfo SuffixIndex::open_segment(const std::string& path) {
-  auto segment = Segment::open(path, options_.tokenizer);
-  const SegmentInfo info{segment->epoch(),        segment->policy_version(), segment->num_problems(),
-                         segment->num_rollouts(), segment->num_tokens(),     segment->memory_bytes()};
-  const std::lock_guard lock(mutex_);
-  newest_epoch_ = std::max(newest_epoch_, info.epoch);
-  auto at = segments_.begin();
-  while (at != segments_.end() && (*at)->epoch() > info.epoch) ++at;
-  segments_.insert(at, std::move(segment));
-  return info;
-}
-
 void SuffixIndex::new_cross() {
   if (options_.cross_tokens == 0) return;
   cross_[1] = std::move(cross_[0]);
@@ -415,96 +351,6 @@ void SuffixIndex::feed_cross(u32 budget) {
     cross_queue_.pop_front();
     cross_queue_at_ = 0;
   }
-}
-
-std::size_t SuffixIndex::live_bytes() const {
-  const std::lock_guard lock(mutex_);
-  std::size_t bytes = 0;
-  for (const auto& [key, problem] : problems_) {
-    bytes += sizeof(Problem) + 64 + problem->automaton.memory_bytes() + problem->prompt.capacity() * sizeof(Token);
-    for (const Attached& closed : problem->closed) bytes += closed.heads.capacity() * sizeof(Token);
-    for (const Sequence& s : problem->sequences) bytes += sizeof(Sequence) + s.tokens.capacity() * sizeof(Token);
-  }
-  for (const auto& r : requests_)
-    bytes += sizeof(Request) + r->cursors.capacity() * sizeof(ClosedCursor);
-  return bytes;
-}
-
-std::size_t SuffixIndex::closed_bytes() const {
-  const std::lock_guard lock(mutex_);
-  return std::accumulate(segments_.begin(), segments_.end(), std::size_t{0},
-                         [](std::size_t sum, const auto& s) { return sum + s->memory_bytes(); });
-}
-
-std::size_t SuffixIndex::cross_bytes() const {
-  const std::lock_guard lock(mutex_);
-  std::size_t bytes = 0;
-  for (const auto& cross : cross_)
-    if (cross) bytes += cross->automaton.memory_bytes() + cross->text.capacity() * sizeof(Token);
-  for (const auto& tokens : cross_queue_) bytes += tokens.capacity() * sizeof(Token);
-  return bytes;
-}
-
-u64 SuffixIndex::live_tokens() const {
-  const std::lock_guard lock(mutex_);
-  u64 tokens = 0;
-  for (const auto& [key, problem] : problems_) {
-    tokens += problem->prompt.size();
-    for (const Sequence& s : problem->sequences) tokens += s.tokens.empty() ? 0 : s.tokens.size() - 1;
-  }
-  return tokens;
-}
-
-void SuffixIndex::check_integrity() const {
-  const std::lock_guard lock(mutex_);
-  for (const auto& [key, problem] : problems_) problem->automaton.check_integrity();
-  for (const auto& segment : segments_) segment->check_integrity();
-  for (const auto& cross : cross_)
-    if (cross) cross->automaton.check_integrity();
-  std::unordered_map<const Problem*, u32> live;
-  for (const auto& r : requests_)
-    if (r->problem != nullptr) ++live[r->problem];
-  for (const auto& [key, problem] : problems_)
-    if (live[problem.get()] != problem->num_live) throw SuffixError("index: a problem miscounts its live requests");
-}
-
-Inspection SuffixIndex::inspect(i64 handle) const {
-  const std::lock_guard lock(mutex_);
-  const Request& r = request(handle);
-  const LiveAutomaton& live = r.problem->automaton;
-  const u32 state = live.longest_continued(r.last);
-  Inspection out{live.state(state).len, live.state(state).count, {}, {}, {}};
-  for (std::size_t i = 0; i < r.cursors.size(); ++i) {
-    out.epochs.push_back(r.problem->closed[i].segment->epoch());
-    out.closed_len.push_back(r.cursors[i].len);
-    out.closed_total.push_back(r.cursors[i].total);
-  }
-  return out;
-}
-
-std::vector<float> SuffixIndex::scoring_state() const {
-  const std::lock_guard lock(mutex_);
-  std::vector<float> state(Scoring::kStateSize);
-  scoring_.save(state.data());
-  return state;
-}
-
-void SuffixIndex::load_scoring_state(std::span<const float> state) {
-  const std::lock_guard lock(mutex_);
-  if (state.size() != Scoring::kStateSize) throw SuffixError("scoring: state of another size");
-  scoring_.load(state.data());
-}
-
-float SuffixIndex::reliability(Source source) const {
-  const std::lock_guard lock(mutex_);
-  return scoring_.reliability(source);
-}
-
-IndexStats SuffixIndex::take_stats() {
-  const std::lock_guard lock(mutex_);
-  IndexStats out = stats_;
-  stats_ = IndexStats{};
-  return out;
 }
 
 }  // namespace rl_accel::suffix
