@@ -2,8 +2,8 @@
 
 - ZeRO-1, ZeRO-2: `optimizer.allreduce_and_scatter`, replaced on the instance. DeepSpeed all-reduces a whole bucket
   there, already averaged, and each rank keeps the slices that are its own; here each slice goes to its rank alone.
-- BF16_Optimizer: `engine.allreduce_bucket`, replaced on the instance. Its norm looks at the gradients of all ranks, so the
-  reduced shards are gathered again, 8 bits.
+- BF16_Optimizer: `engine.allreduce_bucket`, replaced on the instance. Its norm looks at the gradients of all ranks, so
+  the reduced shards are gathered again, 8 bits.
 - ZeRO-3: the name `reduce_scatter_coalesced` of the module stage3, for calls from an attached optimizer's
   `__avg_scatter_grads` only.
 

@@ -1,8 +1,8 @@
 """The weight gather of ZeRO-1, ZeRO-2 and BF16_Optimizer, inside `step` only.
 
 `step` casts the new master shard over this rank's slice of the held weights and calls `all_gather_dp_groups`, a name of
-the optimizer's module. A dispatcher on that name finds by the list of flat groups whose call it is; loading a checkpoint
-and other callers get the function that was there before. The slice as the other ranks still hold it is copied before
+the optimizer's module. A dispatcher on that name finds by the list of flat groups whose call it is; checkpoints and
+other callers get the function that was there before. The slice as the other ranks still hold it is copied before
 the step: one shard, P/W weights, for as long as `step` runs. A step skipped for overflow returns before the gather.
 
 Host symbols: `stage_1_and_2.all_gather_dp_groups`, `bf16_optimizer.all_gather_dp_groups`, `optimizer.step`; the flat
