@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import types
 from dataclasses import asdict
 from typing import Any
 
@@ -118,10 +119,19 @@ def moved_seams(optimizer: str) -> list[str]:
         if target is None:
             moved.append(f"{path} is gone")
             continue
-        parameters = tuple(inspect.signature(target).parameters)
+        parameters = tuple(inspect.signature(_undecorated(target)).parameters)
         if parameters != expected:
             moved.append(f"{path} takes ({', '.join(parameters)}) instead of ({', '.join(expected)})")
     return moved
+
+
+def _undecorated(function: Any) -> Any:
+    """DeepSpeed's `instrument_w_nvtx` hides the signature; what it wraps is its nonlocal `func`."""
+    if isinstance(function, types.FunctionType) and function.__closure__:
+        inner = inspect.getclosurevars(function).nonlocals.get("func")
+        if callable(inner):
+            return _undecorated(inspect.unwrap(inner))
+    return function
 
 
 def _unsupported(engine: Any, config: SDP4BitConfig) -> str | None:
