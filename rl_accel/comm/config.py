@@ -25,6 +25,9 @@ class SDP4BitConfig:
     """Values per scale. The paper's 2,048 saves 0.23 bits a weight and lets one large weight set the scale of many."""
     weight_difference: bool = True
     """False quantises the weights themselves: a control that trains worse (paper table 3), nothing to use."""
+    sharded_weights: bool = False
+    """Where no rank holds all weights (FSDP2): keep a copy of them on every rank to send differences to. It takes the
+    memory of a whole replica, 2 bytes a weight in bfloat16, and saves the gather of the backward pass as well."""
     gradients: bool = True
     """Two-level reduce-scatter of gradients."""
     intra_bits: int = 8

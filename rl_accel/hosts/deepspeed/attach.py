@@ -7,6 +7,7 @@ import json
 import logging
 import types
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def attach(engine: Any, config: SDP4BitConfig) -> Handle:
     name = type(optimizer).__name__
     if name != "DeepSpeedZeroOptimizer_Stage3" and not weights.groups_agree(optimizer, group):
         raise CommError("4-bit communication does not cover parameter groups that are sharded over different ranks")
+    if name == "DeepSpeedZeroOptimizer_Stage3":
+        config = replace(config, weights=False)
     handle = Handle(topology.build(group, config.local_size), config, f"DeepSpeed {name}", torch.device(engine.device))
 
     if name == "DeepSpeedZeroOptimizer_Stage3":

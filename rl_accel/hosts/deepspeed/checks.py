@@ -171,9 +171,9 @@ def _unsupported(engine: Any, config: SDP4BitConfig) -> str | None:
             "zero_optimization.reduce_scatter=false: set it to true",
         ),
         (
-            sharded and not config.gradients,
-            "weights of ZeRO-3: no rank keeps what was last sent, so there is nothing to send a difference to. "
-            "Use stage 1 or 2, or comm.gradients=true",
+            sharded and (config.sharded_weights or not config.gradients),
+            "weights of ZeRO-3: no rank keeps what was last sent, and a copy to keep would take the memory of stage 2, "
+            "which sends less. Use stage 1 or 2, or gradients alone",
         ),
         (getattr(optimizer, "sdp4bit_handle", None) is not None, "an engine twice: detach() the first handle"),
     ]
