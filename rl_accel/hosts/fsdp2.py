@@ -6,8 +6,8 @@ gather of a step, in backward, from the copy. That copy is a whole replica, P we
 every rank, which gives up the memory that sharding saved.
 
 Host symbols: `FSDPModule.set_custom_all_gather`, `set_custom_reduce_scatter`, `AllGather`, `ReduceScatter` and the
-defaults to go back to; `DTensor.device_mesh`; `Optimizer.register_step_post_hook`. Not covered: HSDP and other meshes of
-more than one dimension, gradient divide factors, parameters of mixed dtypes in one module.
+defaults to go back to; `DTensor.device_mesh`; `Optimizer.register_step_post_hook`. Not covered: HSDP and other meshes
+of more than one dimension, gradient divide factors, parameters of mixed dtypes in one module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small language model and a text with structure, for the tests and benchmarks of communication."""
+"""A small language model and a text with structure, made on the spot: for tests and benchmarks of training."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class TinyGPT(nn.Module):
 
 
 class MarkovText:
-    """Text of an order-2 Markov chain with a fixed table: four followers of each pair, one of them four times as
-    likely as the others together are not."""
+    """Text of an order-2 Markov chain with a fixed table: each pair of tokens has four followers, the first of which
+    comes 77 % of the time."""
 
     def __init__(self, length: int = 64, seed: int = 7):
         generator = torch.Generator().manual_seed(seed)
