@@ -90,15 +90,15 @@ struct Avx2 {
     return static_cast<u32>(_mm_cvtsi128_si32(half));
   }
 
-  struct Words {
+  struct Vectors {
     __m256i next, high;
   };
-  static Words words(Noise noise) {
+  static Vectors words(Words from) {
     const __m256i steps = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(static_cast<int>(kWeyl)));
-    return {_mm256_add_epi32(steps, _mm256_set1_epi32(static_cast<int>(noise.first))), _mm256_set1_epi32(static_cast<int>(noise.high))};
+    return {_mm256_add_epi32(steps, _mm256_set1_epi32(static_cast<int>(from.first))), _mm256_set1_epi32(static_cast<int>(from.high))};
   }
   static __m256i shift_xor(__m256i x, int by) { return _mm256_xor_si256(x, _mm256_srli_epi32(x, by)); }
-  static Block add_noise(const Block& x, Words& words) {
+  static Block add_noise(const Block& x, Vectors& words) {
     return each([&](int i) {
       __m256i word = _mm256_mullo_epi32(shift_xor(words.next, 16), _mm256_set1_epi32(static_cast<int>(kMix1)));
       word = shift_xor(_mm256_xor_si256(word, words.high), 15);

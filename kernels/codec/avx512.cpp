@@ -1,7 +1,11 @@
 // Blocks of 32 values in two AVX-512 registers. Compiled with -mavx512f and its bw, dq and vl parts; fused
 // multiply-adds stand only where the product is exact.
 #if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12 about its own header (its bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include "loops.hpp"
 
@@ -23,16 +27,17 @@ struct Avx512 {
     _mm512_storeu_ps(to, x.at[0]);
     _mm512_storeu_ps(to + 16, x.at[1]);
   }
+  static __m512i bfloat16(__m512 x) {  // in the high halves of 32-bit lanes; vcvtneps2bf16 would flush denormals
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
+  }
   static void store(Bfloat16* to, const Block& x) {
-    for (int i = 0; i < 2; ++i) {  // vcvtneps2bf16 would flush denormals
-      const __m512i bits = _mm512_castps_si512(x.at[i]);
-      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-      __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-      const __mmask16 nan = _mm512_cmp_ps_mask(x.at[i], x.at[i], _CMP_UNORD_Q);
-      rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
-      const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * i), halves);
-    }
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    // Words 4 i + 1 and 4 i + 3 go to lane i.
+    const __m512i odd_words = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00040004)), _mm512_set1_epi32(0x00030001));
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(bfloat16(x.at[0]), odd_words, bfloat16(x.at[1])));
   }
 
   static Block add(const Block& x, const Block& y) {
@@ -79,15 +84,15 @@ struct Avx512 {
     return static_cast<u32>(_mm512_reduce_max_epi32(_mm512_max_epi32(most.at[0], most.at[1])));
   }
 
-  struct Words {
+  struct Vectors {
     __m512i next, high;
   };
   static __m512i set1(u32 x) { return _mm512_set1_epi32(static_cast<int>(x)); }
-  static Words words(Noise noise) {
+  static Vectors words(Words from) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return {_mm512_add_epi32(_mm512_mullo_epi32(lane, set1(kWeyl)), set1(noise.first)), set1(noise.high)};
+    return {_mm512_add_epi32(_mm512_mullo_epi32(lane, set1(kWeyl)), set1(from.first)), set1(from.high)};
   }
-  static __m512 add_noise(__m512 x, Words& words) {
+  static __m512 add_noise(__m512 x, Vectors& words) {
     constexpr int kXor3 = 0x96;
     __m512i word = _mm512_xor_si512(words.next, _mm512_srli_epi32(words.next, 16));
     word = _mm512_xor_si512(_mm512_mullo_epi32(word, set1(kMix1)), words.high);
@@ -98,7 +103,7 @@ struct Avx512 {
     words.next = _mm512_add_epi32(words.next, set1(16 * kWeyl));
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(word, 8)), _mm512_set1_ps(0x1p-24f), x);
   }
-  static Block add_noise(const Block& x, Words& words) {
+  static Block add_noise(const Block& x, Vectors& words) {
     const __m512 first = add_noise(x.at[0], words);
     return {{first, add_noise(x.at[1], words)}};
   }

@@ -30,13 +30,11 @@ typename Isa::Block difference(const X* x, [[maybe_unused]] const S* subtract) {
 }
 
 template <class Isa, class X, class S, bool kHadamard>
-u32 fill(float* values, const void* x_data, const void* subtract_data, size_t count, size_t total) {
-  const X* x = static_cast<const X*>(x_data);
-  const S* subtract = static_cast<const S*>(subtract_data);
+u32 fill_group(float* values, const X* x, const S* subtract, size_t count, size_t total) {
   auto bits = Isa::no_bits();
   size_t i = 0;
   for (; i + kBlock <= count; i += kBlock) {
-    const auto block = difference<Isa, X, S, kHadamard>(x + i, kSame<S, None> ? nullptr : subtract + i);
+    const auto block = difference<Isa, X, S, kHadamard>(x + i, subtract + i);
     Isa::store(values + i, block);
     bits = Isa::max_bits(bits, block);
   }
@@ -54,56 +52,103 @@ u32 fill(float* values, const void* x_data, const void* subtract_data, size_t co
   return Isa::reduce(bits);
 }
 
+template <class Isa, class X, class S, bool kHadamard>
+void fill(float* values, const void* x, const void* subtract, size_t count, size_t total, size_t group_size,
+          u32* largest) {
+  for (size_t i = 0; i < total; i += group_size) {
+    const size_t left = count > i ? count - i : 0;
+    *largest++ = fill_group<Isa, X, S, kHadamard>(values + i, static_cast<const X*>(x) + i,
+                                                  static_cast<const S*>(subtract) + i,
+                                                  left < group_size ? left : group_size, group_size);
+  }
+}
+
 template <class Isa>
-u32 largest(const float* values, size_t count) {
-  auto bits = Isa::no_bits();
-  for (size_t i = 0; i < count; i += kBlock) bits = Isa::max_bits(bits, Isa::load(values + i));
-  return Isa::reduce(bits);
+void largest(const float* values, size_t total, size_t group_size, u32* largest) {
+  for (size_t i = 0; i < total;) {
+    auto bits = Isa::no_bits();
+    for (const size_t end = i + group_size; i < end; i += kBlock) bits = Isa::max_bits(bits, Isa::load(values + i));
+    *largest++ = Isa::reduce(bits);
+  }
+}
+
+u32 mix(u32 word) {
+  word = (word ^ word >> 16) * kMix1;
+  word = (word ^ word >> 15) * kMix2;
+  return word ^ word >> 16;
+}
+
+// A group starts at a multiple of its size, so all its values share the bits above the lowest 32.
+Words words_of(Noise noise, size_t i) {
+  const u64 index = noise.index + i;
+  return {static_cast<u32>(index) * kWeyl + static_cast<u32>(noise.key),
+          mix(static_cast<u32>(index >> 32) ^ static_cast<u32>(noise.key >> 32))};
 }
 
 // Nearest needs no clamp: |value| <= largest and the inverse is exact to 2^-21, so no product rounds to top + 1.
 template <class Isa, int kBits, bool kStochastic>
-void encode(u8* codes, const float* values, size_t count, float inverse, [[maybe_unused]] Noise noise) {
-  [[maybe_unused]] auto words = Isa::words(noise);
-  for (size_t i = 0; i < count; i += kBlock, codes += kBlock * kBits / 8) {
-    auto block = Isa::mul(Isa::load(values + i), inverse);
-    if constexpr (kStochastic) block = Isa::clamp(Isa::add_noise(block, words), (1 << (kBits - 1)) - 1);
-    if constexpr (kBits == 4) {
-      Isa::write4(codes, block);
-    } else {
-      Isa::write8(codes, block);
+void encode(u8* codes, const float* values, size_t total, size_t group_size, const float* inverses,
+            [[maybe_unused]] Noise noise) {
+  for (size_t i = 0; i < total; ++inverses) {
+    if (*inverses == 0) {
+      std::memset(codes, 0, group_size * kBits / 8);
+      codes += group_size * kBits / 8;
+      i += group_size;
+      continue;
+    }
+    [[maybe_unused]] auto words = Isa::words(words_of(noise, i));
+    for (const size_t end = i + group_size; i < end; i += kBlock, codes += kBlock * kBits / 8) {
+      auto block = Isa::mul(Isa::load(values + i), *inverses);
+      if constexpr (kStochastic) block = Isa::clamp(Isa::add_noise(block, words), (1 << (kBits - 1)) - 1);
+      if constexpr (kBits == 4) {
+        Isa::write4(codes, block);
+      } else {
+        Isa::write8(codes, block);
+      }
     }
   }
 }
 
+float scale_at(const u8* scales) {
+  float scale;
+  std::memcpy(&scale, scales, sizeof scale);
+  return scale;
+}
+
 template <class Isa, int kBits, bool kAdd>
-void accumulate(float* values, const u8* codes, size_t count, float scale) {
-  const typename Isa::template Decoder<kBits> decode(scale);
-  for (size_t i = 0; i < count; i += kBlock, codes += kBlock * kBits / 8) {
-    auto block = decode(codes);
-    if constexpr (kAdd) block = Isa::add(Isa::load(values + i), block);
-    Isa::store(values + i, block);
+void accumulate(float* values, const u8* codes, size_t count, size_t group_size, const u8* scales) {
+  for (size_t i = 0; i < count; scales += sizeof(float)) {
+    const typename Isa::template Decoder<kBits> decode(scale_at(scales));
+    const size_t end = count - i < group_size ? count : i + group_size;
+    for (; i < end; i += kBlock) {
+      auto block = decode(codes + i * kBits / 8);
+      if constexpr (kAdd) block = Isa::add(Isa::load(values + i), block);
+      Isa::store(values + i, block);
+    }
   }
 }
 
 template <class Isa, int kBits, class Out, bool kHadamard, bool kAdd>
-void finish(void* out_data, const u8* codes, size_t count, float scale, const float* sum) {
+void finish(void* out_data, const u8* codes, size_t count, size_t group_size, const u8* scales, const float* sum) {
   Out* out = static_cast<Out*>(out_data);
-  const typename Isa::template Decoder<kBits> decode(scale);
-  const auto finish_block = [&](Out* to, size_t i) {
-    auto block = decode(codes + i * kBits / 8);
-    if (sum) block = Isa::add(Isa::load(sum + i), block);
-    if constexpr (kHadamard) block = Isa::mul(Isa::rotate(block), 1.0f / kBlock);
-    if constexpr (kAdd) block = Isa::add(Isa::load(to), block);
-    Isa::store(to, block);
-  };
-  size_t i = 0;
-  for (; i + kBlock <= count; i += kBlock) finish_block(out + i, i);
-  if (i < count) {
-    Out rest[kBlock] = {};
-    if constexpr (kAdd) std::memcpy(rest, out + i, (count - i) * sizeof(Out));
-    finish_block(rest, i);
-    std::memcpy(out + i, rest, (count - i) * sizeof(Out));
+  for (size_t i = 0; i < count; scales += sizeof(float)) {
+    const typename Isa::template Decoder<kBits> decode(scale_at(scales));
+    const auto finish_block = [&](Out* to) {
+      auto block = decode(codes + i * kBits / 8);
+      if (sum) block = Isa::add(Isa::load(sum + i), block);
+      if constexpr (kHadamard) block = Isa::mul(Isa::rotate(block), 1.0f / kBlock);
+      if constexpr (kAdd) block = Isa::add(Isa::load(to), block);
+      Isa::store(to, block);
+    };
+    const size_t end = count - i < group_size ? count : i + group_size;
+    for (; i + kBlock <= end; i += kBlock) finish_block(out + i);
+    if (i < end) {
+      Out rest[kBlock] = {};
+      if constexpr (kAdd) std::memcpy(rest, out + i, (end - i) * sizeof(Out));
+      finish_block(rest);
+      std::memcpy(out + i, rest, (end - i) * sizeof(Out));
+      i = end;
+    }
   }
 }
 

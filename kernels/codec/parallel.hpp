@@ -1,7 +1,8 @@
-// Splits a range of groups over threads that live for one call: nothing is left behind for a fork to break. Starting one
-// takes about 20 us, so each gets at least half a Mi values.
+// Splits a call over threads that live as long as it: nothing is left behind for a fork to break. Starting one takes
+// about 20 us, so each gets at least half a Mi values.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <memory>
 #include <system_error>
@@ -12,25 +13,26 @@ namespace rl_accel::codec {
 
 constexpr std::size_t kValuesPerThread = std::size_t{1} << 19;
 
-// Calls work(first, last, scratch) for parts of [0, num_groups); scratch holds `scratch_size` floats of the thread's own.
+// Calls work(first, last, scratch) for parts of [0, numel) that start at multiples of `unit`; scratch holds `unit`
+// floats of the thread's own.
 template <class Work>
-void split_groups(std::size_t num_groups, std::size_t group_size, unsigned threads, std::size_t scratch_size, Work&& work) {
-  const std::size_t most = num_groups * group_size / kValuesPerThread;
-  const std::size_t parts = most < 2 || threads < 2 ? 1 : most < threads ? most : threads;
-  const std::unique_ptr<float[]> scratch(scratch_size ? new float[parts * scratch_size] : nullptr);
+void split(std::size_t numel, std::size_t unit, unsigned threads, Work&& work) {
+  const std::size_t num_units = (numel + unit - 1) / unit;
+  const std::size_t parts = std::clamp<std::size_t>(numel / kValuesPerThread, 1, std::max(threads, 1u));
+  const std::unique_ptr<float[]> scratch(new float[parts * unit]);
   const auto run = [&](std::size_t part) {
-    work(num_groups * part / parts, num_groups * (part + 1) / parts, scratch.get() + part * scratch_size);
+    work(num_units * part / parts * unit, std::min(num_units * (part + 1) / parts * unit, numel), scratch.get() + part * unit);
   };
-  std::vector<std::thread> helpers;
-  helpers.reserve(parts - 1);
-  std::size_t started = 1;
+  std::vector<std::thread> others;
+  others.reserve(parts - 1);
+  std::size_t part = 1;
   try {
-    for (; started < parts; ++started) helpers.emplace_back(run, started);
+    for (; part < parts; ++part) others.emplace_back(run, part);
   } catch (const std::system_error&) {  // no more threads to be had
-    for (std::size_t part = started; part < parts; ++part) run(part);
+    for (; part < parts; ++part) run(part);
   }
   run(0);
-  for (std::thread& helper : helpers) helper.join();
+  for (std::thread& other : others) other.join();
 }
 
 }  // namespace rl_accel::codec

@@ -20,32 +20,38 @@ constexpr u32 kMix1 = 0x7FEB352D;
 constexpr u32 kMix2 = 0x846CA68B;
 
 // Noise of a group: value i starts from the word first + i * kWeyl; high stands for all bits above the lowest 32.
-struct Noise {
+struct Words {
   u32 first;
   u32 high;
 };
 
-// First `count` values of x - subtract, rotated if asked for, as float32; zeros from there to `total`, a multiple of
-// 32. Returns the largest magnitude's bits.
-using Fill = u32 (*)(float* values, const void* x, const void* subtract, size_t count, size_t total);
+struct Noise {
+  u64 key;
+  u64 index;  // of the first value
+};
 
-// Largest magnitude's bits of `count` values, a multiple of 32.
-using Largest = u32 (*)(const float* values, size_t count);
+// First `count` values of x - subtract, rotated if asked for, as float32; zeros from there to `total`. For each group
+// the bits of its largest magnitude. `total` is a multiple of group_size, here and below.
+using Fill = void (*)(float* values, const void* x, const void* subtract, size_t count, size_t total,
+                      size_t group_size, u32* largest);
+using Largest = void (*)(const float* values, size_t total, size_t group_size, u32* largest);
 
-// Codes of `count` finite values, a multiple of 32.
-using Encode = void (*)(u8* codes, const float* values, size_t count, float inverse, Noise noise);
+// Codes of round(value * inverse); zeros for groups whose inverse is 0.
+using Encode = void (*)(u8* codes, const float* values, size_t total, size_t group_size, const float* inverses,
+                        Noise noise);
 
-// values = codes * scale, or values += codes * scale; `count` is a multiple of 32.
-using Accumulate = void (*)(float* values, const u8* codes, size_t count, float scale);
+// values = codes * scale, or values += codes * scale, for a multiple of 32 values: whole groups or a part of one.
+using Accumulate = void (*)(float* values, const u8* codes, size_t count, size_t group_size, const u8* scales);
 
 // The last block of a sum: out = [out +] rotated back(sum + codes * scale) for any `count`; sum may be null.
-using Finish = void (*)(void* out, const u8* codes, size_t count, float scale, const float* sum);
+using Finish = void (*)(void* out, const u8* codes, size_t count, size_t group_size, const u8* scales,
+                        const float* sum);
 
 struct Routines {
   const char* name;
-  Fill fill[2][3][2];        // x bfloat16; subtract none, float32, bfloat16; Hadamard
+  Fill fill[2][3][2];           // x bfloat16; subtract none, float32, bfloat16; Hadamard
   Largest largest;
-  Encode encode[2][2];       // 8 bits; stochastic
+  Encode encode[2][2];          // 8 bits; stochastic
   Accumulate accumulate[2][2];  // 8 bits; add
   Finish finish[2][2][2][2];    // 8 bits; bfloat16; Hadamard; add
 };

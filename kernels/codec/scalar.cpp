@@ -86,17 +86,17 @@ struct Scalar {
     return out;
   }
 
-  static Noise words(Noise noise) { return noise; }
-  static Block add_noise(const Block& x, Noise& noise) {
+  static Words words(Words from) { return from; }
+  static Block add_noise(const Block& x, Words& words) {
     Block out;
     for (size_t i = 0; i < kBlock; ++i) {
-      u32 word = noise.first + static_cast<u32>(i) * kWeyl;
-      word = (word ^ word >> 16) * kMix1 ^ noise.high;
+      u32 word = words.first + static_cast<u32>(i) * kWeyl;
+      word = (word ^ word >> 16) * kMix1 ^ words.high;
       word = (word ^ word >> 15) * kMix2;
       word ^= word >> 16;
       out.at[i] = x.at[i] + (static_cast<float>(static_cast<int>(word >> 8)) * 0x1p-24f - 0.5f);
     }
-    noise.first += static_cast<u32>(kBlock) * kWeyl;
+    words.first += static_cast<u32>(kBlock) * kWeyl;
     return out;
   }
 
