@@ -50,6 +50,7 @@ def simulated(shape, config: SDP4BitConfig, sizes, destination: int, dtype, call
 
     def encoded(rank: int, bits: int, hop: int, offset: int) -> torch.Tensor:
         x = contribution(rank, destination, numel, dtype)
+        x = x.float() if dtype == torch.float16 else x
         return codec.quantize(
             x, bits, group, config.gradient_rounding, key(hop, rank), offset, hadamard=config.hadamard, backend="torch"
         )
@@ -154,7 +155,7 @@ def check_bad_values_reach_the_owner(group) -> None:
                 blocks[world_size - 1][300] = bad
             out = collectives.reduce_scatter(blocks, torch.empty(512))
             poisoned = ~torch.isfinite(out)
-            assert poisoned[256:384].all() == (rank == world_size - 1)
+            assert poisoned[300] == (rank == world_size - 1)
             assert not poisoned[:256].any()
             assert not poisoned[384:].any()
 
@@ -167,7 +168,7 @@ def check_gather(group) -> None:
                 collectives = QuantisedCollectives(topology.build(group, local_size), SDP4BitConfig())
                 held = torch.cat([contribution(7, r, numel, dtype) for r in range(world_size)])
                 shards = held.view(world_size, -1)
-                target = shards.float()
+                target = shards.float().clone()
                 first_gap = None
                 for _ in range(6):
                     new = (target[rank] + 0.01 * torch.arange(numel) / max(numel, 1)).to(dtype)
