@@ -147,6 +147,7 @@ def case_four_bits_train() -> None:
             assert same_on_all_ranks(weights_of(ours)), (name, step)
         assert max(abs(a - b) for a, b in zip(plain_losses, losses, strict=True)) < 0.03, (name, plain_losses, losses)
         stats = handle.stats()
+        handle.detach()
         assert stats["steps"] == 10
         if dist.get_world_size() == 1:
             assert not stats["gradient_values"]
@@ -161,7 +162,6 @@ def case_four_bits_train() -> None:
         crossing = stats["gradient_values"] / stats["local_size"] * (stats["num_nodes"] - 1) / stats["num_nodes"]
         if crossing and "small" not in name and "bf16_optimizer" not in name and "stage3" not in name:
             assert 4.25 <= 8 * stats["gradient_inter_bytes"] / crossing < 4.6, (name, stats)
-        handle.detach()
 
 
 def case_detach_restores() -> None:
@@ -230,7 +230,7 @@ def case_start_step_sends_in_full() -> None:
     assert torch.equal(weights_of(plain), weights_of(ours))
     assert not handle.collectives.traffic.gradient_values
     train(ours, 1, first=2)
-    assert handle.collectives.traffic.gradient_values
+    assert bool(handle.collectives.traffic.gradient_values) == (dist.get_world_size() > 1)
     handle.detach()
 
 
