@@ -1,0 +1,165 @@
+"""One rank of test_fsdp2.py: FSDP2 with and without 4-bit communication, on real gloo."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+
+from rl_accel.comm import SDP4BitConfig, attach
+from rl_accel.errors import CommError
+from rl_accel.hosts.fsdp2 import DifferenceAllGather, QuantisedReduceScatter
+from rl_accel.quickstart.tiny_gpt import MarkovText, TinyGPT, loss_of
+
+TEXT = MarkovText(length=32)
+
+
+def four_bit(**changes) -> SDP4BitConfig:
+    local_size = 2 if dist.get_world_size() % 2 == 0 else 1
+    return SDP4BitConfig(**{"local_size": local_size, "bypass": "never", **changes})
+
+
+def make(mesh=None, **policy):
+    torch.manual_seed(0)
+    model = TinyGPT(width=32, layers=2, length=32)
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(**policy)}
+    for block in model.blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    return model, torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+
+def train(model, optimizer, steps: int, first: int = 0) -> list[float]:
+    rank, world_size, losses = dist.get_rank(), dist.get_world_size(), []
+    for step in range(first, first + steps):
+        loss = loss_of(model, TEXT.batch(2, step * world_size + rank))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(float(mean) / world_size)
+    return losses
+
+
+def full(model) -> torch.Tensor:
+    return torch.cat([p.full_tensor().detach().float().flatten() for p in model.parameters()])
+
+
+POLICIES = {
+    "fp32": {},
+    "bf16": {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32},
+    "bf16_reduce": {"param_dtype": torch.bfloat16, "reduce_dtype": torch.bfloat16},
+}
+
+
+def check_training() -> None:
+    for name, policy in POLICIES.items():
+        plain, plain_optimizer = make(**policy)
+        start = full(plain)
+        plain_losses = train(plain, plain_optimizer, 3)
+        for changes in ({}, {"sharded_weights": True}):
+            ours, optimizer = make(**policy)
+            exact = four_bit(intra_bits=16, inter_bits=16, weight_bits=16, **changes)
+            handle = attach(ours, exact, optimizer)
+            losses = train(ours, optimizer, 3)
+            moved, apart = full(plain) - start, full(ours) - full(plain)
+            assert apart.norm() < 0.25 * moved.norm(), (name, changes, float(apart.norm() / moved.norm()))
+            assert abs(losses[-1] - plain_losses[-1]) < 2e-3
+            handle.detach()
+
+            ours, optimizer = make(**policy)
+            handle = attach(ours, four_bit(**changes), optimizer)
+            losses = train(ours, optimizer, 3)
+            assert max(abs(a - b) for a, b in zip(losses, plain_losses, strict=True)) < 0.03
+            stats = handle.stats()
+            if dist.get_world_size() > 1:
+                assert stats["gradient_values"] >= 3 * start.numel()
+                assert bool(stats["weight_values"]) == bool(changes)
+            if changes and dist.get_world_size() > 1:
+                handle.check_replicas()
+                # After the first step, differences go out once a step; backward is served from the copy.
+                assert stats["weight_values"] <= 2 * 1.1 * start.numel()
+            handle.detach()
+
+
+def check_loading_sends_in_full() -> None:
+    """Loaded weights may be anywhere; a 4-bit difference to what was held would be far off."""
+    if dist.get_world_size() == 1:
+        return
+    model, optimizer = make()
+    handle = attach(model, four_bit(sharded_weights=True), optimizer)
+    train(model, optimizer, 2)
+    state = {name: value.detach() * 3.0 for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    sent = handle.collectives.traffic.weight_values
+    ids = TEXT.batch(2, 0)
+    with torch.no_grad():
+        loss = loss_of(model, ids)
+    plain, _ = make()
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(loss, loss_of(plain, ids))
+    assert handle.collectives.traffic.weight_values == sent
+    handle.detach()
+
+
+def comms(model):
+    groups = [part._get_fsdp_state()._fsdp_param_groups[0] for part in (model, *model.blocks)]
+    return [(type(g._all_gather_comm), type(g._reduce_scatter_comm)) for g in groups]
+
+
+def check_detach_and_refusals() -> None:
+    world_size = dist.get_world_size()
+    model, optimizer = make()
+    handle = attach(model, four_bit(sharded_weights=True), optimizer)
+    assert comms(model) == [(DifferenceAllGather, QuantisedReduceScatter)] * 3
+    train(model, optimizer, 1)
+    handle.detach()
+    assert comms(model) == [(DefaultAllGather, DefaultReduceScatter)] * 3
+    before = handle.stats()
+    train(model, optimizer, 1, first=1)
+    assert handle.stats() == before
+
+    def refused(words, model, config, optimizer):
+        try:
+            attach(model, config, optimizer)
+        except CommError as error:
+            assert words in str(error), str(error)
+        else:
+            raise AssertionError(f"not refused: {words}")
+        assert comms(model) == [(DefaultAllGather, DefaultReduceScatter)] * 3
+
+    refused("optimizer=", model, four_bit(), None)
+    refused("sharded_weights", model, four_bit(gradients=False), optimizer)
+    if world_size > 1:
+        refused("disagree", model, four_bit(seed=dist.get_rank()), optimizer)
+    if world_size == 4:
+        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        refused("one dimension", make(mesh=grid)[0], four_bit(), optimizer)
+    try:
+        attach(torch.nn.Linear(2, 2), four_bit())
+    except CommError as error:
+        assert "got Linear" in str(error)
+    else:
+        raise AssertionError("attached to a plain module")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    check_training()
+    check_loading_sends_in_full()
+    check_detach_and_refusals()
+    torch.save("done", os.environ["RESULT"])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
