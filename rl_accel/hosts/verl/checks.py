@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rl_accel.config import AccelConfig
 from rl_accel.errors import ConfigError
 from rl_accel.hosts import versions
+from rl_accel.hosts.verl import deepspeed_checks
 
 MIN_FREE_MEMORY_CPU = 8 << 30
 """Bytes. A run of the tiny policy without a GPU was measured to need about 7 GB."""
@@ -24,6 +25,7 @@ def check(config: DictConfig, accel: AccelConfig) -> None:
     """Raise ConfigError for what cannot work, cheapest checks first."""
     _check_hosts(config)
     _check_drafting(accel)
+    deepspeed_checks.check(config, accel.deepspeed, asked_for=deepspeed_checks.given(accel))
     _check_paths(config)
     _check_batches(config)
     _check_machine(config)
