@@ -1,6 +1,6 @@
 """Whole weights in and out of a DeepSpeed engine, a tensor at a time.
 
-Host symbols: `deepspeed.zero.GatheredParameters`, `convert_weight_keys` and `unfuse_moe_params` of verl, which give
+Host symbols: `deepspeed.runtime.zero.GatheredParameters`, `convert_weight_keys` and `unfuse_moe_params` of verl, which give
 tensors the names that rollout engines read.
 """
 
@@ -45,7 +45,7 @@ def full_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _gathered(parameter: nn.Parameter) -> torch.Tensor:
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([parameter]):
         return parameter.detach().clone()
