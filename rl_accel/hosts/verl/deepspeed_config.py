@@ -18,6 +18,9 @@ from rl_accel.errors import ConfigError
 MAX_BUCKET_NUMEL = 500_000_000
 """DeepSpeed's own default bucket, in elements. A smaller model gets one bucket of its own size."""
 
+BUCKET_MULTIPLE = 1024
+"""DeepSpeed asserts that buckets divide into aligned parts."""
+
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
 
@@ -68,7 +71,7 @@ def make_ds_config(config: FSDPEngineConfig, numel: int, device_type: str, clip_
         clip_grad: largest gradient norm; None for an engine without an optimizer.
     """
     stage, dtype = zero_stage(config), param_dtype(config)
-    bucket = min(max(numel, 1), MAX_BUCKET_NUMEL)
+    bucket = min(-(-numel // BUCKET_MULTIPLE) * BUCKET_MULTIPLE, MAX_BUCKET_NUMEL)
     made: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

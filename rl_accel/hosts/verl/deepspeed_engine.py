@@ -78,7 +78,7 @@ class DeepSpeedMixin:
         self.optimizer = None
         self.lr_scheduler = None
         if self.engine_config.forward_only and self.zero_stage < 3:
-            self.module = module.to(device=get_device_id(), dtype=self._autocast_dtype)
+            self.module = deepspeed_weights.cast_parameters(module, self._autocast_dtype).to(get_device_id())
             return
         if not self.engine_config.forward_only:
             self.optimizer = self._build_optimizer(module)

@@ -31,6 +31,13 @@ def fill_from_rank_0(module: nn.Module, device: str | int) -> None:
         torch.distributed.broadcast(tensor.data, src=0)
 
 
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast weights in place and leave buffers as they are: rotary frequencies stay in float32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
 def full_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, whole tensor) for every entry of the module's state dict; a collective call for ZeRO-3.
 

@@ -133,7 +133,7 @@ def weights_of(engine) -> dict[str, torch.Tensor]:
 def parity(dtype: str, model_type: str = "language_model"):
     results = {}
     for kind in ENGINES:
-        torch.manual_seed(0)  # the value head of a critic is drawn
+        torch.manual_seed(torch.distributed.get_rank())  # the head of a critic is drawn; rank 0's must win
         engine = make_engine(kind, dtype, model_type)
         start = weights_of(engine)
         loss = loss_of_lm if model_type == "language_model" else loss_of_values
@@ -151,8 +151,9 @@ def log_probs(engine) -> torch.Tensor:
 def forward_only():
     results = {}
     for kind in ENGINES:
-        engine = make_engine(kind, forward_only=True)
-        results[kind] = {"log_probs": log_probs(engine), "has_optimizer": engine.optimizer is not None}
+        for dtype in ("fp32", "bf16"):
+            engine = make_engine(kind, dtype, forward_only=True)
+            results[kind, dtype] = {"log_probs": log_probs(engine), "has_optimizer": engine.optimizer is not None}
     return results
 
 
