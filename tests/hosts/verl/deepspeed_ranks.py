@@ -16,6 +16,7 @@ os.environ["VERL_PLATFORM"] = "cpu"
 
 import torch
 from tensordict import TensorDict
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import DatasetPadMode
@@ -37,10 +38,16 @@ PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0, 
 """Without it ZeRO-3 keeps every weight of a model this small on every rank."""
 
 
-def make_engine(kind: str, dtype: str = "fp32", model_type: str = "language_model", forward_only: bool = False, **optim):
+def make_engine(
+    kind: str,
+    dtype: str = "fp32",
+    model_type: str = "language_model",
+    forward_only: bool = False,
+    path: str = POLICY,
+):
     """Build and initialize an engine of `ENGINES`."""
     model_config = HFModelConfig(
-        path=POLICY,
+        path=path,
         use_remove_padding=False,
         enable_gradient_checkpointing=False,
         override_config={"attn_implementation": "sdpa"},
@@ -57,13 +64,14 @@ def make_engine(kind: str, dtype: str = "fp32", model_type: str = "language_mode
         engine_config = FSDPEngineConfig(strategy="fsdp2", **common)
     else:
         engine_config = DeepSpeedEngineConfig(zero_stage=ENGINES[kind], ds_config=PARTITION_ALL, **common)
-    settings = {"lr": 1e-3, "clip_grad": CLIP, "lr_scheduler_type": "cosine", "total_training_steps": 10, **optim}
     engine = EngineRegistry.new(
         model_type=model_type,
         backend=engine_config.strategy,
         model_config=model_config,
         engine_config=engine_config,
-        optimizer_config=FSDPOptimizerConfig(lr_warmup_steps=0, **settings),
+        optimizer_config=FSDPOptimizerConfig(
+            lr=1e-3, clip_grad=CLIP, lr_scheduler_type="cosine", lr_warmup_steps=0, total_training_steps=10
+        ),
         checkpoint_config=CheckpointConfig(save_contents=["model", "optimizer", "extra", "hf_model"]),
     )
     engine.initialize()
@@ -130,16 +138,45 @@ def weights_of(engine) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in tensors}
 
 
-def parity(dtype: str, model_type: str = "language_model"):
+def sharing(engine) -> dict[str, int]:
+    """Elements that this rank holds between updates."""
+    module = getattr(engine.module, "module", engine.module)
+    states = engine.optimizer.state.values()
+    return {
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "optimizer": sum(state["exp_avg"].numel() for state in states),
+    }
+
+
+def parity(dtype: str, model_type: str = "language_model", path: str = POLICY):
     results = {}
     for kind in ENGINES:
         torch.manual_seed(torch.distributed.get_rank())  # the head of a critic is drawn; rank 0's must win
-        engine = make_engine(kind, dtype, model_type)
+        engine = make_engine(kind, dtype, model_type, path=path)
         start = weights_of(engine)
         loss = loss_of_lm if model_type == "language_model" else loss_of_values
         steps = [train(engine, step, num_micro_batches=(3, 1, 2)[step], loss=loss) for step in range(STEPS)]
-        results[kind] = {"steps": steps, "start": start, "end": weights_of(engine)}
+        results[kind] = {"steps": steps, "start": start, "end": weights_of(engine), "shared": sharing(engine)}
     return results
+
+
+def shared_folder() -> Path:
+    folder = [tempfile.mkdtemp() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(folder)
+    return Path(folder[0])
+
+
+def untied():
+    """A model whose embeddings are not tied is loaded by rank 0 only."""
+    folder = shared_folder()
+    if torch.distributed.get_rank() == 0:
+        model = AutoModelForCausalLM.from_pretrained(POLICY, tie_word_embeddings=False)
+        model.lm_head.weight.data = 0.5 * model.get_input_embeddings().weight.detach().clone()
+        model.config.tie_word_embeddings = False
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(POLICY).save_pretrained(folder)
+    torch.distributed.barrier()
+    return parity("fp32", path=str(folder))
 
 
 def log_probs(engine) -> torch.Tensor:
@@ -176,40 +213,40 @@ def not_finite():
         bad = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         return (loss * float("nan") if bad else loss), metrics
 
-    for kind in ENGINES:
-        for dtype in ("fp32", "bf16"):
-            engine = make_engine(kind, dtype)
-            train(engine, 0)
-            before = weights_of(engine)
-            skipped = train(engine, 1, loss=poisoned)
-            after = weights_of(engine)
-            next_step = train(engine, 2)
-            results[kind, dtype] = {"before": before, "after": after, "skipped": skipped, "next": next_step}
+    for kind, dtype in (("fsdp2", "fp32"), ("zero1", "fp32"), ("zero2", "fp32"), ("zero2", "bf16"), ("zero3", "fp32")):
+        engine = make_engine(kind, dtype)
+        train(engine, 0, num_micro_batches=1)
+        before = weights_of(engine)
+        skipped = train(engine, 1, loss=poisoned)
+        after = weights_of(engine)
+        next_step = train(engine, 2)
+        results[kind, dtype] = {"before": before, "after": after, "skipped": skipped, "next": next_step}
     return results
 
 
 def dropped_gradients():
     """Gradients that no update followed must not leak into the next batch."""
     results = {}
-    for kind in ENGINES:
+    for kind in ("zero1", "zero2", "zero3"):
         plain = make_engine(kind)
-        expected = train(plain, 1)
+        expected = train(plain, 1, num_micro_batches=2)
         engine = make_engine(kind)
         with engine.train_mode():
             engine.optimizer_zero_grad()
-            engine.forward_backward_batch(make_batch(0, 3), loss_of_lm)
-        results[kind] = {"expected": expected, "got": train(engine, 1), "weights": (weights_of(plain), weights_of(engine))}
+            engine.forward_backward_batch(make_batch(0, 2), loss_of_lm)
+        results[kind] = {
+            "expected": expected,
+            "got": train(engine, 1, num_micro_batches=2),
+            "weights": (weights_of(plain), weights_of(engine)),
+        }
     return results
 
 
 def resume():
     results = {}
-    world = torch.distributed.get_world_size()
     for kind in ("zero1", "zero2", "zero3"):
         for dtype in ("fp32", "bf16"):
-            folder = [tempfile.mkdtemp() if torch.distributed.get_rank() == 0 else None]
-            torch.distributed.broadcast_object_list(folder)
-            root = Path(folder[0])
+            root = shared_folder()
             engine = make_engine(kind, dtype)
             train(engine, 0)
             for step in (1, 2, 3):
@@ -224,14 +261,10 @@ def resume():
             loaded = weights_of(fresh)
             resumed = [train(fresh, step) for step in (1, 2)]
             files = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-            reread = HFModelConfig(
-                path=str(root / "global_step_3/actor/huggingface"), override_config={"attn_implementation": "sdpa"}
-            )
-            from transformers import AutoModelForCausalLM
-
-            exported = AutoModelForCausalLM.from_pretrained(reread.local_path, dtype=torch.bfloat16).state_dict()
+            exported = AutoModelForCausalLM.from_pretrained(
+                root / "global_step_3" / "actor" / "huggingface", dtype=torch.bfloat16
+            ).state_dict()
             results[kind, dtype] = {
-                "world": world,
                 "straight": straight,
                 "resumed": resumed,
                 "weights": (weights_of(engine), weights_of(fresh)),
@@ -246,6 +279,7 @@ def resume():
 SCENARIOS = {
     "fp32": lambda: parity("fp32"),
     "bf16": lambda: parity("bf16"),
+    "untied": untied,
     "critic": lambda: parity("fp32", "value_model"),
     "forward_only": forward_only,
     "evaluation": evaluation_between_updates,
