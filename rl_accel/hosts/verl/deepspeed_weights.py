@@ -1,7 +1,7 @@
 """Whole weights in and out of a DeepSpeed engine, a tensor at a time.
 
-Host symbols: `deepspeed.runtime.zero.GatheredParameters`, `convert_weight_keys` and `unfuse_moe_params` of verl, which give
-tensors the names that rollout engines read.
+Host symbols: `deepspeed.runtime.zero.GatheredParameters`; `convert_weight_keys` and `unfuse_moe_params` of verl, which
+give tensors the names that rollout engines read.
 """
 
 from __future__ import annotations

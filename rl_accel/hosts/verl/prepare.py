@@ -1,8 +1,9 @@
 """From settings to a verl configuration, the same for `rl_accel.train` and for a plain verl command.
 
 `prepare(config)` reads `actor_rollout_ref.rollout.custom.rl_accel`. Without that block nothing is changed, except that
-`strategy=deepspeed`, which names an engine of ours, works there too. With it, everything is checked first and then the configuration is pointed at rl_accel's classes through the keys that
-verl offers for that. Nothing has been started by then.
+`strategy=deepspeed`, which names an engine of ours, is checked and given its settings. With it, everything is checked
+first and then the configuration is pointed at rl_accel's classes through the keys that verl offers for that. Nothing
+has been started by then.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One rank of the engine tests: builds verl's engines on the tiny policy, trains them on made-up batches, saves results.
+"""One rank of the engine tests: builds verl's engines on the tiny policy, trains them on made-up batches.
 
     torchrun --nproc-per-node N tests/hosts/verl/deepspeed_ranks.py OUT.pt SCENARIO...
 

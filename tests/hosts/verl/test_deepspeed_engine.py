@@ -134,8 +134,9 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(ranks):
     for (kind, dtype), result in results.items():
         assert not math.isfinite(result["skipped"]["grad_norm"]), (kind, dtype)
         assert largest_difference(result["before"], result["after"]) == 0
-        rel = 5e-6 if dtype == "fp32" else 0.05
-        assert result["next"] == pytest.approx(results["fsdp2", "fp32"]["next"], rel=rel)
+        expected = results["fsdp2", "fp32"]["next"]
+        assert result["next"]["loss"] == pytest.approx(expected["loss"], rel=1e-6 if dtype == "fp32" else 0.02)
+        assert result["next"]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-6 if dtype == "fp32" else 0.2)
 
 
 @pytest.mark.parametrize("kind", ZERO)
