@@ -165,10 +165,11 @@ class AccelConfig:
         Raises:
             ConfigError: on an unknown key (with the nearest known one) or a value of the wrong type or range.
         """
-        return _build(cls, values or {}, "rl_accel")
+        return build(cls, values or {}, "rl_accel")
 
 
-def _build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
+def build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
+    """Build a settings dataclass; ConfigError on an unknown key or a wrong type."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix} must be a group of settings; got {values!r}")
     hints = get_type_hints(cls)
@@ -183,7 +184,7 @@ def _build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
 
 def _convert(expected: Any, value: Any, name: str) -> Any:
     if is_dataclass(expected):
-        return _build(expected, value, name)  # type: ignore[arg-type]
+        return build(expected, value, name)  # type: ignore[arg-type]
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if expected in (int, int | None) and isinstance(value, bool):

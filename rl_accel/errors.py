@@ -35,3 +35,7 @@ class CompareError(RLAccelError):
 
 class DraftError(RLAccelError):
     """A drafter was used wrongly, or a snapshot of its history is damaged or belongs to another model."""
+
+
+class CommError(RLAccelError):
+    """Quantised communication was used wrongly, cannot serve this engine, or its ranks do not agree."""

@@ -1,0 +1,83 @@
+"""Decides, from times measured while training, whether a collective is worth quantising on this link.
+
+Both ways are tried on a few optimizer steps each, all ranks add up their times, and the faster way is kept until the
+next try. Tries get rarer while the answer stays the same. Source: ours.
+Cost: `TRIES` steps the slower way, at about step 0, 64, 192, 448, ...; one all-reduce of two numbers a decision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TRIES = 3
+"""Steps each way that a decision rests on."""
+WARM_UP = 2
+"""Steps before the first try: buffers and connections are made in them."""
+FIRST_PERIOD, LONGEST_PERIOD = 64, 4096
+"""Steps between decisions; doubled whenever the answer is the same as before."""
+
+
+@dataclass
+class Bypass:
+    """One collective's choice between quantised and plain. All ranks take the same steps and decide alike."""
+
+    enabled: bool = True
+    """False: always quantised."""
+    quantised: bool = True
+    """The choice at this step."""
+    step: int = 0
+    next_try: int = WARM_UP
+    period: int = FIRST_PERIOD
+    kept: bool = True
+    """The last decision."""
+    quantised_s: float | None = None
+    """Seconds a step, quantised, mean of all ranks, at the last decision."""
+    plain_s: float | None = None
+    """The same of the plain way."""
+    _tries: dict[str, list[float]] = field(default_factory=lambda: {"quantised": [], "plain": []})
+
+    @property
+    def trying(self) -> bool:
+        """Whether this step's time counts for a decision."""
+        return self.enabled and self.step >= self.next_try
+
+    def end_step(self, seconds: float, group: dist.ProcessGroup, device: torch.device | str = "cpu") -> None:
+        """Take the seconds that the collective cost in the step that ends, and choose for the next one.
+
+        Args:
+            seconds: of this rank.
+            group: the ranks that decide together; one all-reduce at a decision.
+            device: where the all-reduce takes place.
+        """
+        if self.trying:
+            self._tries["quantised" if self.quantised else "plain"].append(seconds)
+            if all(len(times) >= TRIES for times in self._tries.values()):
+                self._decide(group, device)
+        self.step += 1
+        if self.trying:
+            self.quantised = len(self._tries["quantised"]) <= len(self._tries["plain"])
+        else:
+            self.quantised = self.kept
+
+    def _decide(self, group: dist.ProcessGroup, device: torch.device | str) -> None:
+        times = torch.tensor([median(self._tries[way]) for way in ("quantised", "plain")], dtype=torch.float64)
+        times = times.to(device)
+        dist.all_reduce(times, group=group)
+        self.quantised_s, self.plain_s = (times / dist.get_world_size(group)).tolist()
+        choice = self.quantised_s <= self.plain_s
+        self.period = min(2 * self.period, LONGEST_PERIOD) if choice == self.kept else FIRST_PERIOD
+        self.kept = choice
+        self.next_try = self.step + self.period
+        self._tries = {"quantised": [], "plain": []}
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

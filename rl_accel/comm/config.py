@@ -1,0 +1,91 @@
+"""Settings of 4-bit communication, the same for `attach`, a ds_config block and `rl_accel.comm.*`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from rl_accel.comm.layout import MAX_GROUP, MIN_GROUP
+from rl_accel.errors import ConfigError
+
+BYPASSES = ("auto", "never")
+BACKENDS = ("auto", "torch", "cpp", "triton")
+ROUNDINGS = ("nearest", "stochastic")
+
+
+@dataclass(frozen=True)
+class SDP4BitConfig:
+    """Quantised weights and gradients of sharded data parallelism (SDP4Bit §3). The defaults keep the loss within the
+    paper's band; widths of 16 send bfloat16."""
+
+    weights: bool = True
+    """Send what the optimizer step changed in the weights instead of the weights."""
+    weight_bits: int = 4
+    """4, 8 or 16."""
+    weight_group_size: int = 128
+    """Values per scale. The paper's 2,048 saves 0.23 bits a weight and lets one large weight set the scale of many."""
+    weight_difference: bool = True
+    """False quantises the weights themselves: a control that trains worse (paper table 3), nothing to use."""
+    sharded_weights: bool = False
+    """Where no rank holds all weights (FSDP2): keep a copy of them on every rank to send differences to. It takes the
+    memory of a whole replica, 2 bytes a weight in bfloat16, and saves the gather of the backward pass as well."""
+    gradients: bool = True
+    """Two-level reduce-scatter of gradients."""
+    intra_bits: int = 8
+    """Between the ranks of a node: 4, 8 or 16."""
+    inter_bits: int = 4
+    """Between nodes: 4, 8 or 16."""
+    gradient_group_size: int = 128
+    """Values per scale on both hops."""
+    hadamard: bool = True
+    """Rotate every 32 gradient values, which takes outliers out."""
+    gradient_rounding: str = "stochastic"
+    """`stochastic` or `nearest`. Weight differences are always rounded to nearest: their error is fed back."""
+    local_size: int | None = None
+    """Ranks per node. None: as the launcher or the host names say."""
+    start_step: int = 0
+    """Optimizer steps in full precision before quantisation starts."""
+    bypass: str = "auto"
+    """`auto`: measure both ways while training and use DeepSpeed's own where the link is too fast to gain; `never`."""
+    check_every: int = 0
+    """Compare the weights of all ranks, by hash, every so many steps; 0: never. A difference stops the run."""
+    seed: int = 0
+    """Seed of stochastic rounding."""
+    backend: str = "auto"
+    """`auto`, `torch`, `cpp` or `triton`; the same on all ranks."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "intra_bits", "inter_bits"):
+            if getattr(self, name) not in (4, 8, 16):
+                raise ConfigError(f"comm.{name} must be 4, 8 or 16; got {getattr(self, name)}")
+        for name in ("weight_group_size", "gradient_group_size"):
+            size = getattr(self, name)
+            if not MIN_GROUP <= size <= MAX_GROUP or size & (size - 1):
+                raise ConfigError(f"comm.{name} must be a power of two from {MIN_GROUP} to {MAX_GROUP}; got {size}")
+        for name, known in (("gradient_rounding", ROUNDINGS), ("bypass", BYPASSES), ("backend", BACKENDS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"comm.{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        if self.local_size is not None and self.local_size < 1:
+            raise ConfigError(f"comm.local_size must be at least 1; got {self.local_size}")
+        for name in ("start_step", "check_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"comm.{name} must not be negative; got {getattr(self, name)}")
+        if not (self.weights or self.gradients):
+            raise ConfigError("comm.weights and comm.gradients are both off; nothing is left to do")
+
+    @classmethod
+    def paper(cls) -> SDP4BitConfig:
+        """Group sizes of the paper's speed runs (2,048 for weights, 128 for gradients)."""
+        return replace(cls(), weight_group_size=2048)
+
+    @classmethod
+    def zeropp(cls) -> SDP4BitConfig:
+        """Bit widths of ZeRO++ (int8 weights, int4 gradients on both hops, no rotation), to compare with."""
+        return cls(
+            weight_bits=8,
+            weight_difference=False,
+            weight_group_size=2048,
+            intra_bits=4,
+            gradient_group_size=2048,
+            hadamard=False,
+            gradient_rounding="nearest",
+        )

@@ -1,0 +1,130 @@
+"""What one hop puts on the wire: 4- or 8-bit blocks of the codec, or plain bfloat16 where 16 bits are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rl_accel.comm import codec
+from rl_accel.comm.layout import packed_bytes, padded
+
+
+def padded_offset(numel: int, group_size: int) -> int:
+    """Values that a block takes up in the numbering of rounding noise: whole groups."""
+    return padded(numel, group_size)
+
+
+@dataclass(frozen=True)
+class Format:
+    """Bits and group size of one hop."""
+
+    bits: int
+    group_size: int
+    backend: str = "auto"
+
+    @property
+    def quantised(self) -> bool:
+        return self.bits < 16
+
+    def num_bytes(self, numel: int) -> int:
+        """Bytes of a block, a multiple of 4."""
+        if self.quantised:
+            return packed_bytes(numel, self.bits, self.group_size)
+        return 4 * ((numel + 1) // 2)
+
+    def encode(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        rounding: str,
+        key: int,
+        offset: int,
+        *,
+        rotate: bool,
+        subtract: torch.Tensor | None = None,
+    ) -> None:
+        """Write `x`, or `x - subtract`, [N] floats, into `out`, uint8 [num_bytes(N)]."""
+        if x.dtype == torch.float16:
+            x, subtract = x.float(), None if subtract is None else subtract.float()
+        if not self.quantised:
+            out.view(torch.bfloat16)[: x.numel()].copy_(x.view(-1))
+            return
+        codec.quantize(
+            x,
+            self.bits,
+            self.group_size,
+            rounding,
+            key,
+            offset,
+            subtract=subtract,
+            hadamard=rotate,
+            out=out,
+            backend=self.backend,
+        )
+
+    def decode_sum(self, blocks: torch.Tensor, out: torch.Tensor, *, rotated: bool, add: bool = False) -> torch.Tensor:
+        """Write the sum of `blocks`, uint8 [R, num_bytes(N)], into `out` [N], or add it.
+
+        Args:
+            rotated: the blocks were encoded with `rotate`; plain bfloat16 never is.
+        """
+        if not out.numel():
+            return out
+        if out.dtype == torch.float16:
+            wide = out.float() if add else torch.empty(out.shape, device=out.device)
+            return out.copy_(self.decode_sum(blocks, wide, rotated=rotated, add=add))
+        if self.quantised:
+            return codec.dequantize(
+                blocks,
+                out.numel(),
+                self.bits,
+                self.group_size,
+                hadamard=rotated,
+                out=out,
+                add=add,
+                backend=self.backend,
+            )
+        total = self._sum(blocks, out.numel())
+        return out.copy_(out.float() + total if add else total)
+
+    def recode(
+        self,
+        blocks: torch.Tensor,
+        numel: int,
+        source: Format,
+        out: torch.Tensor,
+        rounding: str,
+        key: int,
+        offset: int,
+        *,
+        rotate: bool,
+    ) -> None:
+        """Write the sum of `blocks`, which came in the format `source`, into `out`. It stays rotated from codes to
+        codes."""
+        if source.quantised and self.quantised:
+            codec.requantize(
+                blocks,
+                numel,
+                source.bits,
+                source.group_size,
+                self.bits,
+                self.group_size,
+                rounding,
+                key,
+                offset,
+                out=out,
+                backend=self.backend,
+            )
+            return
+        total = torch.empty(numel, dtype=torch.float32, device=blocks.device)
+        source.decode_sum(blocks, total, rotated=rotate)
+        self.encode(total, out, rounding, key, offset, rotate=rotate)
+
+    @staticmethod
+    def _sum(blocks: torch.Tensor, numel: int) -> torch.Tensor:
+        values = blocks.view(torch.bfloat16)[:, :numel]
+        total = values[0].float()
+        for row in values[1:]:
+            total = total + row.float()
+        return total
