@@ -242,6 +242,23 @@ def dropped_gradients():
     return results
 
 
+def offload():
+    """States go to host memory and back between updates; here both are the CPU, so only bookkeeping can go wrong."""
+    results = {}
+    for kind in ("zero1", "zero2", "zero3"):
+        plain, moved = make_engine(kind), make_engine(kind)
+        expected = [train(plain, step, num_micro_batches=2) for step in (0, 1)]
+        got = []
+        for step in (0, 1):
+            moved._offload(model=True, optimizer=kind != "zero3")
+            exported = weights_of(moved) if kind != "zero3" else None
+            moved.ds_engine.reload_states()
+            assert exported is None or all(torch.equal(exported[n], t) for n, t in weights_of(moved).items())
+            got.append(train(moved, step, num_micro_batches=2))
+        results[kind] = {"expected": expected, "got": got, "weights": (weights_of(plain), weights_of(moved))}
+    return results
+
+
 def resume():
     results = {}
     for kind in ("zero1", "zero2", "zero3"):
@@ -285,6 +302,7 @@ SCENARIOS = {
     "evaluation": evaluation_between_updates,
     "not_finite": not_finite,
     "dropped_gradients": dropped_gradients,
+    "offload": offload,
     "resume": resume,
 }
 

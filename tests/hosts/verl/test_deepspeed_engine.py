@@ -23,7 +23,10 @@ ZERO = ("zero1", "zero2", "zero3")
 PARITY = {"fp32": (1, 2, 4), "untied": (2,), "critic": (2,)}
 SCENARIOS = {
     1: ("fp32",),
-    2: ("fp32", "bf16", "untied", "critic", "forward_only", "evaluation", "not_finite", "dropped_gradients", "resume"),
+    2: (
+        *("fp32", "bf16", "untied", "critic", "forward_only", "evaluation"),
+        *("not_finite", "dropped_gradients", "offload", "resume"),
+    ),
     4: ("fp32",),
 }
 """World size -> what its processes run."""
@@ -142,6 +145,13 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(ranks):
 @pytest.mark.parametrize("kind", ZERO)
 def test_gradients_without_an_update_are_dropped(ranks, kind):
     result = ranks(2)["dropped_gradients"][kind]
+    assert result["got"] == result["expected"]
+    assert largest_difference(*result["weights"]) == 0
+
+
+@pytest.mark.parametrize("kind", ZERO)
+def test_states_that_were_offloaded_come_back(ranks, kind):
+    result = ranks(2)["offload"][kind]
     assert result["got"] == result["expected"]
     assert largest_difference(*result["weights"]) == 0
 
