@@ -25,6 +25,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.utils.losses import sft_loss
 
 import rl_accel
+from rl_accel.errors import ConfigError
 from rl_accel.hosts.verl.deepspeed_config import DeepSpeedEngineConfig
 
 POLICY = str(Path(rl_accel.__file__).parent / "quickstart" / "policy")
@@ -44,12 +45,13 @@ def make_engine(
     model_type: str = "language_model",
     forward_only: bool = False,
     path: str = POLICY,
+    checkpointing: bool = False,
 ):
     """Build and initialize an engine of `ENGINES`."""
     model_config = HFModelConfig(
         path=path,
         use_remove_padding=False,
-        enable_gradient_checkpointing=False,
+        enable_gradient_checkpointing=checkpointing,
         override_config={"attn_implementation": "sdpa"},
         model_type=model_type,
     )
@@ -148,11 +150,11 @@ def sharing(engine) -> dict[str, int]:
     }
 
 
-def parity(dtype: str, model_type: str = "language_model", path: str = POLICY):
+def parity(dtype: str, model_type: str = "language_model", **model):
     results = {}
     for kind in ENGINES:
         torch.manual_seed(torch.distributed.get_rank())  # the head of a critic is drawn; rank 0's must win
-        engine = make_engine(kind, dtype, model_type, path=path)
+        engine = make_engine(kind, dtype, model_type, **model)
         start = weights_of(engine)
         loss = loss_of_lm if model_type == "language_model" else loss_of_values
         steps = [train(engine, step, num_micro_batches=(3, 1, 2)[step], loss=loss) for step in range(STEPS)]
@@ -167,7 +169,7 @@ def shared_folder() -> Path:
 
 
 def untied():
-    """A model whose embeddings are not tied is loaded by rank 0 only."""
+    """A model whose embeddings are not tied is loaded by rank 0 only; with gradient checkpointing besides."""
     folder = shared_folder()
     if torch.distributed.get_rank() == 0:
         model = AutoModelForCausalLM.from_pretrained(POLICY, tie_word_embeddings=False)
@@ -176,7 +178,7 @@ def untied():
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(POLICY).save_pretrained(folder)
     torch.distributed.barrier()
-    return parity("fp32", path=str(folder))
+    return parity("fp32", path=str(folder), checkpointing=True)
 
 
 def log_probs(engine) -> torch.Tensor:
@@ -259,6 +261,17 @@ def offload():
     return results
 
 
+def refusal_of_another_world_size(engine, checkpoint: Path) -> str:
+    torch.distributed.barrier()
+    (checkpoint / "deepspeed.json").write_text('{"zero_stage": 2, "world_size": 8}')
+    torch.distributed.barrier()
+    try:
+        engine.load_checkpoint(str(checkpoint))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def resume():
     results = {}
     for kind in ("zero1", "zero2", "zero3"):
@@ -282,6 +295,7 @@ def resume():
                 root / "global_step_3" / "actor" / "huggingface", dtype=torch.bfloat16
             ).state_dict()
             results[kind, dtype] = {
+                "refused": refusal_of_another_world_size(fresh, root / "global_step_2" / "actor"),
                 "straight": straight,
                 "resumed": resumed,
                 "weights": (weights_of(engine), weights_of(fresh)),

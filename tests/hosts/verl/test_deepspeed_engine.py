@@ -163,6 +163,7 @@ def test_a_loaded_engine_goes_on_bit_for_bit(ranks, kind, dtype):
     assert largest_difference(*result["loaded"]) == 0
     assert torch.equal(*result["drawn"])
     assert result["resumed"] == result["straight"]
+    assert "'world_size': 8" in result["refused"] and "same number of ranks" in result["refused"]
     assert largest_difference(*result["weights"]) == 0
 
 
