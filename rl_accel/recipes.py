@@ -2,6 +2,8 @@
 
 `recipe=NAME` picks the file of the folder `recipes/NAME` that fits the machine, `recipe=NAME/SIZE` a file by name
 (`cpu`, `gpu1`, `gpu8`, `nodes`), `recipe=PATH.yaml` a recipe of the user's own, which may build on the shipped ones.
+`trainer=NAME` puts the training engine of `recipes/trainers/NAME` on top of any recipe, `trainer=PATH.yaml` one of the
+user's own.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from rl_accel.errors import ConfigError, VersionError
+
+ROOT_CONFIG = "rl_accel_run"
+"""Name under which Hydra is handed the list of recipe and trainer."""
 
 
 def recipes_dir() -> Path:
@@ -63,6 +68,33 @@ def resolve(recipe: str, has_gpu: bool) -> tuple[Path, str]:
     return recipes_dir(), name
 
 
+def trainer_names() -> list[str]:
+    """Names for `trainer=`."""
+    return sorted(path.name for path in (recipes_dir() / "trainers").iterdir() if path.is_dir())
+
+
+def resolve_trainer(trainer: str, on_cpu: bool) -> tuple[Path, str]:
+    """Return (folder for Hydra to search, name of the configuration in it).
+
+    Raises:
+        ConfigError: if there is no such trainer; names the nearest one.
+    """
+    if trainer.endswith((".yaml", ".yml")):
+        path = Path(trainer).expanduser().resolve()
+        if not path.is_file():
+            raise ConfigError(f"trainer={trainer}: no such file")
+        return path.parent.parent, f"{path.parent.name}/{path.stem}"
+    known = trainer_names()
+    if trainer not in known:
+        near = difflib.get_close_matches(trainer, known, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"trainer={trainer}: no such trainer.{hint} Known: {', '.join(known)}, or a path to a .yaml. "
+            "Settings of verl's trainer are given one by one: trainer.KEY=VALUE"
+        )
+    return recipes_dir(), f"trainers/{trainer}/{'cpu' if on_cpu else 'gpu'}"
+
+
 def compose(recipe: str, overrides: list[str], has_gpu: bool) -> DictConfig:
     """Compose a configuration.
 
@@ -71,18 +103,26 @@ def compose(recipe: str, overrides: list[str], has_gpu: bool) -> DictConfig:
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     folder, name = resolve(recipe, has_gpu)
-    search = f"hydra.searchpath=['file://{verl_config_dir()}','file://{recipes_dir()}']"
+    folders, parts = [verl_config_dir(), recipes_dir()], [f"/{name}"]
+    trainers = [text.partition("=")[2] for text in overrides if text.startswith("trainer=")]
+    overrides = [text for text in overrides if not text.startswith("trainer=")]
+    for trainer in trainers[-1:]:
+        where, chosen = resolve_trainer(trainer, on_cpu=not has_gpu or name.endswith("/cpu"))
+        folders, parts = [*folders, where], [*parts, f"/{chosen}"]
+    search = "hydra.searchpath=[{}]".format(",".join(f"'file://{path}'" for path in folders))
+    ConfigStore.instance().store(name=ROOT_CONFIG, node={"defaults": [*parts, "_self_"]})
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(folder), version_base=None):
             # `++`: an unknown rl_accel key is then told by AccelConfig, which offers the nearest one.
             ours = [f"++{text}" if text.startswith("rl_accel.") else text for text in overrides]
-            return hydra_compose(config_name=name, overrides=[search, *ours])
+            return hydra_compose(config_name=ROOT_CONFIG, overrides=[search, *ours])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_plain(error)) from error
 

@@ -1,4 +1,4 @@
-"""python -m rl_accel.train recipe=gsm8k_grpo [any verl override] [rl_accel.* override]
+"""python -m rl_accel.train recipe=gsm8k_grpo [trainer=deepspeed] [any verl override] [rl_accel.* override]
 
 Composes the recipe on top of verl's own configuration, checks it, says what is on, and hands it to verl's `main_ppo`.
 From there on verl runs; rl_accel is in it through the hooks of `hosts/verl/plugin.py`.
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__.splitlines()[0]}\n\nrecipes: {', '.join(recipes.names())}")
+        print(f"trainers: {', '.join(recipes.trainer_names())}")
         return 0 if argv else 2
     signal.signal(signal.SIGTERM, _interrupt)
     mark = processes.mark_children()
@@ -73,7 +74,7 @@ def train(overrides: list[str]) -> int:
         finished=False,
     )
     logger.info("recipe %s on %s, run folder %s", recipe, "GPU" if gpu else "CPU", folder.path)
-    logger.info("on: %s", ", ".join(_features(settings)) or "nothing beside measurement")
+    logger.info("on: %s", ", ".join(_features(config, settings)) or "nothing beside measurement")
     started = time.time()
     progress = Progress(folder.metrics, config.trainer.total_training_steps)
     try:
@@ -120,10 +121,13 @@ def _set_logging(folder: RunFolder) -> None:
     os.environ.setdefault("WANDB_RESUME", "allow")
 
 
-def _features(settings: dict) -> list[str]:
+def _features(config: DictConfig, settings: dict) -> list[str]:
     method = settings.get("draft", {}).get("method", "none")
     on = ["exact sampling"] if settings.get("sampling", {}).get("exact") else []
-    return on + ([f"drafting by {method}"] if method != "none" else [])
+    on += [f"drafting by {method}"] if method != "none" else []
+    if config.actor_rollout_ref.actor.strategy == "deepspeed":
+        on += [f"training by DeepSpeed ZeRO {settings.get('deepspeed', {}).get('zero_stage', 2)}"]
+    return on
 
 
 def _first_cause(error: BaseException) -> BaseException:

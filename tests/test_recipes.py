@@ -45,12 +45,46 @@ def test_a_recipe_by_path_builds_on_a_shipped_one(tmp_path):
     assert (config.trainer.total_training_steps, config.data.source) == (7, "generated")
 
 
+def test_the_trainer_is_chosen_on_top_of_the_recipe_and_below_the_overrides():
+    plain = recipes.compose("gsm8k_grpo", [], has_gpu=False)
+    config = recipes.compose("gsm8k_grpo", ["trainer=deepspeed"], has_gpu=False)
+    strategies = (
+        config.actor_rollout_ref.actor.strategy,
+        config.actor_rollout_ref.ref.strategy,
+        config.critic.strategy,
+    )
+    assert strategies == ("deepspeed", "deepspeed", "deepspeed")
+    assert (config.trainer.n_gpus_per_node, config.ray_kwargs.ray_init.num_gpus) == (2, 2)
+    assert config.trainer.total_training_steps == plain.trainer.total_training_steps
+    config = recipes.compose("gsm8k_grpo", ["trainer.n_gpus_per_node=1", "trainer=deepspeed"], has_gpu=False)
+    assert config.trainer.n_gpus_per_node == 1
+    config = recipes.compose("gsm8k_grpo/gpu8", ["trainer=deepspeed"], has_gpu=True)
+    assert (config.trainer.n_gpus_per_node, config.actor_rollout_ref.actor.strategy) == (8, "deepspeed")
+
+
+def test_the_default_trainer_is_the_recipes_own():
+    plain = recipes.compose("gsm8k_grpo", [], has_gpu=False)
+    assert recipes.compose("gsm8k_grpo", ["trainer=fsdp"], has_gpu=False) == plain
+    assert plain.actor_rollout_ref.actor.strategy == "fsdp2"
+
+
+def test_a_trainer_by_path_builds_on_a_shipped_one(tmp_path):
+    trainer = tmp_path / "mine.yaml"
+    trainer.write_text(
+        "# @package _global_\ndefaults: [/trainers/deepspeed/gpu, _self_]\ntrainer: {n_gpus_per_node: 4}\n"
+    )
+    config = recipes.compose("gsm8k_grpo", [f"trainer={trainer}"], has_gpu=False)
+    assert (config.trainer.n_gpus_per_node, config.critic.strategy) == (4, "deepspeed")
+
+
 @pytest.mark.parametrize(
     ("recipe", "overrides", "message"),
     [
         ("gsm8k_grp", [], "Did you mean gsm8k_grpo?"),
         ("gsm8k_grpo/gpu4", [], "no such recipe"),
         ("nowhere/x.yaml", [], "no such file"),
+        ("gsm8k_grpo", ["trainer=deepsped"], "Did you mean deepspeed?"),
+        ("gsm8k_grpo", ["trainer=nowhere/x.yaml"], "trainer=nowhere/x.yaml: no such file"),
         ("gsm8k_grpo", ["trainer.total_epoch=3"], "trainer.total_epoch"),
         ("gsm8k_grpo", ["a b"], "a b"),
     ],

@@ -15,15 +15,19 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rl_accel.config import AccelConfig
 from rl_accel.errors import ConfigError
 from rl_accel.hosts import versions
+from rl_accel.hosts.verl import deepspeed_checks
 
 MIN_FREE_MEMORY_CPU = 8 << 30
 """Bytes. A run of the tiny policy without a GPU was measured to need about 7 GB."""
+MEMORY_PER_RANK_CPU = 2 << 30
+"""Bytes for every further rank, with its rollout engine; two ranks were measured to need about 8.7 GB."""
 
 
 def check(config: DictConfig, accel: AccelConfig) -> None:
     """Raise ConfigError for what cannot work, cheapest checks first."""
     _check_hosts(config)
     _check_drafting(accel)
+    deepspeed_checks.check(config, accel.deepspeed, asked_for=deepspeed_checks.given(accel))
     _check_paths(config)
     _check_batches(config)
     _check_machine(config)
@@ -136,11 +140,12 @@ def _gpu_memories() -> list[tuple[int, int]]:
 
 
 def _check_memory_without_gpu(config: DictConfig) -> None:
-    available = psutil.virtual_memory().available
-    if available < MIN_FREE_MEMORY_CPU:
+    available, ranks = psutil.virtual_memory().available, config.trainer.n_gpus_per_node
+    needed = MIN_FREE_MEMORY_CPU + (ranks - 1) * MEMORY_PER_RANK_CPU
+    if available < needed:
         raise ConfigError(
-            f"a run without a GPU needs about {MIN_FREE_MEMORY_CPU >> 30} GiB of free memory; "
-            f"{available / 2**30:.1f} GiB are free"
+            f"a run without a GPU on {ranks} ranks (trainer.n_gpus_per_node) needs about {needed >> 30} GiB of free "
+            f"memory; {available / 2**30:.1f} GiB are free"
         )
     bucket = int(config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes) << 20
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0

@@ -6,6 +6,7 @@
   pinned: pinning needs an accelerator (`transformer_impl.CPUOffloadPolicy`);
 - a process group spelled "cpu:gloo": verl asks for "cpu:gloo,cpu:gloo", which torch rejects
   (`verl.utils.distributed.initialize_global_process_group_ray`).
+- critics without flash-attention, which verl names in its code (`verl.utils.model.load_valuehead_model`);
 - one thread for an engine that runs in the process of its core (`CPUWorker.init_device`); two were slower on two cores.
 """
 
@@ -166,6 +167,21 @@ def _fix_process_group(module) -> None:
     module.initialize_global_process_group_ray = initialize_global_process_group_ray
 
 
+def _value_heads_by_sdpa(module) -> None:
+    def load_valuehead_model(local_path, torch_dtype, model_config, trust_remote_code):
+        from transformers import AutoModelForTokenClassification
+
+        return AutoModelForTokenClassification.from_pretrained(
+            local_path,
+            dtype=torch_dtype,
+            config=model_config,
+            attn_implementation="sdpa",
+            trust_remote_code=trust_remote_code,
+        )
+
+    module.load_valuehead_model = load_valuehead_model
+
+
 def _one_thread_per_engine(module) -> None:
     """With the executor `uni` vLLM leaves OpenMP as it finds it; front end and agent loop need the other cores."""
 
@@ -182,4 +198,5 @@ def install() -> None:
     _register_platform()
     register_post_import_hook(_register_engines, "verl.workers.engine.fsdp.transformer_impl")
     register_post_import_hook(_fix_process_group, "verl.utils.distributed")
+    register_post_import_hook(_value_heads_by_sdpa, "verl.utils.model")
     register_post_import_hook(_one_thread_per_engine, "vllm.v1.worker.cpu_worker")

@@ -3,6 +3,7 @@
 verl calls nothing here, it only imports, so this module installs its hooks on import. Each hook is a callback that
 waits for a verl module to be imported and costs nothing until then:
 - always: `validate_config`, where a drop-in command's settings are read in the driver (`prepare.py`);
+- always: the engines of `strategy=deepspeed`, registered beside verl's own; DeepSpeed is imported when one is built;
 - `VERL_PLATFORM=cpu`: what verl lacks to run without an accelerator (`cpu.py`);
 - `RL_ACCEL_ACTIVE=1`, which `prepare.py` sets for the Ray processes of a run that asked for rl_accel: trainer,
   file logger, engine server, weight receiver, and the plumbing of the agent loop (`lean_rollout.py`).
@@ -20,6 +21,18 @@ def _hook_validate_config(module) -> None:
     from rl_accel.hosts.verl import prepare
 
     prepare.hook_validate_config(module)
+
+
+def _register_deepspeed_engines(module) -> None:
+    from verl.workers.engine.base import EngineRegistry
+
+    from rl_accel.hosts.verl import deepspeed_engine as ours
+
+    for model_type, engine in (
+        ("language_model", ours.DeepSpeedEngineWithLMHead),
+        ("value_model", ours.DeepSpeedEngineWithValueHead),
+    ):
+        EngineRegistry.register(model_type=model_type, backend="deepspeed", device=["cuda", "npu", "cpu"])(engine)
 
 
 def _register_trainer(module) -> None:
@@ -45,6 +58,7 @@ def _lean(name: str):
 
 
 register_post_import_hook(_hook_validate_config, "verl.utils.config")
+register_post_import_hook(_register_deepspeed_engines, "verl.workers.engine.fsdp.transformer_impl")
 
 if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
     from rl_accel.hosts.verl import cpu

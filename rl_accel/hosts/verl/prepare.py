@@ -1,8 +1,9 @@
 """From settings to a verl configuration, the same for `rl_accel.train` and for a plain verl command.
 
-`prepare(config)` reads `actor_rollout_ref.rollout.custom.rl_accel`. Without that block nothing is changed.
-With it, everything is checked first and then the configuration is pointed at rl_accel's classes through the keys that
-verl offers for that. Nothing has been started by then.
+`prepare(config)` reads `actor_rollout_ref.rollout.custom.rl_accel`. Without that block nothing is changed, except that
+`strategy=deepspeed`, which names an engine of ours, is checked and given its settings. With it, everything is checked
+first and then the configuration is pointed at rl_accel's classes through the keys that verl offers for that. Nothing
+has been started by then.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from rl_accel.config import AccelConfig
+from rl_accel.config import AccelConfig, DeepSpeedConfig
 from rl_accel.errors import ConfigError
 from rl_accel.hosts import versions
-from rl_accel.hosts.verl import checks
+from rl_accel.hosts.verl import checks, deepspeed_checks, deepspeed_settings
 
 TRAINER_NAME = "rl_accel_sync"
 BLOCK = "actor_rollout_ref.rollout.custom.rl_accel"
@@ -55,10 +56,13 @@ def prepare(config: DictConfig) -> AccelConfig | None:
     """
     block = accel_block(config)
     if block is None:
+        deepspeed_checks.check(config, DeepSpeedConfig(), asked_for=False)
+        deepspeed_settings.apply(config, DeepSpeedConfig())
         return None
     accel = AccelConfig.from_mapping(block)
     versions.check()
     checks.check(config, accel)
+    deepspeed_settings.apply(config, accel.deepspeed)
     with open_dict(config):
         _use_our_classes(config)
         _train_in_the_dtype_asked_for(config)
@@ -75,8 +79,8 @@ def _use_our_classes(config: DictConfig) -> None:
 
 def _train_in_the_dtype_asked_for(config: DictConfig) -> None:
     """verl's FSDP engine computes in bf16 unless mixed_precision says otherwise, also with dtype=float32."""
-    for role in ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic"):
-        fsdp = OmegaConf.select(config, f"{role}.fsdp_config")
+    for role, node in deepspeed_checks.ROLES.items():
+        fsdp = OmegaConf.select(config, f"{role}.{node}")
         if fsdp is not None and fsdp.get("dtype") == "float32" and fsdp.get("mixed_precision") is None:
             fsdp.mixed_precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
