@@ -25,6 +25,8 @@ TILE = 4096
 """Values per program and pass."""
 WARPS = 8
 _LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": False}
+# One type and no specialisation, so that a new key does not compile a new kernel and a size of 1 stays a number.
+_SCALARS = ["num_groups", "from_num_groups", "key", "offset"]
 
 
 @triton.jit
@@ -45,21 +47,23 @@ def _noise(index, high, key):
 
 
 @triton.jit
-def _stage(x, G: tl.constexpr, K: tl.constexpr):
-    """One Hadamard stage on the last of four binary dimensions, which becomes the first: after four it is back."""
-    first, second = tl.split(x)
-    return tl.permute(tl.join(first + second, first - second), (0, 1, 5, 2, 3, 4))
+def _stage(x, STRIDE: tl.constexpr):  # [G, K, 16]
+    """One stage of the Hadamard transform. A reduction of two brings each value its partner: a shuffle in a warp, or
+    nothing where one thread holds both. On the bits as integers, so that it is exact."""
+    G: tl.constexpr = x.shape[0]
+    K: tl.constexpr = x.shape[1]
+    bits = tl.reshape(x.to(tl.int32, bitcast=True), (G, K, 8 // STRIDE, 2, STRIDE))
+    partner = tl.sum(bits, axis=3, keep_dims=True) - bits
+    sign = (tl.arange(0, 2) << 31)[None, None, None, :, None]
+    # partner + x for the first of two, partner - x for the second
+    x = partner.to(tl.float32, bitcast=True) + (bits ^ sign).to(tl.float32, bitcast=True)
+    return tl.reshape(x, (G, K, 16))
 
 
 @triton.jit
-def _rotate(low, high, G: tl.constexpr, K: tl.constexpr):  # [G, K, 16] each
-    low = tl.reshape(low, (G, K, 2, 2, 2, 2))
-    high = tl.reshape(high, (G, K, 2, 2, 2, 2))
-    for _ in tl.static_range(4):
-        low = _stage(low, G, K)
-        high = _stage(high, G, K)
-    low = tl.reshape(low, (G, K, 16))
-    high = tl.reshape(high, (G, K, 16))
+def _rotate(low, high):
+    low = _stage(_stage(_stage(_stage(low, 1), 2), 4), 8)
+    high = _stage(_stage(_stage(_stage(high, 1), 2), 4), 8)
     return low + high, low - high
 
 
@@ -72,11 +76,11 @@ def _load_half(x_ptr, subtract_ptr, offsets, remaining):
 
 
 @triton.jit
-def _load_values(x_ptr, subtract_ptr, offsets, remaining, G: tl.constexpr, K: tl.constexpr, HADAMARD: tl.constexpr):
+def _load_values(x_ptr, subtract_ptr, offsets, remaining, HADAMARD: tl.constexpr):
     low = _load_half(x_ptr, subtract_ptr, offsets, remaining)
     high = _load_half(x_ptr, subtract_ptr, offsets + 16, remaining)
     if HADAMARD:
-        low, high = _rotate(low, high, G, K)
+        low, high = _rotate(low, high)
     return low, high
 
 
@@ -132,14 +136,14 @@ def _store_scales(scales_ptr, mask, magnitude, BITS: tl.constexpr):
 
 
 @triton.jit
-def _code(x, live, inverse, index, high, key, BITS: tl.constexpr, STOCHASTIC: tl.constexpr):
+def _code(x, inverse, index, high, key, BITS: tl.constexpr, STOCHASTIC: tl.constexpr):
     TOP: tl.constexpr = (1 << (BITS - 1)) - 1
     x = x * inverse
     if STOCHASTIC:
         x += _noise(index, high, key)
     # Adding 1.5 * 2^23 rounds half to even and leaves the integer in the low bits.
     code = (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-    return tl.where(live, tl.minimum(tl.maximum(code, -TOP), TOP), 0)
+    return tl.minimum(tl.maximum(code, -TOP), TOP)
 
 
 @triton.jit
@@ -162,15 +166,15 @@ def _store_codes(
     group_index = index + tl.arange(0, G)[:, None, None] * GROUP
     mixed = _mix(((group_index ^ key) >> 32).to(tl.uint32))
     word = index.to(tl.uint32) + offsets.to(tl.uint32)
-    low = _code(low, live, inverse, word, mixed, key, BITS, STOCHASTIC)
-    high = _code(high, live, inverse, word + 16, mixed, key, BITS, STOCHASTIC)
+    low = _code(low, inverse, word, mixed, key, BITS, STOCHASTIC)
+    high = _code(high, inverse, word + 16, mixed, key, BITS, STOCHASTIC)
     if BITS == 4:
         ptrs = tl.multiple_of(codes_ptr + (offsets // 32 * 16 + offsets % 32), (1, 1, 4))
-        tl.store(ptrs, ((low & 15) | (high << 4)).to(tl.uint8), mask=mask)
+        tl.store(ptrs, tl.where(live, (low & 15) | (high << 4), 0).to(tl.uint8), mask=mask)
     else:
         ptrs = tl.multiple_of(codes_ptr + offsets, (1, 1, 4))
-        tl.store(ptrs, low.to(tl.uint8), mask=mask)
-        tl.store(ptrs + 16, high.to(tl.uint8), mask=mask)
+        tl.store(ptrs, tl.where(live, low, 0).to(tl.uint8), mask=mask)
+        tl.store(ptrs + 16, tl.where(live, high, 0).to(tl.uint8), mask=mask)
 
 
 @triton.jit
@@ -179,13 +183,13 @@ def _offsets(G: tl.constexpr, K: tl.constexpr):  # [G, K, 16], of the low halves
     return block * 32 + tl.arange(0, 16)[None, None, :]
 
 
-@triton.jit(do_not_specialize=["key", "offset"])
+@triton.jit(do_not_specialize=_SCALARS)
 def _quantize_kernel(
     out_ptr,  # uint8 [B]
     x_ptr,  # [N]
     subtract_ptr,  # [N] or None
     numel,
-    num_groups,
+    num_groups: tl.int64,
     key: tl.int64,
     offset: tl.int64,
     BITS: tl.constexpr,
@@ -203,10 +207,10 @@ def _quantize_kernel(
     if subtract_ptr is not None:
         subtract_ptr += first
 
-    low, high = _load_values(x_ptr, subtract_ptr, offsets, remaining, G, K, HADAMARD)
+    low, high = _load_values(x_ptr, subtract_ptr, offsets, remaining, HADAMARD)
     magnitude = _magnitude(low, high)
     for start in range(K * 32, GROUP, K * 32):
-        next_low, next_high = _load_values(x_ptr, subtract_ptr, offsets + start, remaining, G, K, HADAMARD)
+        next_low, next_high = _load_values(x_ptr, subtract_ptr, offsets + start, remaining, HADAMARD)
         magnitude = tl.maximum(magnitude, _magnitude(next_low, next_high))
 
     groups = first_group + tl.arange(0, G)[:, None, None]
@@ -219,16 +223,16 @@ def _quantize_kernel(
     key = key.to(tl.int64)
     _store_codes(codes_ptr, offsets, mask, low, high, live, inverse, index, key, BITS, GROUP, STOCHASTIC, G)
     for start in range(K * 32, GROUP, K * 32):
-        low, high = _load_values(x_ptr, subtract_ptr, offsets + start, remaining, G, K, HADAMARD)
+        low, high = _load_values(x_ptr, subtract_ptr, offsets + start, remaining, HADAMARD)
         _store_codes(codes_ptr, offsets + start, mask, low, high, live, inverse, index, key, BITS, GROUP, STOCHASTIC, G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SCALARS)
 def _dequantize_kernel(
     out_ptr,  # [N]
     blocks_ptr,  # uint8 [R, B]
     numel,
-    num_groups,
+    num_groups: tl.int64,
     R: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -242,7 +246,7 @@ def _dequantize_kernel(
     lane = tl.arange(0, 16)[None, None, :]
     low, high = _decode_sum(blocks_ptr, num_groups, first, block, lane, R, BITS, GROUP)
     if HADAMARD:
-        low, high = _rotate(low, high, G, 1)
+        low, high = _rotate(low, high)
         low *= 0.03125
         high *= 0.03125
     out_ptr += first * 32
@@ -258,12 +262,12 @@ def _store_half(out_ptrs, mask, x, ADD: tl.constexpr):
     tl.store(out_ptrs, x.to(out_ptrs.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["key", "offset"])
+@triton.jit(do_not_specialize=_SCALARS)
 def _requantize_kernel(
     out_ptr,  # uint8 [B]
     blocks_ptr,  # uint8 [R, B of the other format]
-    num_groups,
-    from_num_groups,
+    num_groups: tl.int64,
+    from_num_groups: tl.int64,
     key: tl.int64,
     offset: tl.int64,
     R: tl.constexpr,
