@@ -25,7 +25,7 @@ TILE = 4096
 """Values per program and pass."""
 WARPS = 8
 _LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": False}
-# One type and no specialisation, so that a new key does not compile a new kernel and a size of 1 stays a number.
+# Of type int64 and not specialised, so that a new key, step or number of groups compiles nothing anew.
 _SCALARS = ["num_groups", "from_num_groups", "key", "offset"]
 
 

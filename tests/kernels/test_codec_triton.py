@@ -268,7 +268,10 @@ def test_in_the_interpreter(names):
 def test_compiled_kernels_round_as_the_specification(tmp_path):
     """What a launch compiles for sm_90 has no fused multiply-add, no flushing of denormals, only rounded divisions and
     conversions, and reads and writes in words."""
-    assert run_this_file("compile", TRITON_CACHE_DIR=str(tmp_path)) == [f"ok {name}" for name in COMPILED]
+    assert run_this_file("compile", TRITON_CACHE_DIR=str(tmp_path)) == [
+        *(f"ok {name}" for name in COMPILED),
+        "ok one kernel for all keys",
+    ]
 
 
 COMPILED = {
@@ -328,6 +331,11 @@ def compile_all() -> None:
         assert len(kernels) == 1
         check_ptx(name, kernels[0].asm["ptx"])
         print("ok", name)
+    kernels.clear()
+    for seed, offset in itertools.product(range(4), (0, 128, 1 << 40)):
+        quantize(values(128), rounding="stochastic", seed=seed, offset=offset, backend="triton")
+    assert len(set(kernels)) == 1, "a new key or offset compiled a new kernel"
+    print("ok one kernel for all keys")
 
 
 def interpret(names: list[str]) -> None:
