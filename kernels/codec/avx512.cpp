@@ -2,8 +2,10 @@
 // multiply-adds stand only where the product is exact.
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12 about its own header (its bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12 about its own header (its bug 105593)
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
