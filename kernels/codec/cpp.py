@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import torch
-
 from rl_accel.kernels.codec import _codec
 
 _BFLOAT16 = torch.bfloat16

@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rl_accel.kernels.codec import _codec, cpp
 
 from rl_accel.comm import codec, reference
 from rl_accel.comm.layout import packed_bytes, padded
-from rl_accel.kernels.codec import _codec, cpp
 
 INSTRUCTIONS = ("scalar", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16)
-SIZES = (0, 1, 31, 32, 33, 127, 128, 129, 1000, 2047, 2048, 2049, 5000)
+SIZES = (0, 1, 31, 33, 128, 1000, 2047, 2049, 5000)
 GUARD = 64
 """Bytes around a buffer that a call must leave alone."""
 
@@ -31,6 +31,19 @@ def supported() -> list[str]:
         found.append(name)
     _codec.set_instructions("auto")
     return found
+
+
+@pytest.fixture
+def num_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(num_threads) -> None:
+    """The specification works on small tensors here, which its threads would only wait for."""
+    num_threads(1)
 
 
 @pytest.fixture(params=INSTRUCTIONS)
@@ -233,13 +246,6 @@ def test_any_shape(data) -> None:
     _codec.set_instructions("auto")
 
 
-@pytest.fixture
-def num_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("group_size", [128, 32768])
 def test_results_do_not_depend_on_threads(num_threads, group_size) -> None:
     numel = 5 * (1 << 19) + 17
@@ -287,9 +293,8 @@ def test_calls_at_the_same_time_and_in_a_fork(num_threads) -> None:
 def test_auto_takes_cpp_on_the_cpu() -> None:
     assert codec.load_backend("auto") is cpp
     x = values(1000, "normal", torch.float32)
-    check_equal(
-        codec.quantize(x, seed=3, rounding="stochastic"), codec.quantize(x, 4, 128, "stochastic", 3, backend="torch")
-    )
+    ours = codec.quantize(x, 4, 128, "stochastic", seed=3)
+    check_equal(ours, codec.quantize(x, 4, 128, "stochastic", seed=3, backend="torch"))
 
 
 def test_unknown_instructions_are_refused() -> None:
