@@ -1,7 +1,7 @@
 """The C++ of the codec under the address, undefined behaviour and thread sanitizers, without Python.
 
-`codec_driver.cpp` makes random calls on buffers of exactly the right size; a sanitizer's finding ends it. About 10 s, and
-one to two compilations of half a minute each.
+`codec_driver.cpp` makes random calls on buffers of exactly the right size; a sanitizer's finding ends it. About 10 s,
+and one to two compilations of half a minute each.
 """
 
 from __future__ import annotations
