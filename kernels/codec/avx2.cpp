@@ -95,13 +95,13 @@ struct Avx2 {
   };
   static Vectors words(Words from) {
     const __m256i steps = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(static_cast<int>(kWeyl)));
-    return {_mm256_add_epi32(steps, _mm256_set1_epi32(static_cast<int>(from.first))), _mm256_set1_epi32(static_cast<int>(from.high))};
+    return {_mm256_add_epi32(steps, _mm256_set1_epi32(static_cast<int>(from.first))), _mm256_set1_epi32(static_cast<int>(from.high ^ from.high >> 15))};
   }
   static __m256i shift_xor(__m256i x, int by) { return _mm256_xor_si256(x, _mm256_srli_epi32(x, by)); }
   static Block add_noise(const Block& x, Vectors& words) {
     return each([&](int i) {
       __m256i word = _mm256_mullo_epi32(shift_xor(words.next, 16), _mm256_set1_epi32(static_cast<int>(kMix1)));
-      word = shift_xor(_mm256_xor_si256(word, words.high), 15);
+      word = _mm256_xor_si256(shift_xor(word, 15), words.high);
       word = shift_xor(_mm256_mullo_epi32(word, _mm256_set1_epi32(static_cast<int>(kMix2))), 16);
       // (word >> 8) - 2^23 in one shift; the product with 2^-24 is exact.
       word = _mm256_srai_epi32(_mm256_xor_si256(word, _mm256_set1_epi32(static_cast<int>(0x80000000))), 8);

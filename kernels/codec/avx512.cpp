@@ -2,8 +2,10 @@
 // multiply-adds stand only where the product is exact.
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12 about its own header (its bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12 about its own header (its bug 105593)
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
@@ -88,19 +90,19 @@ struct Avx512 {
     __m512i next, high;
   };
   static __m512i set1(u32 x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  static __m512i xor3(__m512i x, __m512i y, __m512i z) { return _mm512_ternarylogic_epi32(x, y, z, 0x96); }
   static Vectors words(Words from) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return {_mm512_add_epi32(_mm512_mullo_epi32(lane, set1(kWeyl)), set1(from.first)), set1(from.high)};
+    return {_mm512_add_epi32(_mm512_mullo_epi32(lane, set1(kWeyl)), set1(from.first)),
+            set1(from.high ^ from.high >> 15)};
   }
   static __m512 add_noise(__m512 x, Vectors& words) {
-    constexpr int kXor3 = 0x96;
     __m512i word = _mm512_xor_si512(words.next, _mm512_srli_epi32(words.next, 16));
-    word = _mm512_xor_si512(_mm512_mullo_epi32(word, set1(kMix1)), words.high);
-    word = _mm512_xor_si512(word, _mm512_srli_epi32(word, 15));
-    word = _mm512_mullo_epi32(word, set1(kMix2));
-    // (word >> 8) - 2^23 in one shift; the product with 2^-24 is exact.
-    word = _mm512_ternarylogic_epi32(word, _mm512_srli_epi32(word, 16), set1(0x80000000), kXor3);
+    word = _mm512_mullo_epi32(word, set1(kMix1));
+    word = _mm512_mullo_epi32(xor3(word, _mm512_srli_epi32(word, 15), words.high), set1(kMix2));
+    word = xor3(word, _mm512_srli_epi32(word, 16), set1(0x80000000));
     words.next = _mm512_add_epi32(words.next, set1(16 * kWeyl));
+    // (word >> 8) - 2^23 in one shift, thanks to the flipped sign; the product with 2^-24 is exact.
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(word, 8)), _mm512_set1_ps(0x1p-24f), x);
   }
   static Block add_noise(const Block& x, Vectors& words) {

@@ -3,7 +3,7 @@
 // A block of N values is N * bits / 8 bytes of codes, padded to whole groups, then a float32 scale per group
 // (rl_accel/comm/layout.py). Nothing here keeps state, so calls may run at the same time. Time O(R * N); memory: a
 // group of float32 per thread. Buffers may start anywhere; inputs and outputs must not overlap. bits is 4 or 8,
-// group_size a power of two from 32 to 32,768: callers check.
+// group_size a power of two from 32 to 32,768, num_blocks at least 1: callers check.
 #pragma once
 
 #include <cstddef>

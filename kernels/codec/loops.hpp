@@ -89,8 +89,9 @@ Words words_of(Noise noise, size_t i) {
 template <class Isa, int kBits, bool kStochastic>
 void encode(u8* codes, const float* values, size_t total, size_t group_size, const float* inverses,
             [[maybe_unused]] Noise noise) {
-  for (size_t i = 0; i < total; ++inverses) {
-    if (*inverses == 0) {
+  for (size_t i = 0; i < total;) {
+    const float inverse = *inverses++;
+    if (inverse == 0) {
       std::memset(codes, 0, group_size * kBits / 8);
       codes += group_size * kBits / 8;
       i += group_size;
@@ -98,7 +99,7 @@ void encode(u8* codes, const float* values, size_t total, size_t group_size, con
     }
     [[maybe_unused]] auto words = Isa::words(words_of(noise, i));
     for (const size_t end = i + group_size; i < end; i += kBlock, codes += kBlock * kBits / 8) {
-      auto block = Isa::mul(Isa::load(values + i), *inverses);
+      auto block = Isa::mul(Isa::load(values + i), inverse);
       if constexpr (kStochastic) block = Isa::clamp(Isa::add_noise(block, words), (1 << (kBits - 1)) - 1);
       if constexpr (kBits == 4) {
         Isa::write4(codes, block);

@@ -70,20 +70,21 @@ struct Scalar {
   }
 
   struct Bits {
-    u32 at[8];
+    int at[8];
   };
   static Bits no_bits() { return {}; }
   static Bits max_bits(Bits most, const Block& x) {
-    for (size_t i = 0; i < kBlock; ++i) {
-      const u32 bits = __builtin_bit_cast(u32, x.at[i]) & kMagnitude;
-      if (bits > most.at[i % 8]) most.at[i % 8] = bits;
-    }
+    for (size_t i = 0; i < kBlock; i += 8)
+      for (size_t k = 0; k < 8; ++k) {
+        const int bits = __builtin_bit_cast(int, x.at[i + k]) & static_cast<int>(kMagnitude);
+        most.at[k] = bits > most.at[k] ? bits : most.at[k];
+      }
     return most;
   }
   static u32 reduce(const Bits& most) {
-    u32 out = 0;
-    for (const u32 bits : most.at) out = bits > out ? bits : out;
-    return out;
+    int out = 0;
+    for (const int bits : most.at) out = bits > out ? bits : out;
+    return static_cast<u32>(out);
   }
 
   static Words words(Words from) { return from; }
@@ -118,10 +119,12 @@ struct Scalar {
       if constexpr (kBits == 8) {
         return each([&](size_t i) { return static_cast<float>(static_cast<signed char>(codes[i])) * scale; });
       } else {
-        return each([&](size_t i) {
-          const int nibble = i < 16 ? codes[i] & 15 : codes[i - 16] >> 4;
-          return static_cast<float>((nibble ^ 8) - 8) * scale;
-        });
+        Block out;
+        for (size_t i = 0; i < 16; ++i) {
+          out.at[i] = static_cast<float>(((codes[i] & 15) ^ 8) - 8) * scale;
+          out.at[i + 16] = static_cast<float>((codes[i] >> 4 ^ 8) - 8) * scale;
+        }
+        return out;
       }
     }
   };
