@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
+from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.errors import ConfigError
 
 DRAFT_METHODS = ("none", "ngram", "suffix", "das")
@@ -137,6 +138,18 @@ class DeepSpeedConfig:
 
 
 @dataclass(frozen=True)
+class CommConfig(SDP4BitConfig):
+    """4-bit communication of the training engine (`rl_accel.comm.*`): `SDP4BitConfig` and a switch."""
+
+    enable: bool = False
+    """Needs strategy=deepspeed. Lossy: see docs/communication.md for what it does to the loss."""
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of `SDP4BitConfig` as plain values; empty where it is off."""
+        return {name: value for name, value in asdict(self).items() if name != "enable"} if self.enable else {}
+
+
+@dataclass(frozen=True)
 class TraceConfig:
     """What a run keeps for `rl_accel.compare` (`rl_accel.trace.*`)."""
 
@@ -157,6 +170,7 @@ class AccelConfig:
     sync: SyncConfig = field(default_factory=SyncConfig)
     trace: TraceConfig = field(default_factory=TraceConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any] | None) -> AccelConfig:

@@ -127,6 +127,8 @@ def _features(config: DictConfig, settings: dict) -> list[str]:
     on += [f"drafting by {method}"] if method != "none" else []
     if config.actor_rollout_ref.actor.strategy == "deepspeed":
         on += [f"training by DeepSpeed ZeRO {settings.get('deepspeed', {}).get('zero_stage', 2)}"]
+    if settings.get("comm", {}).get("enable"):
+        on += ["4-bit communication (lossy)"]
     return on
 
 

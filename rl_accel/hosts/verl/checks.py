@@ -28,6 +28,7 @@ def check(config: DictConfig, accel: AccelConfig) -> None:
     _check_hosts(config)
     _check_drafting(accel)
     deepspeed_checks.check(config, accel.deepspeed, asked_for=deepspeed_checks.given(accel))
+    deepspeed_checks.check_comm(config, accel)
     _check_paths(config)
     _check_batches(config)
     _check_machine(config)

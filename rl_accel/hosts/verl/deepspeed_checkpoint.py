@@ -2,7 +2,7 @@
 
 `global_step_N/actor/` holds what DeepSpeed writes (folder `zero` with weights and optimizer shards, the tag file
 `latest`, the script `zero_to_fp32.py`), `extra_state_world_size_W_rank_R.pt` with learning-rate schedule and random
-states as in verl's FSDP checkpoints, `huggingface/` with configuration and tokenizer, and with weights for `hf_model`.
+states as in verl's FSDP checkpoints, and the state of 4-bit communication, `huggingface/` with configuration and tokenizer, and with weights for `hf_model`.
 A checkpoint is read by the same number of ranks and the same ZeRO stage that wrote it.
 
 Host symbols: `BaseCheckpointManager`, `DeepSpeedEngine.save_checkpoint`, `.load_checkpoint`.
@@ -21,6 +21,7 @@ from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 from verl.utils.fs import local_mkdir_safe
 from verl.utils.transformers_compat import drop_tied_target_keys
 
+from rl_accel.comm import Handle
 from rl_accel.errors import ConfigError
 from rl_accel.hosts.verl.deepspeed_weights import full_tensors
 
@@ -31,7 +32,15 @@ LAYOUT_FILE = "deepspeed.json"
 class DeepSpeedCheckpointManager(BaseCheckpointManager):
     """Saves and loads on all ranks together. `model` and `optimizer` of the contents go together."""
 
-    def __init__(self, ds_engine: Any, zero_stage: int, lr_scheduler, processing_class, checkpoint_config):
+    def __init__(
+        self,
+        ds_engine: Any,
+        zero_stage: int,
+        lr_scheduler,
+        processing_class,
+        checkpoint_config,
+        comm: Handle | None = None,
+    ):
         super().__init__(
             ds_engine.module,
             ds_engine.optimizer,
@@ -40,6 +49,7 @@ class DeepSpeedCheckpointManager(BaseCheckpointManager):
             checkpoint_config=checkpoint_config,
         )
         self.ds_engine = ds_engine
+        self.comm = comm
         self.layout = {"zero_stage": zero_stage, "world_size": self.world_size}
 
     def save_checkpoint(
@@ -57,7 +67,9 @@ class DeepSpeedCheckpointManager(BaseCheckpointManager):
             self.ds_engine.save_checkpoint(local_path, tag=TAG)
         if self.should_save_extra:
             schedule = self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None
-            torch.save({"lr_scheduler": schedule, "rng": self.get_rng_state()}, self._extra_path(local_path))
+            extra = {"lr_scheduler": schedule, "rng": self.get_rng_state()}
+            extra["comm"] = None if self.comm is None else self.comm.state_dict()
+            torch.save(extra, self._extra_path(local_path))
         weights = self._whole_state() if self.should_save_hf_model else None
         if self.rank == 0:
             with open(os.path.join(local_path, LAYOUT_FILE), "w", encoding="utf-8") as file:
@@ -89,6 +101,8 @@ class DeepSpeedCheckpointManager(BaseCheckpointManager):
             self.load_rng_state(extra["rng"])
             if extra["lr_scheduler"] is not None and self.lr_scheduler is not None:
                 self.lr_scheduler.load_state_dict(extra["lr_scheduler"])
+            if self.comm is not None and extra["comm"] is not None:
+                self.comm.load_state_dict(extra["comm"])
         torch.distributed.barrier()
 
     def _check_layout(self, local_path: str) -> None:

@@ -37,7 +37,7 @@ def check(config: DictConfig, settings: DeepSpeedConfig, asked_for: bool) -> Non
     roles = roles_in_use(config)
     if asked_for and not roles:
         raise ConfigError(
-            "rl_accel.deepspeed is set and no role trains with DeepSpeed: set "
+            "rl_accel.deepspeed or rl_accel.comm is set and no role trains with DeepSpeed: set "
             "actor_rollout_ref.actor.strategy=deepspeed, or take trainer=deepspeed with a recipe"
         )
     if not roles:
@@ -125,5 +125,25 @@ def _check_role(role: str, model: Any, engine: Any, optim: Any, checkpoint: Any,
 
 
 def given(accel: AccelConfig) -> bool:
-    """True if the user set something of `rl_accel.deepspeed`."""
-    return accel.deepspeed != DeepSpeedConfig()
+    """True if the user set something of `rl_accel.deepspeed`, or switched `rl_accel.comm` on."""
+    return accel.deepspeed != DeepSpeedConfig() or accel.comm.enable
+
+
+def check_comm(config: DictConfig, accel: AccelConfig) -> None:
+    """Raise ConfigError for 4-bit communication that this configuration could not carry."""
+    comm = accel.comm
+    if not comm.enable:
+        return
+    if "actor_rollout_ref.actor" not in roles_in_use(config):
+        raise ConfigError(
+            "rl_accel.comm.enable=true needs the DeepSpeed engine: actor_rollout_ref.actor.strategy=deepspeed, or "
+            "trainer=deepspeed with a recipe"
+        )
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    if comm.local_size is not None and ranks % comm.local_size:
+        raise ConfigError(f"rl_accel.comm.local_size={comm.local_size} does not divide the {ranks} ranks")
+    if accel.deepspeed.zero_stage == 3 and not comm.gradients:
+        raise ConfigError(
+            "rl_accel.comm.gradients=false leaves nothing at ZeRO 3, which keeps no copy of its weights to send a "
+            "difference to; use rl_accel.deepspeed.zero_stage=2"
+        )

@@ -34,7 +34,7 @@ class DeepSpeedEngineConfig(FSDPEngineConfig):
     ds_config: dict[str, Any] = field(default_factory=dict)
     """DeepSpeed configuration, merged last into the one made here."""
     comm: dict[str, Any] = field(default_factory=dict)
-    """Compressed communication; empty: DeepSpeed's own."""
+    """Settings of 4-bit communication (`SDP4BitConfig`); empty: DeepSpeed's own communication."""
 
     def __post_init__(self):
         return None  # the parent's asserts the FSDP strategies

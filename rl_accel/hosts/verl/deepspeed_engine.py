@@ -23,9 +23,11 @@ import torch
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
+from rl_accel.comm import Handle, SDP4BitConfig, attach
+from rl_accel.config import build
 from rl_accel.errors import ConfigError
 from rl_accel.hosts.deepspeed.load import load
-from rl_accel.hosts.verl import deepspeed_weights
+from rl_accel.hosts.verl import deepspeed_comm, deepspeed_weights
 from rl_accel.hosts.verl.deepspeed_checks import check_engine
 from rl_accel.hosts.verl.deepspeed_config import make_ds_config, param_dtype, zero_stage
 
@@ -48,6 +50,8 @@ class DeepSpeedMixin:
 
     ds_engine: Any = None
     """None for a forward-only engine below ZeRO-3, which is a plain module on every rank."""
+    comm: Handle | None = None
+    """4-bit communication, where it is switched on."""
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config, **kwargs):
         check_engine(model_config, engine_config, optimizer_config, checkpoint_config)
@@ -68,6 +72,7 @@ class DeepSpeedMixin:
                 self.lr_scheduler,
                 self.model_config.get_processor(),
                 self.checkpoint_config,
+                self.comm,
             )
         self.to("cpu", model=self._is_offload_param, optimizer=self._is_offload_optimizer, grad=self._is_offload_param)
 
@@ -84,6 +89,9 @@ class DeepSpeedMixin:
             self.optimizer = self._build_optimizer(module)
         self.ds_engine = self._start_deepspeed(module)
         self.module = self.ds_engine
+        comm = dict(getattr(self.engine_config, "comm", {}))
+        if comm and self.optimizer is not None:
+            self.comm = attach(self.ds_engine, build(SDP4BitConfig, comm, "rl_accel.comm"))
         if self.optimizer is not None:
             self.lr_scheduler = self._build_lr_scheduler(self.optimizer)
 
@@ -129,6 +137,14 @@ class DeepSpeedMixin:
             logger.warning("grad_norm is not finite: the update is skipped")
             return grad_norm if not math.isfinite(grad_norm) else math.inf
         return grad_norm
+
+    def train_batch(self, data, loss_function):
+        """verl's, with the figures of 4-bit communication among the metrics."""
+        before = None if self.comm is None else self.comm.stats()
+        output = super().train_batch(data, loss_function)
+        if self.comm is not None:
+            output["metrics"].update(deepspeed_comm.metrics(before, self.comm.stats()))
+        return output
 
     def to(self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True) -> None:
         """Move states between the accelerator and host memory; nothing to do on a CPU.

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from rl_accel.config import AccelConfig, DeepSpeedConfig
+from rl_accel.config import AccelConfig, CommConfig, DeepSpeedConfig
 from rl_accel.errors import ConfigError
 from rl_accel.hosts import versions
 from rl_accel.hosts.verl import checks, deepspeed_checks, deepspeed_settings
@@ -57,12 +57,12 @@ def prepare(config: DictConfig) -> AccelConfig | None:
     block = accel_block(config)
     if block is None:
         deepspeed_checks.check(config, DeepSpeedConfig(), asked_for=False)
-        deepspeed_settings.apply(config, DeepSpeedConfig())
+        deepspeed_settings.apply(config, DeepSpeedConfig(), CommConfig())
         return None
     accel = AccelConfig.from_mapping(block)
     versions.check()
     checks.check(config, accel)
-    deepspeed_settings.apply(config, accel.deepspeed)
+    deepspeed_settings.apply(config, accel.deepspeed, accel.comm)
     with open_dict(config):
         _use_our_classes(config)
         _train_in_the_dtype_asked_for(config)
