@@ -2,7 +2,8 @@
 
 `global_step_N/actor/` holds what DeepSpeed writes (folder `zero` with weights and optimizer shards, the tag file
 `latest`, the script `zero_to_fp32.py`), `extra_state_world_size_W_rank_R.pt` with learning-rate schedule and random
-states as in verl's FSDP checkpoints, and the state of 4-bit communication, `huggingface/` with configuration and tokenizer, and with weights for `hf_model`.
+states as in verl's FSDP checkpoints and the state of 4-bit communication, `huggingface/` with configuration and
+tokenizer, and with weights for `hf_model`.
 A checkpoint is read by the same number of ranks and the same ZeRO stage that wrote it.
 
 Host symbols: `BaseCheckpointManager`, `DeepSpeedEngine.save_checkpoint`, `.load_checkpoint`.
