@@ -15,8 +15,10 @@ _COUNTED = (
 
 
 def metrics(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list[float]]:
-    """Return the metrics of one update of one rank, `rl_accel/comm/*`, from `Handle.stats()` on both sides of it; lists,
-    which verl joins over ranks and updates and averages."""
+    """Return the metrics of one update of one rank, `rl_accel/comm/*`, from `Handle.stats()` on both sides of it.
+
+    Each is a list, which verl joins over ranks and updates and averages.
+    """
     found = {f"rl_accel/comm/{name}": [float(after[name] - before[name])] for name in _COUNTED}
     for what in ("gradients", "weights"):
         found[f"rl_accel/comm/{what}_quantised"] = [float(before[f"{what}_quantised"])]
