@@ -183,6 +183,7 @@ def whole_weights(path):
     return get_fp32_state_dict_from_zero_checkpoint(str(path / f"checkpoints/global_step_{STEPS}/actor"))
 
 
+@pytest.mark.timeout(1500)  # two trainings
 def test_training_on_two_ranks_and_resuming(trainings):
     """The shipped recipe with trainer=deepspeed; then steps 3 and 4 again from the checkpoint of step 2."""
     run = trainings.run("deepspeed", "trainer=deepspeed")
