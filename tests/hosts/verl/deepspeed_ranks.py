@@ -7,6 +7,7 @@ All engines of a scenario get the same data; rank 0 writes {scenario: results} t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -226,21 +227,32 @@ def not_finite():
     return results
 
 
+class Interruption(Exception):
+    pass
+
+
 def dropped_gradients():
-    """Gradients that no update followed must not leak into the next batch."""
+    """Gradients of a batch that no update followed, whole or broken off, must not leak into the next one."""
+
+    def breaks_off(model_output, data, dp_group=None):
+        loss, metrics = loss_of_lm(model_output, data)
+        calls.append(loss)
+        if len(calls) == 2:
+            raise Interruption
+        return loss, metrics
+
     results = {}
-    for kind in ("zero1", "zero2", "zero3"):
-        plain = make_engine(kind)
-        expected = train(plain, 1, num_micro_batches=2)
-        engine = make_engine(kind)
-        with engine.train_mode():
-            engine.optimizer_zero_grad()
-            engine.forward_backward_batch(make_batch(0, 2), loss_of_lm)
-        results[kind] = {
-            "expected": expected,
-            "got": train(engine, 1, num_micro_batches=2),
-            "weights": (weights_of(plain), weights_of(engine)),
-        }
+    for kind, dtype in (("zero1", "fp32"), ("zero2", "fp32"), ("zero2", "bf16"), ("zero3", "fp32")):
+        for loss in (loss_of_lm, breaks_off):
+            calls: list = []
+            plain, engine = make_engine(kind, dtype), make_engine(kind, dtype)
+            expected = train(plain, 1, num_micro_batches=2)
+            with contextlib.suppress(Interruption), engine.train_mode():
+                engine.optimizer_zero_grad()
+                engine.forward_backward_batch(make_batch(0, 2), loss)
+            got = train(engine, 1, num_micro_batches=2)
+            weights = (weights_of(plain), weights_of(engine))
+            results[kind, dtype, loss.__name__] = {"expected": expected, "got": got, "weights": weights}
     return results
 
 
@@ -285,7 +297,8 @@ def resume():
             drawn = torch.rand(3)
             straight = [train(engine, step) for step in (1, 2)]
             fresh = make_engine(kind, dtype)
-            train(fresh, 7)  # a state of its own, which loading must replace
+            for step in (7, 8):  # a state and a place in the schedule of its own, which loading must replace
+                train(fresh, step, num_micro_batches=1)
             fresh.load_checkpoint(str(root / "global_step_3" / "actor"), None, del_local_after_load=False)
             drawn_again = torch.rand(3)
             loaded = weights_of(fresh)

@@ -142,11 +142,10 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(ranks):
         assert result["next"]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-6 if dtype == "fp32" else 0.2)
 
 
-@pytest.mark.parametrize("kind", ZERO)
-def test_gradients_without_an_update_are_dropped(ranks, kind):
-    result = ranks(2)["dropped_gradients"][kind]
-    assert result["got"] == result["expected"]
-    assert largest_difference(*result["weights"]) == 0
+def test_gradients_without_an_update_are_dropped(ranks):
+    for case, result in ranks(2)["dropped_gradients"].items():
+        assert result["got"] == result["expected"], case
+        assert largest_difference(*result["weights"]) == 0, case
 
 
 @pytest.mark.parametrize("kind", ZERO)
@@ -184,6 +183,7 @@ def whole_weights(path):
     return get_fp32_state_dict_from_zero_checkpoint(str(path / f"checkpoints/global_step_{STEPS}/actor"))
 
 
+@pytest.mark.timeout(1500)  # two trainings
 def test_training_on_two_ranks_and_resuming(trainings):
     """The shipped recipe with trainer=deepspeed; then steps 3 and 4 again from the checkpoint of step 2."""
     run = trainings.run("deepspeed", "trainer=deepspeed")
