@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rl_accel.kernels.codec import _codec, cpp
 
 from rl_accel.comm import codec, reference
-from rl_accel.comm.layout import packed_bytes, padded
+from rl_accel.comm.layout import max_code, packed_bytes, padded
 
 INSTRUCTIONS = ("scalar", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -41,9 +41,11 @@ def num_threads():
 
 
 @pytest.fixture(autouse=True)
-def one_thread(num_threads) -> None:
-    """The specification works on small tensors here, which its threads would only wait for."""
+def defaults(num_threads):
+    """One thread, since the specification's would only wait for each other; afterwards the usual instructions."""
     num_threads(1)
+    yield
+    _codec.set_instructions("auto")
 
 
 @pytest.fixture(params=INSTRUCTIONS)
@@ -51,8 +53,7 @@ def instructions(request):
     if request.param not in supported():
         pytest.skip(f"this CPU has no {request.param}")
     _codec.set_instructions(request.param)
-    yield request.param
-    _codec.set_instructions("auto")
+    return request.param
 
 
 def values(numel: int, kind: str, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -185,10 +186,23 @@ def test_noise_where_its_index_passes_32_bits(instructions, bits, group_size) ->
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_stochastic_codes_stay_in_range(instructions, bits) -> None:
-    """Half of the values are the largest, so that noise would lift many of them beyond it: 7.5 rounds to 8."""
-    x = values(1 << 16, "zeros", torch.float32) + torch.tensor([1.0, -1.0]).repeat(1 << 15)
-    check_quantize(x, None, bits, 128, True, 7, 0, False)
+@pytest.mark.parametrize("index,sign", [(2984933, 1), (4029496, 1), (7934841, -1), (36451580, -1)])
+def test_noise_does_not_lift_codes_out_of_range(instructions, bits, index, sign) -> None:
+    """Once in millions of values the noise takes the largest to 7.5, which rounds to 8. With key 7, it does so here."""
+    offset = index - index % 4096
+    assert abs(reference.noise(7, index, 1).item() - sign * 0.5) < 2e-7
+    block = check_quantize(torch.full((4096,), float(sign)), None, bits, 128, True, 7, offset, False)
+    codes = reference._unpack(block[: 512 * bits], bits)
+    assert codes[index - offset] == sign * max_code(bits)
+
+
+def test_noise_to_its_last_bit(instructions) -> None:
+    """Values one step of the noise above where they would round down."""
+    x = 0.5 - reference.noise(7, 0, 4096) + 2.0**-24
+    x[::128] = 7  # its inverse is 1
+    block = check_quantize(x, None, 4, 128, True, 7, 0, False)
+    codes = reference._unpack(block[:2048], 4).view(-1, 128)
+    assert torch.all(codes[:, 1:] == 1)
 
 
 @pytest.mark.parametrize("numel", SIZES)
@@ -209,6 +223,14 @@ def test_every_byte_of_codes(instructions) -> None:
     for bits, numel in ((4, 8192), (8, 4096)):
         scales = torch.full((numel // 128,), 0.3).view(torch.uint8)
         check_dequantize(torch.cat([codes, scales]).unsqueeze(0), torch.zeros(numel), bits, 128, False, False)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001])
+def test_any_scale_that_is_nan_stays_nan_in_bfloat16(instructions, bits) -> None:
+    """Rounded like a number, a NaN with the highest payload would become -0.0, one with the lowest infinity."""
+    block = torch.cat([torch.full((64,), 0x11), torch.full((4,), 0)]).to(torch.uint8)
+    block[64:].view(torch.int32)[0] = bits
+    check_dequantize(block.unsqueeze(0), torch.zeros(128).bfloat16(), 4, 128, False, False)
 
 
 @pytest.mark.parametrize("numel", SIZES)
@@ -243,7 +265,6 @@ def test_any_shape(data) -> None:
     to_bits, to_group_size = draw(st.sampled_from((4, 8))), 2 ** draw(st.integers(5, 15))
     offset = to_group_size * draw(st.integers(0, 2**40))
     check_requantize(blocks, numel, bits, group_size, to_bits, to_group_size, stochastic, key, offset)
-    _codec.set_instructions("auto")
 
 
 @pytest.mark.parametrize("group_size", [128, 32768])
