@@ -103,9 +103,7 @@ def _decode(block_ptr, num_groups, first, block, lane, BITS: tl.constexpr, GROUP
 
 
 @triton.jit
-def _decode_sum(
-    blocks_ptr, num_groups, first, block, lane, R: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr
-):
+def _decode_sum(blocks_ptr, num_groups, first, block, lane, R: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
     low, high = _decode(blocks_ptr, num_groups, first, block, lane, BITS, GROUP)
     for _ in range(1, R):
         blocks_ptr += num_groups.to(tl.int64) * (GROUP * BITS // 8 + 4)
