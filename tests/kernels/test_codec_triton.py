@@ -289,6 +289,9 @@ COMPILED = {
     "quantize a large group": lambda: quantize(values(4096), 4, 32768, "stochastic", hadamard=True, backend="triton"),
     "dequantize": lambda: dequantize(blocks_of(1, 4096, 4, 128), 4096, backend="triton"),
     "dequantize from a multiple of 4 bytes": lambda: dequantize(
+        guarded(blocks_of(1, 4096, 4, 128), "cpu", 4)[0], 4096, backend="triton"
+    ),
+    "dequantize 8 bits from a multiple of 4 bytes": lambda: dequantize(
         guarded(blocks_of(1, 4096, 8, 128), "cpu", 4)[0], 4096, 8, 128, backend="triton"
     ),
     "dequantize, add": lambda: dequantize(
