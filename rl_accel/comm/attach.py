@@ -47,3 +47,10 @@ def attach(
     raise CommError(
         f"attach serves DeepSpeed engines and modules of FSDP2 (fully_shard); got {type(engine_or_module).__name__}"
     )
+
+
+def initialize(**kwargs: Any) -> tuple[Any, ...]:
+    """`deepspeed.initialize` for a configuration with a block `sdp4bit`; see `rl_accel.hosts.deepspeed.attach`."""
+    from rl_accel.hosts.deepspeed import attach as deepspeed
+
+    return deepspeed.initialize(**kwargs)

@@ -22,9 +22,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import logger
 
-from rl_accel.comm import SDP4BitConfig, attach
+from rl_accel.comm import SDP4BitConfig, attach, initialize
 from rl_accel.errors import CommError, NotLiveError, VersionError
-from rl_accel.hosts.deepspeed.attach import initialize
 from rl_accel.quickstart.tiny_gpt import MarkovText, TinyGPT, loss_of
 
 TEXT = MarkovText(length=32)
