@@ -308,15 +308,10 @@ def check_ptx(name: str, ptx: str) -> None:
     of = lambda word: {op for op in ops if re.search(word, op)}  # noqa: E731
     assert not of(r"^(fma|mad)\..*f32|ftz|approx|\.full\."), (name, ops)
     # Without .rn the assembler may fuse; a conversion of an integer below 2^24 is exact.
-<<<<<<< HEAD
-    allowed = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32"}
-    assert of(r"^(add|sub|mul|div|rcp)\..*f32$") <= allowed, (name, ops)
-=======
     assert of(r"^(add|sub|mul|div|rcp)\..*f32$") <= {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32"}, (
         name,
         ops,
     )
->>>>>>> triton
     assert of(r"^cvt.*f32|^cvt.*bf16") <= {
         *("cvt.rn.f32.s32", "cvt.rn.f32.u32", "cvt.rn.f32.s16", "cvt.f32.bf16", "cvt.rn.bf16.f32", "cvt.rn.bf16x2.f32")
     }, (name, ops)
