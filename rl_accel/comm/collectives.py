@@ -194,12 +194,12 @@ class QuantisedCollectives:
         inter = intra = 0
         if top.cross_group is not None:
             column = torch.empty(top.num_nodes, block.numel(), dtype=torch.uint8, device=block.device)
-            dist.all_gather_into_tensor(column.view(-1), block, group=top.cross_group)
+            dist.all_gather_single(column.view(-1), block, group=top.cross_group)
             inter = block.numel() * (top.num_nodes - 1)
         grid = column.unsqueeze(0)
         if top.local_group is not None:
             grid = torch.empty(top.local_size, *column.shape, dtype=torch.uint8, device=block.device)
-            dist.all_gather_into_tensor(grid.view(-1), column.view(-1), group=top.local_group)
+            dist.all_gather_single(grid.view(-1), column.view(-1), group=top.local_group)
             intra = column.numel() * (top.local_size - 1)
         if of_gradients:
             self.traffic.gradient_inter += inter

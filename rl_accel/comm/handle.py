@@ -20,7 +20,7 @@ from rl_accel.comm.bypass import Bypass
 from rl_accel.comm.collectives import QuantisedCollectives
 from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.comm.topology import Topology
-from rl_accel.errors import CommError
+from rl_accel.errors import CommError, NotLiveError
 
 
 class Handle:
@@ -42,6 +42,7 @@ class Handle:
         self._bypass = {"gradients": Bypass(enabled=auto), "weights": Bypass(enabled=auto)}
         self._seconds = {"gradients": 0.0, "weights": 0.0}
         self._total_seconds = {"gradients": 0.0, "weights": 0.0}
+        self._calls_before = 0
         self._undo: list[Callable[[], None]] = []
         self._weights: Callable[[], Iterable[torch.Tensor]] | None = None
 
@@ -82,7 +83,15 @@ class Handle:
         self._seconds[what] += time.perf_counter() - start
 
     def end_step(self) -> None:
-        """Tell that an optimizer step ended. Collective in steps that decide or check."""
+        """Tell that an optimizer step ended. Collective in steps that decide or check.
+
+        Raises:
+            NotLiveError: if gradients should have gone out quantised and none did: the host reduces them elsewhere.
+            CommError: if replicas were compared and differ.
+        """
+        if self.quantise_gradients() and self.collectives.calls == self._calls_before:
+            raise NotLiveError(f"4-bit gradients were asked for, and {self.host} reduced none through them in a step")
+        self._calls_before = self.collectives.calls
         for what, bypass in self._bypass.items():
             if self.steps >= self.config.start_step and getattr(self.config, what):
                 bypass.end_step(self._seconds[what], self.topology.group, self._device)
@@ -149,7 +158,7 @@ class Handle:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint; settings stay as attached."""
         self.steps = state["steps"]
-        self.collectives.calls = state["calls"]
+        self.collectives.calls = self._calls_before = state["calls"]
         for what, saved in state["bypass"].items():
             enabled = self._bypass[what].enabled
             self._bypass[what].load_state_dict({**saved, "enabled": enabled})

@@ -158,6 +158,8 @@ def _unpack(codes_C: torch.Tensor, bits: int) -> torch.Tensor:
 def _decode_sum(blocks_RB: torch.Tensor, num_padded: int, bits: int, group_size: int) -> torch.Tensor:
     num_code_bytes = num_padded * bits // 8
     total_P = torch.zeros(num_padded, device=blocks_RB.device)
+    if not num_padded:  # the second of several empty blocks starts at byte 1 and cannot be viewed as float32
+        return total_P
     for number, block_B in enumerate(blocks_RB):
         codes_P = _unpack(block_B[:num_code_bytes], bits)
         scales_G = block_B[num_code_bytes:].view(torch.float32)

@@ -127,10 +127,11 @@ def moved_seams(optimizer: str) -> list[str]:
 
 def _undecorated(function: Any) -> Any:
     """DeepSpeed's `instrument_w_nvtx` hides the signature; what it wraps is its nonlocal `func`."""
+    function = inspect.unwrap(function)
     if isinstance(function, types.FunctionType) and function.__closure__:
         inner = inspect.getclosurevars(function).nonlocals.get("func")
         if callable(inner):
-            return _undecorated(inspect.unwrap(inner))
+            return _undecorated(inner)
     return function
 
 
@@ -165,6 +166,10 @@ def _unsupported(engine: Any, config: SDP4BitConfig) -> str | None:
         (
             config.gradients and stage12 and not optimizer.use_multi_rank_bucket_allreduce,
             "zero_optimization.use_multi_rank_bucket_allreduce=false: set it to true",
+        ),
+        (
+            config.gradients and stage12 and not optimizer.contiguous_gradients,
+            "zero_optimization.contiguous_gradients=false: set it to true",
         ),
         (
             config.gradients and sharded and not optimizer.reduce_scatter,

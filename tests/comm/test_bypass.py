@@ -1,0 +1,70 @@
+"""The choice between quantised and plain: a world of one rank, where the all-reduce is the identity."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from rl_accel.comm.bypass import FIRST_PERIOD, LONGEST_PERIOD, TRIES, WARM_UP, Bypass
+
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def run(bypass: Bypass, group, steps: int, quantised_s: float, plain_s: float) -> list[bool]:
+    choices = []
+    for _ in range(steps):
+        choices.append(bypass.quantised)
+        bypass.end_step(quantised_s if bypass.quantised else plain_s, group)
+    return choices
+
+
+def test_the_faster_way_is_kept(group):
+    for quantised_s, plain_s in ((1.0, 2.0), (2.0, 1.0)):
+        bypass = Bypass()
+        choices = run(bypass, group, 50, quantised_s, plain_s)
+        tries = choices[WARM_UP : WARM_UP + 2 * TRIES]
+        assert choices[:WARM_UP] == [True] * WARM_UP
+        assert sorted(tries) == [False] * TRIES + [True] * TRIES
+        assert choices[WARM_UP + 2 * TRIES :] == [quantised_s < plain_s] * (50 - WARM_UP - 2 * TRIES)
+        assert (bypass.quantised_s, bypass.plain_s) == (quantised_s, plain_s)
+
+
+def test_a_link_that_slows_down_is_noticed(group):
+    bypass = Bypass()
+    run(bypass, group, 40, 2.0, 1.0)
+    assert not bypass.quantised
+    run(bypass, group, FIRST_PERIOD + 20, 2.0, 9.0)
+    assert bypass.quantised
+
+
+def test_tries_become_rare(group):
+    bypass = Bypass()
+    choices = run(bypass, group, 20_000, 1.0, 2.0)
+    assert bypass.period == LONGEST_PERIOD
+    assert choices.count(False) < 12 * TRIES
+
+
+def test_one_slow_step_decides_nothing(group):
+    bypass = Bypass()
+    for step in range(40):
+        seconds = 1.0 if bypass.quantised else 2.0
+        bypass.end_step(50.0 if step == WARM_UP else seconds, group)
+    assert bypass.quantised
+
+
+def test_switched_off_it_never_tries(group):
+    assert all(run(Bypass(enabled=False), group, 100, 9.0, 1.0))
+
+
+def test_state_goes_through_a_checkpoint(group):
+    whole, first = Bypass(), Bypass()
+    expected = run(whole, group, 300, 2.0, 1.0)
+    before = run(first, group, 100, 2.0, 1.0)
+    second = Bypass()
+    second.load_state_dict(first.state_dict())
+    assert before + run(second, group, 200, 2.0, 1.0) == expected

@@ -1,0 +1,50 @@
+"""4-bit communication attached to DeepSpeed engines, 1, 2 and 4 real gloo processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rl_accel.hosts.deepspeed.checks import SEAMS, moved_seams
+
+SCRIPT = Path(__file__).with_name("engine_ranks.py")
+CASES = [
+    "sixteen_bits_is_deepspeed",
+    "four_bits_train",
+    "detach_restores",
+    "resume_is_bit_equal",
+    "a_skipped_step_sends_no_weights",
+    "start_step_sends_in_full",
+    "a_replica_that_drifts_stops_the_run",
+    "refusals",
+    "gradients_that_go_elsewhere_stop_the_run",
+    "ranks_that_disagree",
+    "a_moved_seam_is_refused",
+    "initialize_with_a_block",
+    "bypass_decides_alike",
+]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_attach(run_ranks, world_size):
+    """All cases of engine_ranks.py in one launch: importing DeepSpeed takes longer than they do."""
+    for result in run_ranks(SCRIPT, world_size, *CASES, timeout=600):
+        assert result == CASES
+
+
+def test_every_case_is_run():
+    defined = {line[9:].split("(")[0] for line in SCRIPT.read_text().splitlines() if line.startswith("def case_")}
+    assert defined == {*CASES, "killed"}
+
+
+def test_a_killed_rank_is_an_error_on_the_others(run_ranks):
+    codes, logs = run_ranks(SCRIPT, 4, "killed", timeout=180, expect_failure=True)
+    assert codes[1] == -9
+    assert all(code not in (0, -9) for rank, code in enumerate(codes) if rank != 1), logs
+
+
+@pytest.mark.parametrize("optimizer", SEAMS)
+def test_seams_of_the_installed_deepspeed_are_in_place(optimizer):
+    """The canary: fails when a release of DeepSpeed moves what we join."""
+    assert moved_seams(optimizer) == []
