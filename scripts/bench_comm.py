@@ -3,8 +3,8 @@
     sudo python scripts/bench_comm.py [--nodes 2] [--ranks 2] [--rate 25mbit,100mbit,1gbit,none] [--json FILE]
     sudo python scripts/bench_comm.py --stages [--json FILE]
 
-TinyGPT in bfloat16 (3.2 million parameters), DeepSpeed ZeRO-1, one short sequence a step and rank, gloo, one core a rank
-if there are as many. Nodes are network namespaces (slow_network.py). One engine trains on; in every block each arm has
+TinyGPT in bfloat16 (3.2 million parameters), DeepSpeed ZeRO-1, one short sequence a step and rank, gloo, one thread a
+rank. Nodes are network namespaces (slow_network.py). One engine trains on; in every block each arm has
 its turn of a few steps, in an order that changes, and what is attached is all that differs:
 
     deepspeed       nothing attached: all-reduce of gradients, all-gather of weights, bfloat16
@@ -16,8 +16,9 @@ its turn of a few steps, in an order that changes, and what is attached is all t
     weights_only, gradients_only   on request (--arms)
 
 step      seconds, the slowest rank's; p50 and p95 of all steps; blocks: least and most of the blocks' medians
-ratio     deepspeed's time / the arm's, median and range over blocks; above 1 is faster than deepspeed
-wire      MB that a node sends to the others in a step, as its interface counts them (with headers and what is sent again)
+ratio     deepspeed's time / the arm's, median and range over blocks; above 1 is faster than deepspeed. `of bf16`: of
+          the arm bf16_two_level, the best without codes
+wire      MB that a node sends to the others in a step, as its interface counts them (headers and repeats included)
 compute   seconds of a step outside the two collectives; gradients, weights: seconds inside, codec and waiting included
 bound     the bytes at the rate plus compute: no codec, no latency. A token bucket lets a few kilobytes through at once
 bits      a value that must cross, counted in steps of their own without a limit: of P values each node needs 1/N of the
@@ -50,6 +51,7 @@ from rl_accel.hosts import versions
 SCRIPTS = Path(__file__).resolve().parent
 RANK = str(SCRIPTS / "bench_comm_rank.py")
 TIMED = ("deepspeed", "bf16", "bf16_two_level", "zeropp", "sdp4bit", "sdp4bit_auto")
+FAIR = "bf16_two_level"
 SPLIT_STEPS = 2
 """Steps in which bytes of gradients and weights are counted apart."""
 SETTLING_STEPS = 9
@@ -194,13 +196,17 @@ class Bench:
 
 def show(rate: str, found: dict[str, Arm]) -> None:
     """Print the table of one rate."""
-    print(f"\n{rate:<15} step p50  p95    blocks          ratio  range            wire MB  compute  gradients weights  bound")
+    print(f"\n{rate:<15}   step     p95       blocks         ratio    range        of bf16   wire    compute ", end="")
+    print("gradients weights  bound")
     for name, arm in found.items():
         middle, low, high = ratios(arm, found["deepspeed"])
+        of_bf16 = f"{ratios(arm, found[FAIR])[0]:6.2f}x" if FAIR in found else "      -"
+        inside = (statistics.median(seconds) for seconds in (arm.compute_s, arm.gradients_s, arm.weights_s))
         print(
-            f"{name:<15} {arm.p50:7.3f} {arm.p95:7.3f} {min(arm.medians):7.3f} to {max(arm.medians):.3f}  {middle:6.2f}x "
-            f"({low:.2f} to {high:.2f})  {statistics.mean(arm.sent) / 1e6:8.3f} {statistics.median(arm.compute_s):8.3f} "
-            f"{statistics.median(arm.gradients_s):9.3f} {statistics.median(arm.weights_s):8.3f} {arm.bound(rate):7.3f}",
+            f"{name:<15} {arm.p50:7.3f} {arm.p95:7.3f}  {min(arm.medians):6.3f} to {max(arm.medians):6.3f}  "
+            f"{middle:6.2f}x ({low:5.2f} to {high:5.2f})  {of_bf16} {statistics.mean(arm.sent) / 1e6:8.3f} "
+            + " ".join(f"{seconds:8.3f}" for seconds in inside)
+            + f" {arm.bound(rate):8.3f}",
             flush=True,
         )
 
@@ -221,7 +227,10 @@ def rows_of(rate: str, found: dict[str, Arm]) -> list[dict[str, Any]]:
         suffix = "" if name == "sdp4bit" else f".{name}"
         middle, low, high = ratios(arm, incumbent)
         shared = {"incumbent": incumbent.p50, "ratio": middle, "bound": arm.bound(rate), "ratio_range": [low, high]}
-        times = {"p95": arm.p95, "compute_s": statistics.median(arm.compute_s)}
+        times: dict[str, Any] = {"p95": arm.p95}
+        if FAIR in found:
+            times["ratio_to_bf16"] = ratios(arm, found[FAIR])[0]
+        times |= {"compute_s": statistics.median(arm.compute_s)}
         times |= {"gradients_s": statistics.median(arm.gradients_s), "weights_s": statistics.median(arm.weights_s)}
         rows.append({"name": f"comm.step_s.{rate}{suffix}", "value": arm.p50, "unit": "s", **shared, **times})
         ours, theirs = statistics.mean(arm.sent), statistics.mean(incumbent.sent)

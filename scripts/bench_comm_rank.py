@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import logging
 import os
 import re
@@ -89,7 +90,7 @@ class Rank:
             self._engine.step()
             seconds.append(time.perf_counter() - start)
         marks.append(_count())
-        sent = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        sent = [after - before for before, after in itertools.pairwise(marks)]
         answer: dict[str, Any] = {
             "step_s": seconds,
             "sent": [sum(sent[::2]), sum(sent[1::2])] if split else sum(sent),

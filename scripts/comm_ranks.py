@@ -63,7 +63,7 @@ class Ranks:
         self._logs = []
         for rank in range(world_size):
             node, place = divmod(rank, ranks_per_node)
-            log = tempfile.TemporaryFile("w+")
+            log = tempfile.TemporaryFile("w+")  # noqa: SIM115
             self._logs.append(log)
             self._processes.append(
                 subprocess.Popen(

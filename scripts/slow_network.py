@@ -52,11 +52,11 @@ def bits_per_second(rate: str) -> float | None:
 
 def check_machine() -> None:
     """Raise NetworkError where the network cannot be made, before anything is."""
-    missing = [name for name in ("ip", "tc") if shutil.which(name) is None]
-    if missing:
-        raise NetworkError(f"a slow network needs iproute2 (apt install iproute2): {' and '.join(missing)} not found")
+    missing = [f"{name} was not found" for name in ("ip", "tc") if shutil.which(name) is None]
     if os.geteuid() != 0:
-        raise NetworkError("a slow network needs root, to make network namespaces: run it with sudo")
+        missing.append("this is not root")
+    if missing:
+        raise NetworkError(f"network namespaces need root and iproute2 (apt install iproute2): {', '.join(missing)}")
 
 
 class SlowNetwork:
