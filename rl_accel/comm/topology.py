@@ -92,9 +92,16 @@ def build(group: dist.ProcessGroup, local_size: int | None = None) -> Topology:
     return Topology(group, nodes, rank, local, cross)
 
 
+_subgroups: dict[tuple[dist.ProcessGroup, tuple[int, ...]], dist.ProcessGroup] = {}
+"""Groups made so far. A group costs threads and connections, and PyTorch cannot make one a second time after it was
+destroyed: the new one finds the addresses of the old one in the store."""
+
+
 def _subgroup(group: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
     """Only the members call, so groups of one data-parallel group need nothing of the rest of the world."""
     if len(ranks) == dist.get_world_size(group):
         return group
-    members = [dist.get_global_rank(group, rank) for rank in ranks]
-    return dist.new_group(members, use_local_synchronization=True)
+    if (group, ranks) not in _subgroups:
+        members = [dist.get_global_rank(group, rank) for rank in ranks]
+        _subgroups[group, ranks] = dist.new_group(members, use_local_synchronization=True)
+    return _subgroups[group, ranks]
