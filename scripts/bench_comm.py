@@ -49,7 +49,7 @@ from rl_accel import machine, processes
 from rl_accel.hosts import versions
 
 SCRIPTS = Path(__file__).resolve().parent
-RANK = str(SCRIPTS / "bench_comm_rank.py")
+RANK = str(SCRIPTS / "comm_bench_rank.py")
 TIMED = ("deepspeed", "bf16", "bf16_two_level", "zeropp", "sdp4bit", "sdp4bit_auto")
 FAIR = "bf16_two_level"
 SPLIT_STEPS = 2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: tests every kernel against its reference, times it against its incumbent and its bound,
-# and writes docs/results/gpu-<name>-<date>.json. A kernel of its own name is found by its benchmark, scripts/bench_<op>.py.
+# and writes docs/results/gpu-<name>-<date>.json. The kernels' benchmarks are scripts/bench_<op>.py.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$RL_ACCEL_ROOT"
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "gpu_check: no GPU here" >&2; exit 1; }
