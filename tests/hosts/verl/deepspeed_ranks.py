@@ -47,6 +47,7 @@ def make_engine(
     forward_only: bool = False,
     path: str = POLICY,
     checkpointing: bool = False,
+    comm: dict | None = None,
 ):
     """Build and initialize an engine of `ENGINES`."""
     model_config = HFModelConfig(
@@ -66,6 +67,7 @@ def make_engine(
     if kind == "fsdp2":
         engine_config = FSDPEngineConfig(strategy="fsdp2", **common)
     else:
+        common["comm"] = comm or {}
         engine_config = DeepSpeedEngineConfig(zero_stage=ENGINES[kind], ds_config=PARTITION_ALL, **common)
     engine = EngineRegistry.new(
         model_type=model_type,
@@ -320,6 +322,30 @@ def resume():
     return results
 
 
+def four_bits():
+    """4-bit communication in the engine: beside plain communication, and across a checkpoint."""
+    settings, results = {"bypass": "never", "check_every": 1}, {}
+    for kind in ("zero1", "zero2", "zero3"):
+        comm = settings if kind != "zero3" else {"bypass": "never"}
+        root = shared_folder()
+        plain, engine = make_engine(kind), make_engine(kind, comm=comm)
+        train(plain, 0)
+        train(engine, 0)
+        engine.save_checkpoint(str(root / "actor"), None, 1)
+        straight = [train(engine, step) for step in (1, 2)]
+        fresh = make_engine(kind, comm=comm)
+        train(fresh, 7)
+        fresh.load_checkpoint(str(root / "actor"), None, del_local_after_load=False)
+        results[kind] = {
+            "plain": [train(plain, step) for step in (1, 2)],
+            "straight": straight,
+            "resumed": [train(fresh, step) for step in (1, 2)],
+            "weights": (weights_of(engine), weights_of(fresh)),
+            "stats": engine.comm.stats(),
+        }
+    return results
+
+
 SCENARIOS = {
     "fp32": lambda: parity("fp32"),
     "bf16": lambda: parity("bf16"),
@@ -331,6 +357,7 @@ SCENARIOS = {
     "dropped_gradients": dropped_gradients,
     "offload": offload,
     "resume": resume,
+    "four_bits": four_bits,
 }
 
 

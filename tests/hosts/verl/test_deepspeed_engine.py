@@ -25,7 +25,7 @@ SCENARIOS = {
     1: ("fp32",),
     2: (
         *("fp32", "bf16", "untied", "critic", "forward_only", "evaluation"),
-        *("not_finite", "dropped_gradients", "offload", "resume"),
+        *("not_finite", "dropped_gradients", "offload", "resume", "four_bits"),
     ),
     4: ("fp32",),
 }
@@ -176,6 +176,21 @@ def test_checkpoints_have_verls_layout(ranks):
     assert all(torch.equal(exported[name], saved[name].bfloat16()) for name in exported)
 
 
+@pytest.mark.parametrize("kind", ZERO)
+def test_4_bit_communication_in_the_engine(ranks, kind):
+    """Beside plain communication after three updates, and equal to the bit after a checkpoint."""
+    result = ranks(2)["four_bits"][kind]
+    for ours, plain in zip(result["straight"], result["plain"], strict=True):
+        assert ours["loss"] == pytest.approx(plain["loss"], rel=0.02)
+        assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=0.05)
+        assert ours["loss"] != plain["loss"], "nothing was quantised"
+    stats = result["stats"]
+    assert stats["gradients_quantised"] and stats["gradient_intra_bytes"] > 0
+    assert (stats["weight_intra_bytes"] > 0) == (kind != "zero3")
+    assert result["resumed"] == result["straight"]
+    assert largest_difference(*result["weights"]) == 0
+
+
 def whole_weights(path):
     """What DeepSpeed's own script makes of a checkpoint."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -205,3 +220,17 @@ def test_training_on_two_ranks_and_resuming(trainings):
     assert trained(resumed.metrics()[STEPS]) == trained(run.metrics()[STEPS])
     expected, found = whole_weights(run.path), whole_weights(resumed.path)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.timeout(900)
+def test_training_with_4_bit_communication(trainings):
+    """The policy that trains is the one that generates, and the figures are among the metrics."""
+    flags = ("rl_accel.comm.enable=true", "rl_accel.comm.bypass=never", "rl_accel.deepspeed.zero_stage=1")
+    run = trainings.run("deepspeed_comm", "trainer=deepspeed", *flags)
+    assert len(run.metrics()) == STEPS
+    for step in run.metrics().values():
+        assert 0 <= step["training/rollout_probs_diff_max"] < 1e-4
+        assert step["rl_accel/sync/readback_max_abs_err"] < 1e-6
+        assert step["actor/rl_accel/comm/gradients_quantised"] == step["actor/rl_accel/comm/weights_quantised"] == 1
+        assert step["actor/rl_accel/comm/gradient_intra_bytes"] > 0
+        assert step["actor/rl_accel/comm/weight_intra_bytes"] > 0
