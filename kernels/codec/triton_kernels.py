@@ -9,8 +9,8 @@ Equality with the specification rests on three things: no fused multiply-add (`e
 `div_rn` for the one division, and no flushing of denormals (Triton's default). `tests/kernels/test_codec_triton.py`
 finds all three in the PTX.
 
-Shapes: N values, B bytes of one block, R blocks to sum. A tile is G groups of K blocks of 32 values, held as two halves
-[G, K, 16], values j and j + 16 of each block: the two nibbles of byte j, and the pairs of the last Hadamard stage.
+Shapes: N values, B bytes of one block, R blocks to sum. A tile is G groups of K runs of 32 values, held as two halves
+[G, K, 16], values j and j + 16 of each run: the two nibbles of byte j, and the pairs of the last Hadamard stage.
 """
 
 from __future__ import annotations
@@ -85,29 +85,29 @@ def _load_values(x_ptr, subtract_ptr, offsets, remaining, HADAMARD: tl.constexpr
 
 
 @triton.jit
-def _decode(block_ptr, num_groups, first, block, lane, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """Halves of the runs of 32 values number `first + block` of one quantised block; zeros past its end."""
+def _decode(block_ptr, num_groups, first, run, lane, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """Halves of the runs of 32 values number `first + run` of one quantised block; zeros past its end."""
     RUNS: tl.constexpr = GROUP // 32  # per group
     num_groups = num_groups.to(tl.int64)
-    mask = first + block < num_groups * RUNS
+    mask = first + run < num_groups * RUNS
     scales_ptr = (block_ptr + num_groups * (GROUP * BITS // 8)).to(tl.pointer_type(tl.float32)) + first // RUNS
-    scale = tl.load(scales_ptr + ((first % RUNS).to(tl.int32) + block) // RUNS, mask=mask, other=0.0)
+    scale = tl.load(scales_ptr + ((first % RUNS).to(tl.int32) + run) // RUNS, mask=mask, other=0.0)
     codes_ptr = block_ptr + first * (4 * BITS)
     if BITS == 4:
-        pair = tl.load(tl.multiple_of(codes_ptr + (block * 16 + lane), (1, 1, 4)), mask=mask, other=0).to(tl.int32)
+        pair = tl.load(tl.multiple_of(codes_ptr + (run * 16 + lane), (1, 1, 4)), mask=mask, other=0).to(tl.int32)
         low, high = (pair << 28) >> 28, (pair << 24) >> 28
     else:
-        ptrs = tl.multiple_of(codes_ptr.to(tl.pointer_type(tl.int8)) + (block * 32 + lane), (1, 1, 4))
+        ptrs = tl.multiple_of(codes_ptr.to(tl.pointer_type(tl.int8)) + (run * 32 + lane), (1, 1, 4))
         low, high = tl.load(ptrs, mask=mask, other=0), tl.load(ptrs + 16, mask=mask, other=0)
     return low.to(tl.float32) * scale, high.to(tl.float32) * scale
 
 
 @triton.jit
-def _decode_sum(blocks_ptr, num_groups, first, block, lane, R: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
-    low, high = _decode(blocks_ptr, num_groups, first, block, lane, BITS, GROUP)
+def _decode_sum(blocks_ptr, num_groups, first, run, lane, R: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+    low, high = _decode(blocks_ptr, num_groups, first, run, lane, BITS, GROUP)
     for _ in range(1, R):
         blocks_ptr += num_groups.to(tl.int64) * (GROUP * BITS // 8 + 4)
-        next_low, next_high = _decode(blocks_ptr, num_groups, first, block, lane, BITS, GROUP)
+        next_low, next_high = _decode(blocks_ptr, num_groups, first, run, lane, BITS, GROUP)
         low += next_low
         high += next_high
     return low, high
@@ -177,8 +177,8 @@ def _store_codes(
 
 @triton.jit
 def _offsets(G: tl.constexpr, K: tl.constexpr):  # [G, K, 16], of the low halves of a tile
-    block = tl.arange(0, G)[:, None, None] * K + tl.arange(0, K)[None, :, None]
-    return block * 32 + tl.arange(0, 16)[None, None, :]
+    run = tl.arange(0, G)[:, None, None] * K + tl.arange(0, K)[None, :, None]
+    return run * 32 + tl.arange(0, 16)[None, None, :]
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -240,9 +240,9 @@ def _dequantize_kernel(
 ):
     first = tl.program_id(0).to(tl.int64) * G
     offsets = _offsets(G, 1)
-    block = tl.arange(0, G)[:, None, None]
+    run = tl.arange(0, G)[:, None, None]
     lane = tl.arange(0, 16)[None, None, :]
-    low, high = _decode_sum(blocks_ptr, num_groups, first, block, lane, R, BITS, GROUP)
+    low, high = _decode_sum(blocks_ptr, num_groups, first, run, lane, R, BITS, GROUP)
     if HADAMARD:
         low, high = _rotate(low, high)
         low *= 0.03125
@@ -280,14 +280,14 @@ def _requantize_kernel(
     first_group = tl.program_id(0).to(tl.int64) * G
     first = first_group * (GROUP // 32)
     offsets = _offsets(G, K)
-    block = tl.arange(0, G)[:, None, None] * K + tl.arange(0, K)[None, :, None]
+    run = tl.arange(0, G)[:, None, None] * K + tl.arange(0, K)[None, :, None]
     lane = tl.arange(0, 16)[None, None, :]
 
-    low, high = _decode_sum(blocks_ptr, from_num_groups, first, block, lane, R, FROM_BITS, FROM_GROUP)
+    low, high = _decode_sum(blocks_ptr, from_num_groups, first, run, lane, R, FROM_BITS, FROM_GROUP)
     magnitude = _magnitude(low, high)
     for start in range(K, GROUP // 32, K):
         next_low, next_high = _decode_sum(
-            blocks_ptr, from_num_groups, first + start, block, lane, R, FROM_BITS, FROM_GROUP
+            blocks_ptr, from_num_groups, first + start, run, lane, R, FROM_BITS, FROM_GROUP
         )
         magnitude = tl.maximum(magnitude, _magnitude(next_low, next_high))
 
@@ -301,7 +301,7 @@ def _requantize_kernel(
     key = key.to(tl.int64)
     _store_codes(codes_ptr, offsets, mask, low, high, live, inverse, index, key, BITS, GROUP, STOCHASTIC, G)
     for start in range(K, GROUP // 32, K):
-        low, high = _decode_sum(blocks_ptr, from_num_groups, first + start, block, lane, R, FROM_BITS, FROM_GROUP)
+        low, high = _decode_sum(blocks_ptr, from_num_groups, first + start, run, lane, R, FROM_BITS, FROM_GROUP)
         _store_codes(
             codes_ptr, offsets + start * 32, mask, low, high, live, inverse, index, key, BITS, GROUP, STOCHASTIC, G
         )

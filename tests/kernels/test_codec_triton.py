@@ -18,8 +18,9 @@ import sys
 import pytest
 import torch
 
+from rl_accel.comm import reference
 from rl_accel.comm.codec import dequantize, quantize, requantize
-from rl_accel.comm.layout import packed_bytes
+from rl_accel.comm.layout import fold_key, packed_bytes
 
 FORMATS = [(4, 32), (4, 128), (4, 2048), (8, 32), (8, 512)]
 LARGE_GROUPS = [(4, 32768), (8, 8192)]
@@ -175,7 +176,17 @@ def check_extremes(device: str) -> None:
             block = check_quantize(device, x, bits, group, rounding=rounding, hadamard=hadamard)
             check_dequantize(device, block[None], x, bits, group, hadamard=hadamard, add=True)
             check_dequantize(device, block[None], x.bfloat16(), bits, group, hadamard=hadamard)
+            check_dequantize(device, block[None], x, bits, group, hadamard=True)  # overflows if not rotated before
         check_requantize(device, torch.stack([block, block]), x.numel(), (bits, group), (4, 32))
+
+
+def check_noise_at_its_ends(device: str) -> None:
+    """Largest values that the noise would carry past the largest code."""
+    key = fold_key(7, 0)
+    draws = reference.noise(key, 0, 1 << 22)
+    for index, sign in ((draws.argmax().item(), 1.0), (draws.argmin().item(), -1.0)):
+        assert round(127 * sign + draws[index].item(), 4) == 127.5 * sign
+        check_quantize(device, torch.full((32,), sign), 8, 32, rounding="stochastic", seed=7, offset=index // 32 * 32)
 
 
 def check_every_code(device: str) -> None:
@@ -221,6 +232,7 @@ CHECKS = {
     "offsets": check_offsets,
     "not finite": check_not_finite,
     "extremes": check_extremes,
+    "noise at its ends": check_noise_at_its_ends,
     "every code": check_every_code,
     "sums": check_sums,
     "requantizing": check_requantizing,
@@ -307,6 +319,7 @@ def check_ptx(name: str, ptx: str) -> None:
     ops = collections.Counter(re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][\w.:]*)\s", ptx, re.MULTILINE))
     of = lambda word: {op for op in ops if re.search(word, op)}  # noqa: E731
     assert not of(r"^(fma|mad)\..*f32|ftz|approx|\.full\."), (name, ops)
+    assert not of(r"^(max|min)\..*f32"), (name, ops)  # drops NaN
     # Without .rn the assembler may fuse; a conversion of an integer below 2^24 is exact.
     assert of(r"^(add|sub|mul|div|rcp)\..*f32$") <= {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32"}, (
         name,
