@@ -11,6 +11,7 @@ range over seeds. `bf16` rounds as `unquantised` does and only adds in another o
     bf16              our collectives with 16 bits
     sdp4bit, paper    the defaults; the paper's groups of 2048 weights
     weights_only, gradients_only
+    gradients_nearest, gradients_8bit   gradients only: rounded to nearest; 8 bits on both hops
   and controls, which lack what the method is made of and must be worse:
     naive_weights     4 bits of the weights themselves, groups of 2048, instead of their difference
     no_hadamard_4bit  gradients in 4 bits on both hops, groups of 2048, without rotation
@@ -45,6 +46,8 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "paper": {"weight_group_size": 2048},
     "weights_only": {"gradients": False},
     "gradients_only": {"weights": False},
+    "gradients_nearest": {"weights": False, "gradient_rounding": "nearest"},
+    "gradients_8bit": {"weights": False, "inter_bits": 8},
     "naive_weights": {"weight_difference": False, "weight_group_size": 2048, "gradients": False},
     "no_hadamard_4bit": {"intra_bits": 4, "hadamard": False, "gradient_group_size": 2048, "weights": False},
     "no_hadamard": {"hadamard": False},
