@@ -19,8 +19,10 @@ step      seconds, the slowest rank's; p50 and p95 of all steps; blocks: least a
 ratio     deepspeed's time / the arm's, median and range over blocks; above 1 is faster than deepspeed. `of bf16`: of
           the arm bf16_two_level, the best without codes
 wire      MB that a node sends to the others in a step, as its interface counts them (headers and repeats included)
-compute   seconds of a step outside the two collectives; gradients, weights: seconds inside, codec and waiting included
-bound     the bytes at the rate plus compute: no codec, no latency. A token bucket lets a few kilobytes through at once
+compute   seconds of a step outside the two collectives, also waiting for other ranks at the gradients' norm
+gradients, weights   seconds inside the collectives, codec and waiting included; mean of the ranks
+bound     the bytes at the rate plus the least compute of all arms: no codec, no latency, no waiting. A token bucket
+          lets a few kilobytes through at once
 bits      a value that must cross, counted in steps of their own without a limit: of P values each node needs 1/N of the
           reduced gradients from the others and lacks (N-1)/N of the new weights, so (N-1)P/N cross per node either way.
           `codec`: from the bytes that the collectives count. An all-reduce sends gradients across more than once
@@ -125,9 +127,12 @@ class Arm:
     def steps(self) -> list[float]:
         return [step for block in self.blocks for step in block]
 
-    def bound(self, rate: str) -> float:
-        bits = bits_per_second(rate)
-        return statistics.median(self.compute_s) + (8 * statistics.mean(self.sent) / bits if bits else 0.0)
+
+def bound(arm: Arm, rate: str, found: dict[str, Arm]) -> float:
+    """Seconds of a step with a link that is always full and the computation of the quickest arm."""
+    bits = bits_per_second(rate)
+    compute = min(statistics.median(other.compute_s) for other in found.values())
+    return compute + (8 * statistics.mean(arm.sent) / bits if bits else 0.0)
 
 
 class Bench:
@@ -206,7 +211,7 @@ def show(rate: str, found: dict[str, Arm]) -> None:
             f"{name:<15} {arm.p50:7.3f} {arm.p95:7.3f}  {min(arm.medians):6.3f} to {max(arm.medians):6.3f}  "
             f"{middle:6.2f}x ({low:5.2f} to {high:5.2f})  {of_bf16} {statistics.mean(arm.sent) / 1e6:8.3f} "
             + " ".join(f"{seconds:8.3f}" for seconds in inside)
-            + f" {arm.bound(rate):8.3f}",
+            + f" {bound(arm, rate, found):8.3f}",
             flush=True,
         )
 
@@ -226,8 +231,8 @@ def rows_of(rate: str, found: dict[str, Arm]) -> list[dict[str, Any]]:
             continue
         suffix = "" if name == "sdp4bit" else f".{name}"
         middle, low, high = ratios(arm, incumbent)
-        shared = {"incumbent": incumbent.p50, "ratio": middle, "bound": arm.bound(rate), "ratio_range": [low, high]}
-        times: dict[str, Any] = {"p95": arm.p95}
+        shared = {"incumbent": incumbent.p50, "ratio": middle, "bound": bound(arm, rate, found)}
+        times: dict[str, Any] = {"ratio_range": [low, high], "p95": arm.p95}
         if FAIR in found:
             times["ratio_to_bf16"] = ratios(arm, found[FAIR])[0]
         times |= {"compute_s": statistics.median(arm.compute_s)}
