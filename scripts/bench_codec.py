@@ -209,6 +209,7 @@ def main() -> None:
     tests = ["tests/comm/test_codec.py", f"tests/kernels/test_codec_{ours}.py"]
     subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=True)
     conditions = {"command": " ".join(sys.argv), "machine": machine.describe(), "versions": versions.report()}
+    conditions["load"] = os.getloadavg()[0]  # of this and all other processes; the tests above count
     if ours == "cpp":
         from rl_accel.kernels.codec import _codec
 

@@ -1,5 +1,5 @@
-// Splits a call over threads that live as long as it: nothing is left behind for a fork to break. Starting one takes
-// about 20 us, so each gets at least half a Mi values.
+// Splits a call over threads that live as long as it: nothing is left behind for a fork to break. Starting one costs
+// time, so each gets at least half a Mi values.
 #pragma once
 
 #include <algorithm>
