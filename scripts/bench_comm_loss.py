@@ -9,9 +9,9 @@ range over seeds. `bf16` rounds as `unquantised` does and only adds in another o
 
     unquantised       nothing attached
     bf16              our collectives with 16 bits
-    sdp4bit, paper    the defaults; the paper's groups of 2048 weights
+    sdp4bit, paper    the defaults; the paper's groups of 2048 weights and stochastic rounding of gradients
     weights_only, gradients_only
-    gradients_nearest, gradients_8bit   gradients only: rounded to nearest; 8 bits on both hops
+    gradients_stochastic, gradients_8bit   gradients only: rounded at random; 8 bits on both hops
   and controls, which lack what the method is made of and must be worse:
     naive_weights     4 bits of the weights themselves, groups of 2048, instead of their difference
     no_hadamard_4bit  gradients in 4 bits on both hops, groups of 2048, without rotation
@@ -43,10 +43,10 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "unquantised": None,
     "bf16": {"weight_bits": 16, "intra_bits": 16, "inter_bits": 16, "hadamard": False},
     "sdp4bit": {},
-    "paper": {"weight_group_size": 2048},
+    "paper": {"weight_group_size": 2048, "gradient_rounding": "stochastic"},
     "weights_only": {"gradients": False},
     "gradients_only": {"weights": False},
-    "gradients_nearest": {"weights": False, "gradient_rounding": "nearest"},
+    "gradients_stochastic": {"weights": False, "gradient_rounding": "stochastic"},
     "gradients_8bit": {"weights": False, "inter_bits": 8},
     "naive_weights": {"weight_difference": False, "weight_group_size": 2048, "gradients": False},
     "no_hadamard_4bit": {"intra_bits": 4, "hadamard": False, "gradient_group_size": 2048, "weights": False},

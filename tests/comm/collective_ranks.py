@@ -94,7 +94,7 @@ def check_reduce_scatter(group, results) -> None:
             sizes = all_sizes[:world_size]
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 for config in (
-                    SDP4BitConfig(),
+                    SDP4BitConfig(gradient_rounding="stochastic"),
                     SDP4BitConfig(gradient_rounding="nearest", hadamard=False, gradient_group_size=32),
                     SDP4BitConfig(intra_bits=16, inter_bits=16),
                     SDP4BitConfig(intra_bits=8, inter_bits=16),
@@ -137,7 +137,8 @@ def check_traffic(group, results) -> None:
 
 def check_stochastic_rounding_is_unbiased(group) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    collectives = QuantisedCollectives(topology.build(group, 2 if world_size % 2 == 0 else None), SDP4BitConfig())
+    config = SDP4BitConfig(gradient_rounding="stochastic")
+    collectives = QuantisedCollectives(topology.build(group, 2 if world_size % 2 == 0 else None), config)
     blocks = [contribution(rank, d, 256, torch.float32) for d in range(world_size)]
     exact = sum(contribution(r, rank, 256, torch.float32).double() for r in range(world_size))
     draws = torch.stack([collectives.reduce_scatter(blocks, torch.empty(256)).double() for _ in range(300)])

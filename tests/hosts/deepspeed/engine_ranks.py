@@ -181,11 +181,12 @@ def case_detach_restores() -> None:
 
 def case_resume_is_bit_equal() -> None:
     """Stochastic rounding, bypass and weights go on where they stopped."""
+    settings = four_bit(gradient_rounding="stochastic")
     for name in ("stage1", "stage2_ga_overlap", "bf16_optimizer", "stage3"):
         folder = [tempfile.mkdtemp()] if dist.get_rank() == 0 else [None]
         dist.broadcast_object_list(folder)
         whole = make_engine(ENGINES[name])
-        handle = attach(whole, four_bit())
+        handle = attach(whole, settings)
         train(whole, 3)
         whole.save_checkpoint(folder[0], client_state={"sdp4bit": handle.state_dict()})
         saved = weights_of(whole)
@@ -193,7 +194,7 @@ def case_resume_is_bit_equal() -> None:
 
         resumed = make_engine(ENGINES[name], seed=1)
         _, client = resumed.load_checkpoint(folder[0])
-        again = attach(resumed, four_bit())
+        again = attach(resumed, settings)
         again.load_state_dict(client["sdp4bit"])
         assert torch.equal(weights_of(resumed), saved), name
         train(resumed, 3, first=3)
