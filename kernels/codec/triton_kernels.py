@@ -2,7 +2,7 @@
 
 Every operation is one pass over memory; the values, the noise and the rotation stay in registers. Groups of more than
 TILE values are read twice, the second time from the cache. Runs on CUDA on the current stream without waiting for it,
-and on CPU under `TRITON_INTERPRET=1`. Not covered: tuning per GPU, other dtypes. Tiles, cost and bound: README.md
+and on CPU under `TRITON_INTERPRET=1`. Not covered: tuning per GPU, other dtypes. Tiles, cost and bound: TRITON.md
 beside this file.
 
 Equality with the specification rests on three things: no fused multiply-add (`enable_fp_fusion=False` at each launch),

@@ -14,8 +14,8 @@ ROUNDINGS = ("nearest", "stochastic")
 
 @dataclass(frozen=True)
 class SDP4BitConfig:
-    """Quantised weights and gradients of sharded data parallelism (SDP4Bit §3; differs: gradients are rounded to nearest,
-    weights have smaller groups). Widths of 16 send bfloat16."""
+    """Quantised weights and gradients of sharded data parallelism (SDP4Bit §3; differs: gradients rounded to nearest,
+    smaller groups of weights). Widths of 16 send bfloat16."""
 
     weights: bool = True
     """Send what the optimizer step changed in the weights instead of the weights."""
