@@ -29,11 +29,15 @@ PROBE_TIMEOUT_S = 300
 
 def diagnose(accel: AccelConfig, model: str) -> dict[str, Any]:
     """Return versions, machine and a list of checks, each `{"name", "ok", "detail"}`."""
-    checks = [_check_versions(), *_check_verl(), *_check_engine(accel, model)]
+    checks = [_check_versions(), *_check_verl(), *_check_engine(accel, model), *_check_comm(accel)]
     return {
         "versions": versions.report(),
         "machine": machine.describe(),
-        "asked_for": {"sampling.exact": accel.sampling.exact, "draft.method": accel.draft.method},
+        "asked_for": {
+            "sampling.exact": accel.sampling.exact,
+            "draft.method": accel.draft.method,
+            "comm.enable": accel.comm.enable,
+        },
         "checks": checks,
         "ok": all(check["ok"] for check in checks),
     }
@@ -83,6 +87,15 @@ def _check_engine(accel: AccelConfig, model: str) -> list[dict[str, Any]]:
         drafted = (found["spec_counts"] or {}).get("num_draft_tokens", 0)
         checks.append(_check(f"drafting by {accel.draft.method}", drafted > 0, f"{drafted} tokens drafted"))
     return checks
+
+
+def _check_comm(accel: AccelConfig) -> list[dict[str, Any]]:
+    if not accel.comm.enable:
+        return []
+    live, error = _probe("rl_accel.hosts.deepspeed.probe", [], {})
+    if live is None:
+        return [_check("4-bit communication", False, error)]
+    return [_check(f"4-bit communication: {name}", ok) for name, ok in live.items()]
 
 
 def _probe(module: str, arguments: list[str], env: dict[str, str]) -> tuple[dict[str, Any] | None, str]:

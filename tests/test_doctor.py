@@ -15,11 +15,15 @@ def doctor(*arguments):
 
 
 def test_what_is_asked_for_is_live():
-    result = doctor("--json")
+    result = doctor(
+        "--json", "rl_accel.sampling.exact=true", "rl_accel.draft.method=ngram", "rl_accel.comm.enable=true"
+    )
     report = json.loads(result.stdout)
     assert result.returncode == 0, report["checks"]
     names = {check["name"] for check in report["checks"]}
     assert {"exact sampling live", "same tokens alone and in a batch", "drafting by ngram", "verl: trainer"} <= names
+    assert {"4-bit communication: seams of BF16_Optimizer"} <= names
+    assert {"4-bit communication: codec on cpu equals its specification"} <= names
     assert report["versions"]["verl"] == "0.9.1"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -164,6 +165,19 @@ class Handle:
             self._bypass[what].load_state_dict({**saved, "enabled": enabled})
             if not enabled:
                 self._bypass[what].quantised = True
+
+    def replace(self, target: Any, name: str, method: Callable[..., Any]) -> None:
+        """Put a method on an object, for as long as this handle is attached; whatever was on it comes back then."""
+        before = vars(target).get(name)
+        setattr(target, name, types.MethodType(method, target))
+
+        def undo() -> None:
+            if before is None:
+                delattr(target, name)
+            else:
+                setattr(target, name, before)
+
+        self.on_detach(undo)
 
     def on_detach(self, undo: Callable[[], None]) -> None:
         """Remember how to take back one change to the host."""

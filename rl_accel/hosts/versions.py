@@ -15,6 +15,9 @@ TESTED: dict[str, tuple[str, ...]] = {
 }
 """Distribution name -> tested release numbers. A local suffix such as `+cpu` does not count."""
 
+TESTED_DEEPSPEED = ("0.19.8",)
+"""Checked where DeepSpeed is used: its training engine and 4-bit communication."""
+
 OPTIONAL = ("deepspeed", "triton", "wandb", "ray", "TransferQueue", "arctic-inference")
 
 
@@ -32,6 +35,17 @@ def report() -> dict[str, str | None]:
     """Return the versions of Python and of every host, for logs and `doctor`."""
     found = {name: installed(name) for name in (*TESTED, *OPTIONAL)}
     return {"python": platform.python_version(), **found}
+
+
+def check_deepspeed() -> None:
+    """Raise VersionError that names both versions if DeepSpeed is absent or was not tested."""
+    found, tested = installed("deepspeed"), " or ".join(TESTED_DEEPSPEED)
+    if found is None:
+        raise VersionError(f"rl_accel needs deepspeed {tested} here; it is not installed")
+    if found.split("+")[0] not in TESTED_DEEPSPEED:
+        raise VersionError(
+            f"rl_accel was tested with deepspeed {tested}; installed is {found}. Install the tested version"
+        )
 
 
 def check() -> None:

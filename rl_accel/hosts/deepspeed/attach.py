@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import types
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -72,8 +71,7 @@ def _count_steps(optimizer: Any, handle: Handle) -> None:
         handle.end_step()
         return result
 
-    optimizer.step = types.MethodType(stepping, optimizer)
-    handle.on_detach(lambda: delattr(optimizer, "step"))
+    handle.replace(optimizer, "step", stepping)
 
 
 def initialize(*, config: Mapping[str, Any] | str | Path, **kwargs: Any) -> tuple[Any, ...]:

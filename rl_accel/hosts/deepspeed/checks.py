@@ -18,8 +18,6 @@ from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.errors import CommError, VersionError
 from rl_accel.hosts import versions
 
-TESTED = ("0.19.8",)
-
 STAGE12 = "deepspeed.runtime.zero.stage_1_and_2"
 STAGE3 = "deepspeed.runtime.zero.stage3"
 BF16 = "deepspeed.runtime.bf16_optimizer"
@@ -89,12 +87,10 @@ def check(engine: Any, config: SDP4BitConfig, group: dist.ProcessGroup, backend:
 
 
 def _problem(engine: Any, config: SDP4BitConfig) -> tuple[type, str] | None:
-    found = versions.installed("deepspeed")
-    if found not in TESTED:
-        return VersionError, (
-            f"4-bit communication was tested with DeepSpeed {' or '.join(TESTED)}; installed is {found}. It replaces "
-            "functions inside DeepSpeed, so install the tested version"
-        )
+    try:
+        versions.check_deepspeed()
+    except VersionError as error:
+        return VersionError, str(error)
     name = type(engine.optimizer).__name__
     if name not in SEAMS or type(engine.optimizer).__module__ not in (STAGE12, STAGE3, BF16):
         return CommError, (
@@ -103,7 +99,10 @@ def _problem(engine: Any, config: SDP4BitConfig) -> tuple[type, str] | None:
         )
     moved = moved_seams(name)
     if moved:
-        return VersionError, f"DeepSpeed {found} has changed where 4-bit communication joins it: {'; '.join(moved)}"
+        return (
+            VersionError,
+            f"the installed DeepSpeed has changed where 4-bit communication joins it: {'; '.join(moved)}",
+        )
     unsupported = _unsupported(engine, config)
     return (CommError, f"4-bit communication does not cover {unsupported}") if unsupported else None
 

@@ -69,8 +69,7 @@ def attach_stage12(optimizer: Any, handle: Handle) -> None:
                     piece.copy_(reduced)
             return None
 
-    optimizer.allreduce_and_scatter = types.MethodType(allreduce_and_scatter, optimizer)
-    handle.on_detach(lambda: delattr(optimizer, "allreduce_and_scatter"))
+    handle.replace(optimizer, "allreduce_and_scatter", allreduce_and_scatter)
 
 
 def attach_bf16_optimizer(engine: Any, handle: Handle) -> None:
@@ -92,8 +91,7 @@ def attach_bf16_optimizer(engine: Any, handle: Handle) -> None:
             parts = handle.collectives.gather_sum(own, [block.numel() for block in blocks])
             return flat.copy_(torch.cat(parts))
 
-    engine.allreduce_bucket = types.MethodType(allreduce_bucket, engine)
-    handle.on_detach(lambda: delattr(engine, "allreduce_bucket"))
+    handle.replace(engine, "allreduce_bucket", allreduce_bucket)
 
 
 _AVG_SCATTER_GRADS = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
@@ -115,8 +113,7 @@ def attach_stage3(optimizer: Any, handle: Handle) -> None:
             finally:
                 dispatcher.handle = None
 
-    setattr(optimizer, _AVG_SCATTER_GRADS, types.MethodType(avg_scatter_grads, optimizer))
-    handle.on_detach(lambda: delattr(optimizer, _AVG_SCATTER_GRADS))
+    handle.replace(optimizer, _AVG_SCATTER_GRADS, avg_scatter_grads)
     handle.on_detach(dispatcher.remove)
 
 

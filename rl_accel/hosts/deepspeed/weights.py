@@ -71,8 +71,7 @@ def attach(optimizer: Any, handle: Handle) -> None:
         handle.end_step()
         return result
 
-    optimizer.step = types.MethodType(stepping, optimizer)
-    handle.on_detach(lambda: delattr(optimizer, "step"))
+    handle.replace(optimizer, "step", stepping)
     if gather is not None:
         dispatcher = _dispatcher(type(optimizer).__module__)
         dispatcher.gathers[id(gather.groups_flat)] = gather
