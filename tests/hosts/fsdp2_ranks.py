@@ -34,12 +34,15 @@ def make(mesh=None, **policy):
     return model, torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 
-def train(model, optimizer, steps: int, first: int = 0) -> list[float]:
+def train(model, optimizer, steps: int, first: int = 0, norms: list[float] | None = None) -> list[float]:
+    """Returns the mean loss of every step; appends the norms of the gradients before clipping to `norms`."""
     rank, world_size, losses = dist.get_rank(), dist.get_world_size(), []
     for step in range(first, first + steps):
         loss = loss_of(model, TEXT.batch(2, step * world_size + rank))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if norms is not None:
+            norms.append(float(norm.full_tensor()))
         optimizer.step()
         optimizer.zero_grad()
         mean = loss.detach().clone()
@@ -63,12 +66,15 @@ def check_training() -> None:
     for name, policy in POLICIES.items():
         plain, plain_optimizer = make(**policy)
         start = full(plain)
-        plain_losses = train(plain, plain_optimizer, 3)
+        plain_norms, norms = [], []
+        plain_losses = train(plain, plain_optimizer, 3, norms=plain_norms)
         for changes in ({}, {"sharded_weights": True}):
             ours, optimizer = make(**policy)
             exact = four_bit(intra_bits=16, inter_bits=16, weight_bits=16, **changes)
             handle = attach(ours, exact, optimizer)
-            losses = train(ours, optimizer, 3)
+            norms.clear()
+            losses = train(ours, optimizer, 3, norms=norms)
+            assert abs(norms[0] / plain_norms[0] - 1) < 0.01, (name, changes, norms, plain_norms)
             moved, apart = full(plain) - start, full(ours) - full(plain)
             assert apart.norm() < 0.25 * moved.norm(), (name, changes, float(apart.norm() / moved.norm()))
             assert abs(losses[-1] - plain_losses[-1]) < 2e-3
@@ -76,7 +82,9 @@ def check_training() -> None:
 
             ours, optimizer = make(**policy)
             handle = attach(ours, four_bit(**changes), optimizer)
-            losses = train(ours, optimizer, 3)
+            norms.clear()
+            losses = train(ours, optimizer, 3, norms=norms)
+            assert abs(norms[0] / plain_norms[0] - 1) < 0.05, (name, changes, norms, plain_norms)
             assert max(abs(a - b) for a, b in zip(losses, plain_losses, strict=True)) < 0.03
             stats = handle.stats()
             if dist.get_world_size() > 1:
