@@ -109,6 +109,10 @@ def attach(module: FSDPModule, config: SDP4BitConfig, optimizer: torch.optim.Opt
             raise CommError(
                 "FSDP2 shards its weights: comm.gradients=false leaves nothing without sharded_weights=true"
             )
+        if config.check_every:
+            raise CommError(
+                "comm.check_every needs replicas to compare, which FSDP2 has with comm.sharded_weights=true"
+            )
         config = replace(config, weights=False)
     if optimizer is None:
         raise CommError("attach to FSDP2 needs optimizer=, whose steps tell when weights changed")

@@ -146,6 +146,7 @@ def check_detach_and_refusals() -> None:
 
     refused("optimizer=", model, four_bit(), None)
     refused("sharded_weights", model, four_bit(gradients=False), optimizer)
+    refused("check_every", model, four_bit(check_every=1), optimizer)
     if world_size > 1:
         refused("disagree", model, four_bit(seed=dist.get_rank()), optimizer)
     if world_size == 4:

@@ -179,6 +179,7 @@ def _unsupported(engine: Any, config: SDP4BitConfig) -> str | None:
             "weights of ZeRO-3: no rank keeps what was last sent, and a copy to keep would take the memory of stage 2, "
             "which sends less. Use stage 1 or 2, or gradients alone",
         ),
+        (sharded and config.check_every > 0, "check_every at ZeRO-3, whose ranks hold no replicas to compare"),
         (getattr(optimizer, "sdp4bit_handle", None) is not None, "an engine twice: detach() the first handle"),
     ]
     return next((reason for holds, reason in reasons if holds), None)

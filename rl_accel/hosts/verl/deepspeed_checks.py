@@ -132,8 +132,14 @@ def check_comm(config: DictConfig, accel: AccelConfig) -> None:
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     if comm.local_size is not None and ranks % comm.local_size:
         raise ConfigError(f"rl_accel.comm.local_size={comm.local_size} does not divide the {ranks} ranks")
-    if accel.deepspeed.zero_stage == 3 and not comm.gradients:
-        raise ConfigError(
-            "rl_accel.comm.gradients=false leaves nothing at ZeRO 3, which keeps no copy of its weights to send a "
-            "difference to; use rl_accel.deepspeed.zero_stage=2"
-        )
+    if accel.deepspeed.zero_stage == 3:
+        for refused, key in (
+            (not comm.gradients, "gradients=false"),
+            (comm.sharded_weights, "sharded_weights=true"),
+            (comm.check_every > 0, f"check_every={comm.check_every}"),
+        ):
+            if refused:
+                raise ConfigError(
+                    f"rl_accel.comm.{key}: at ZeRO 3 ranks keep no copy of the weights, to send differences to or to "
+                    "compare; use rl_accel.deepspeed.zero_stage=2"
+                )

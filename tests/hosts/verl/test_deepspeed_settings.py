@@ -109,6 +109,31 @@ def test_settings_that_no_role_uses_are_refused(make_config):
         prepare(make_config("rl_accel.deepspeed.zero_stage=1", trainer="fsdp"))
 
 
+def test_communication_goes_to_the_roles_that_train(make_config):
+    config = make_config("rl_accel.comm.enable=true", "rl_accel.comm.bypass=never")
+    prepare(config)
+    actor, ref, critic = config.actor_rollout_ref.actor.fsdp_config, config.actor_rollout_ref.ref, config.critic.fsdp
+    assert actor.comm.bypass == critic.comm.bypass == "never"
+    assert "enable" not in actor.comm
+    assert ref.fsdp_config.comm == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trainer", "message"),
+    [
+        ((), "fsdp", "no role trains with DeepSpeed"),
+        (("rl_accel.comm.local_size=3",), "deepspeed", "does not divide the 2 ranks"),
+        (("rl_accel.comm.inter_bits=3",), "deepspeed", "4, 8 or 16"),
+        (("rl_accel.comm.hadamrd=false",), "deepspeed", "Did you mean 'hadamard'"),
+        (("rl_accel.deepspeed.zero_stage=3", "rl_accel.comm.gradients=false"), "deepspeed", "zero_stage=2"),
+        (("rl_accel.deepspeed.zero_stage=3", "rl_accel.comm.check_every=2"), "deepspeed", "check_every=2"),
+    ],
+)
+def test_communication_that_could_not_work_is_refused(make_config, overrides, trainer, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare(make_config("rl_accel.comm.enable=true", *overrides, trainer=trainer))
+
+
 def test_without_our_block_the_checks_run_too(make_config):
     config = make_config("actor_rollout_ref.model.lora_rank=8")
     with open_dict(config):
