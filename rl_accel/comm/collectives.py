@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from rl_accel.comm import wire
 from rl_accel.comm.config import SDP4BitConfig
-from rl_accel.comm.layout import fold_key
+from rl_accel.comm.layout import fold_key, padded
 from rl_accel.comm.topology import Topology
 
 _HOP_ONE, _HOP_TWO = 1, 2
@@ -111,7 +111,7 @@ class QuantisedCollectives:
             if numel:
                 rounding = self.config.gradient_rounding
                 second.recode(part.contiguous(), numel, first, piece, rounding, key, offset, rotate=rotate)
-            offset += wire.padded_offset(numel, self.config.gradient_group_size)
+            offset += padded(numel, self.config.gradient_group_size)
         received = self._exchange(middle, second_sizes, second_sizes[node], top.cross_group, _HOP_TWO)
         return second.decode_sum(received, out, rotated=rotate)
 
@@ -121,7 +121,7 @@ class QuantisedCollectives:
         for block, piece in zip(blocks, send.split(sizes), strict=True):
             if block.numel():
                 format.encode(block, piece, self.config.gradient_rounding, key, offset, rotate=rotate)
-            offset += wire.padded_offset(block.numel(), self.config.gradient_group_size)
+            offset += padded(block.numel(), self.config.gradient_group_size)
         return send
 
     def _key(self, hop: int) -> int:

@@ -7,12 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from rl_accel.comm import codec
-from rl_accel.comm.layout import packed_bytes, padded
-
-
-def padded_offset(numel: int, group_size: int) -> int:
-    """Values that a block takes up in the numbering of rounding noise: whole groups."""
-    return padded(numel, group_size)
+from rl_accel.comm.layout import packed_bytes
 
 
 @dataclass(frozen=True)
