@@ -3,8 +3,7 @@
 - `reduce_scatter`: two hops, 8 bits inside a node and 4 between nodes, without leaving the Hadamard domain in between
   (SDP4Bit §3.2). Blocks may differ in size and be empty.
 - `gather_difference`: what changed in each rank's shard of the weights, 4 bits, first between nodes, then inside
-  (SDP4Bit §3.1; the hierarchy is ours: a shard crosses to another node once, where a flat ring takes it across
-  up to L times).
+  (SDP4Bit §3.1; the hierarchy is ours: L (N-1) shards leave each node, where a flat ring sends L N - 1).
 Every rank decodes the same bytes with the same backend, so replicas stay equal bit for bit.
 Not covered: overlap with computation; chunks of one call do not overlap each other either.
 
