@@ -7,6 +7,7 @@ form on a plain verl command (`+actor_rollout_ref.rollout.custom.rl_accel.*`).
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -18,6 +19,11 @@ DRAFT_METHODS = ("none", "ngram", "suffix", "das")
 DRAFT_POLICIES = ("budget", "classes", "fixed")
 DRAFT_LENGTHS = {"none": 1, "ngram": 5, "suffix": 24, "das": 16}
 """Longest draft where none is set, by method; `suffix`: vLLM's own default, its tree depth."""
+
+MAX_SEED = 2**32 - 2**16
+"""numpy takes seeds of 32 bits, and hosts add the ranks of their processes."""
+MAX_TIMEOUT_S = 1e7
+"""Four months; a wait for longer overflows in some threading libraries."""
 
 T = TypeVar("T")
 
@@ -65,8 +71,8 @@ class DraftConfig:
             raise ConfigError(_unknown("rl_accel.draft.policy", self.policy, DRAFT_POLICIES))
         if not 1 <= self.window <= 8:
             raise ConfigError(f"rl_accel.draft.window must be 1 to 8 epochs; got {self.window}")
-        if not self.history_gib > 0:
-            raise ConfigError(f"rl_accel.draft.history_gib must be positive; got {self.history_gib}")
+        if not (self.history_gib > 0 and math.isfinite(self.history_gib)):
+            raise ConfigError(f"rl_accel.draft.history_gib must be positive and finite; got {self.history_gib}")
 
     @property
     def max_draft(self) -> int:
@@ -83,6 +89,9 @@ class SamplingConfig:
     seed: int = 0
     """Seed of the noise."""
 
+    def __post_init__(self) -> None:
+        _check_seed("rl_accel.sampling.seed", self.seed)
+
 
 @dataclass(frozen=True)
 class SyncConfig:
@@ -94,8 +103,10 @@ class SyncConfig:
     """Compare what the engine's kernels use with what was sent: `first` sync only, `every` sync, or `never`."""
 
     def __post_init__(self) -> None:
-        if self.timeout_s <= 0:
-            raise ConfigError(f"rl_accel.sync.timeout_s must be positive; got {self.timeout_s}")
+        if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
+            raise ConfigError(
+                f"rl_accel.sync.timeout_s must be more than 0 s and at most {MAX_TIMEOUT_S:g} s; got {self.timeout_s}"
+            )
         if self.readback not in ("first", "every", "never"):
             raise ConfigError(_unknown("rl_accel.sync.readback", self.readback, ("first", "every", "never")))
 
@@ -165,12 +176,17 @@ class AccelConfig:
     """Seed that a recipe derives its other seeds from."""
     run_dir: str | None = None
     """Folder of the run: metrics, tokens, checkpoints, plot. None: nothing of ours is written."""
+    accept_changes: bool = False
+    """Resume a run in `run_dir` also where settings differ from those that it began with."""
     draft: DraftConfig = field(default_factory=DraftConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     trace: TraceConfig = field(default_factory=TraceConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     comm: CommConfig = field(default_factory=CommConfig)
+
+    def __post_init__(self) -> None:
+        _check_seed("rl_accel.seed", self.seed)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any] | None) -> AccelConfig:
@@ -206,6 +222,11 @@ def _convert(expected: Any, value: Any, name: str) -> Any:
     if not isinstance(value, expected):
         raise ConfigError(f"{name} must be {getattr(expected, '__name__', expected)}; got {value!r}")
     return value
+
+
+def _check_seed(name: str, seed: int) -> None:
+    if not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"{name} must be 0 to {MAX_SEED}; got {seed}")
 
 
 def _unknown(name: str, value: str, choices: Any, what: str = "value") -> str:

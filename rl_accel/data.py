@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rl_accel.errors import ConfigError
+from rl_accel.run_folder import write_whole
 
 SOURCES = ("gsm8k", "generated", "files")
 GENERATED_SEED = 20_000
@@ -38,17 +40,26 @@ def build(
         ConfigError: on an unknown source, a missing or unreadable copy, or an unreachable data set.
     """
     if source == "generated":
-        train, val = _generated("train", train_size or 4096), _generated("test", val_size or 256)
+        train = _generated("train", 4096 if train_size is None else train_size)
+        val = _generated("test", 256 if val_size is None else val_size)
     elif source == "gsm8k":
         train = _gsm8k("train", path)[:train_size]
         val = _gsm8k("test", path)[:val_size]
     else:
         raise ConfigError(f"data.source={source}: unknown. Known: {', '.join(SOURCES)}")
+    for name, rows in (("train", train), ("test", val)):
+        if not rows:
+            raise ConfigError(f"data.source={source}: the {name} part has no problems")
     out_dir.mkdir(parents=True, exist_ok=True)
-    return (
-        _write(out_dir / "train.parquet", train, "train", source, instruction),
-        _write(out_dir / "val.parquet", val, "test", source, instruction),
-    )
+    train_path, val_path = paths(out_dir)
+    _write(train_path, train, "train", source, instruction)
+    _write(val_path, val, "test", source, instruction)
+    return str(train_path), str(val_path)
+
+
+def paths(out_dir: Path) -> tuple[Path, Path]:
+    """Where `build` writes."""
+    return out_dir / "train.parquet", out_dir / "val.parquet"
 
 
 def final_answer(answer: str) -> str:
@@ -76,18 +87,59 @@ def _gsm8k(split: str, path: str | None) -> list[dict[str, str]]:
     folder = Path(path).expanduser()
     jsonl, parquet = folder / f"{split}.jsonl", folder / f"{split}.parquet"
     if jsonl.exists():
-        with jsonl.open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines if line.strip()]
+        rows = _read(jsonl, _jsonl_rows)
     elif parquet.exists():
-        import pyarrow.parquet as pq
-
-        rows = pq.read_table(parquet).to_pylist()
+        rows = _read(parquet, _parquet_rows)
     else:
         raise ConfigError(f"data.path={path}: neither {jsonl.name} nor {parquet.name} is there")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping) or not {"question", "answer"} <= row.keys():
             raise ConfigError(f"data.path={path}: row {number} of {split} has no 'question' and 'answer'")
+        if not isinstance(row["question"], str) or not isinstance(row["answer"], str):
+            raise ConfigError(f"data.path={path}: 'question' and 'answer' of row {number} of {split} are not both text")
     return rows
+
+
+def num_rows(files: str | Sequence[str]) -> int | None:
+    """Return the rows of verl's parquet files, or None where one is of another kind or elsewhere.
+
+    Raises:
+        ConfigError: if a file is damaged.
+    """
+    total = 0
+    for name in [files] if isinstance(files, str) else files:
+        path = Path(str(name)).expanduser()
+        if path.suffix != ".parquet" or not path.is_file():
+            return None
+        total += _read(path, _parquet_num_rows)
+    return total
+
+
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
+    """Read a data file; whatever a parser raises on damaged bytes becomes one error."""
+    try:
+        return read(path)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{path} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _jsonl_rows(path: Path) -> list[Any]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def _parquet_rows(path: Path) -> list[Any]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()
+
+
+def _parquet_num_rows(path: Path) -> int:
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path).metadata.num_rows
 
 
 def _public_gsm8k(split: str) -> list[dict[str, str]]:
@@ -102,7 +154,7 @@ def _public_gsm8k(split: str) -> list[dict[str, str]]:
         ) from error
 
 
-def _write(path: Path, problems: Iterable[Mapping[str, str]], split: str, source: str, instruction: str) -> str:
+def _write(path: Path, problems: Iterable[Mapping[str, str]], split: str, source: str, instruction: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -117,5 +169,4 @@ def _write(path: Path, problems: Iterable[Mapping[str, str]], split: str, source
         }
         for index, problem in enumerate(problems)
     ]
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return str(path)
+    write_whole(path, lambda partial: pq.write_table(pa.Table.from_pylist(rows), partial))

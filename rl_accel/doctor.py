@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from rl_accel import machine
 from rl_accel.config import AccelConfig
-from rl_accel.errors import RLAccelError, VersionError
+from rl_accel.errors import ConfigError, RLAccelError, VersionError
 from rl_accel.hosts import versions
 
 DEFAULT_SETTINGS = ("rl_accel.sampling.exact=true", "rl_accel.draft.method=ngram")
@@ -127,6 +129,23 @@ def _print(report: dict[str, Any]) -> None:
         print(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']}  {check['detail']}".rstrip())
 
 
+def _chosen(settings: list[str]) -> Any:
+    """Read `rl_accel.group.name=value` and return the block rl_accel.
+
+    Raises:
+        ConfigError: for anything else; the doctor proves what it was asked for, and nothing else.
+    """
+    for text in settings:
+        if not text.startswith("rl_accel.") or "=" not in text:
+            hint = f" Did you mean rl_accel.{text}?" if "=" in text else ""
+            raise ConfigError(f"{text}: the doctor takes rl_accel.* settings, as rl_accel.draft.method=das.{hint}")
+    try:
+        chosen = OmegaConf.to_container(OmegaConf.from_dotlist(settings), resolve=True)
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+        raise ConfigError(f"{' '.join(settings)} cannot be read: {str(error).splitlines()[0]}") from error
+    return chosen["rl_accel"]  # type: ignore[index, call-overload]
+
+
 def main(argv: list[str]) -> int:
     """Run the checks and print them; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m rl_accel.doctor", description=__doc__.split("\n\n")[1])
@@ -135,8 +154,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("settings", nargs="*", metavar="rl_accel.*=VALUE", default=list(DEFAULT_SETTINGS))
     arguments = parser.parse_args(argv)
     try:
-        chosen = OmegaConf.to_container(OmegaConf.from_dotlist(arguments.settings))
-        accel = AccelConfig.from_mapping(chosen.get("rl_accel") if isinstance(chosen, dict) else None)
+        accel = AccelConfig.from_mapping(_chosen(arguments.settings))
     except RLAccelError as error:
         print(f"rl_accel: {error}", file=sys.stderr)
         return 1

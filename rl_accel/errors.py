@@ -13,6 +13,10 @@ class VersionError(ConfigError):
     """A host package is missing or outside the versions that rl_accel was tested with."""
 
 
+class RunFailedError(RLAccelError):
+    """A training ended with an error of a host or of the machine; the traceback is in the run folder."""
+
+
 class NotLiveError(RLAccelError):
     """A feature was asked for and did not come up in the process that should run it."""
 

@@ -5,20 +5,51 @@ from __future__ import annotations
 import netrc
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
 
+from rl_accel.errors import ConfigError
+
 
 def has_gpu() -> bool:
-    """True if torch sees an NVIDIA GPU. `RL_ACCEL_DEVICE=cpu|gpu` overrides."""
-    forced = os.environ.get("RL_ACCEL_DEVICE", "").lower()
-    if forced in ("cpu", "gpu"):
-        return forced == "gpu"
-    import torch
+    """True if there is a GPU to train on. `RL_ACCEL_DEVICE=cpu|gpu` overrides.
 
-    return torch.cuda.is_available()
+    The driver is asked, not torch, whose import takes seconds; torch is asked where it is a build for other GPUs.
+
+    Raises:
+        ConfigError: for another value of `RL_ACCEL_DEVICE`.
+    """
+    forced = os.environ.get("RL_ACCEL_DEVICE", "").strip().lower()
+    if forced:
+        if forced not in ("cpu", "gpu"):
+            raise ConfigError(f"RL_ACCEL_DEVICE={forced}: must be cpu or gpu")
+        return forced == "gpu"
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return False
+    if "rocm" in _torch_version():
+        import torch
+
+        return torch.cuda.is_available()
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no package, no library, no driver: each says it in another way
+        return False
+    try:
+        return pynvml.nvmlDeviceGetCount() > 0
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _torch_version() -> str:
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return ""
 
 
 def describe() -> dict[str, Any]:

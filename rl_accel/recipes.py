@@ -107,6 +107,7 @@ def compose(recipe: str, overrides: list[str], has_gpu: bool) -> DictConfig:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     folder, name = resolve(recipe, has_gpu)
     folders, parts = [verl_config_dir(), recipes_dir()], [f"/{name}"]
@@ -123,7 +124,7 @@ def compose(recipe: str, overrides: list[str], has_gpu: bool) -> DictConfig:
             # `++`: an unknown rl_accel key is then told by AccelConfig, which offers the nearest one.
             ours = [f"++{text}" if text.startswith("rl_accel.") else text for text in overrides]
             return hydra_compose(config_name=ROOT_CONFIG, overrides=[search, *ours])
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeError, RecursionError) as error:
         raise ConfigError(_plain(error)) from error
 
 

@@ -11,14 +11,18 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rl_accel import data, machine, processes, recipes
-from rl_accel.errors import ConfigError, RLAccelError
+from rl_accel.config import AccelConfig
+from rl_accel.errors import ConfigError, RLAccelError, RunFailedError
+from rl_accel.hosts import versions
+from rl_accel.hosts.verl import checks, prepare
 from rl_accel.progress import Progress
-from rl_accel.run_folder import RunFolder, default_path, provenance
+from rl_accel.run_folder import RunFolder, default_path, is_disk_error, provenance
 
 logger = logging.getLogger("rl_accel")
 
@@ -50,41 +54,38 @@ def train(overrides: list[str]) -> int:
     recipe, overrides = _split_recipe(overrides)
     gpu = machine.has_gpu()
     config = recipes.compose(recipe, overrides, gpu)
+    accel = prepare.preflight(_with_our_groups(config, recipe))
     machine.set_environment(on_cpu=config.trainer.device == "cpu")
-    folder = RunFolder(config.rl_accel.get("run_dir") or default_path(recipe))
-    folder.open(resume=config.trainer.resume_mode != "disable" and bool(config.rl_accel.get("run_dir")))
-    _fill_in(config, folder)
+    folder = RunFolder(accel.run_dir or default_path(recipe))
+    folder.open(resume=config.trainer.resume_mode != "disable" and bool(accel.run_dir))
+    try:
+        _fill_in(config, folder)
+        folder.save_config(config, accel.accept_changes)
+        _make_data(config, folder)
+        checks.check(config, AccelConfig.from_mapping(prepare.accel_block(config)))
+    except RLAccelError:
+        folder.discard()
+        raise
     _set_logging(folder)
-
-    # Imported here: verl reads its platform from the environment when it is imported.
-    from verl.trainer.main_ppo import main as verl_main
-
-    from rl_accel.hosts import versions
-    from rl_accel.hosts.verl.prepare import accel_block
-
-    OmegaConf.save(config, folder.path / "config.yaml", resolve=True)
-    settings = accel_block(config) or {}
     folder.update_info(
         **provenance(),
         recipe=recipe,
-        arm=config.rl_accel.draft.method,
-        seed=config.rl_accel.seed,
+        arm=accel.draft.method,
+        seed=accel.seed,
         versions=versions.report(),
         machine=machine.describe(),
         finished=False,
     )
     logger.info("recipe %s on %s, run folder %s", recipe, "GPU" if gpu else "CPU", folder.path)
-    logger.info("on: %s", ", ".join(_features(config, settings)) or "nothing beside measurement")
-    started = time.time()
-    progress = Progress(folder.metrics, config.trainer.total_training_steps)
+    logger.info("on: %s", ", ".join(_features(config, accel)) or "nothing beside measurement")
+    started = time.monotonic()
     try:
-        verl_main.__wrapped__(config)
+        _run_verl(config, folder)
+        seconds = time.monotonic() - started
+        folder.update_info(finished=True, seconds=round(seconds, 1))
+        _summarise(folder, seconds)
     except Exception as error:
-        raise _first_cause(error) from error
-    finally:
-        progress.close()
-    folder.update_info(finished=True, seconds=round(time.time() - started, 1))
-    _summarise(folder, time.time() - started)
+        raise _explained(error, folder) from error
     return 0
 
 
@@ -95,21 +96,56 @@ def _split_recipe(overrides: list[str]) -> tuple[str, list[str]]:
     return chosen[0], [text for text in overrides if not text.startswith("recipe=")]
 
 
+def _with_our_groups(config: DictConfig, recipe: str) -> DictConfig:
+    """Add what a recipe of the user's own may leave out: our block, and verl's own data files as its data."""
+    if not isinstance(config.get("data"), DictConfig) or not isinstance(config.get("trainer"), DictConfig):
+        raise ConfigError(
+            f"recipe={recipe} makes no training: it has no data and trainer. Begin it with `# @package _global_` and "
+            "`defaults: [/gsm8k_grpo/base, _self_]`"
+        )
+    with open_dict(config):
+        for name, value in (("source", "files"), ("path", None), ("instruction", "")):
+            if name not in config.data:
+                config.data[name] = value
+        for name in ("train_size", "val_size"):
+            config.data.setdefault(name, None)
+        if config.get("rl_accel") is None:
+            config.rl_accel = prepare.accel_block(config) or {}
+    return config
+
+
 def _fill_in(config: DictConfig, folder: RunFolder) -> None:
     """Put the run folder, the data files and the shipped policy into the configuration."""
     with open_dict(config):
         config.rl_accel.run_dir = str(folder.path)
+        OmegaConf.update(config, prepare.BLOCK, OmegaConf.to_container(config.rl_accel, resolve=True), force_add=True)
         if config.actor_rollout_ref.model.path == "quickstart":
             config.actor_rollout_ref.model.path = str(Path(__file__).parent / "quickstart" / "policy")
         if config.data.source != "files":
-            config.data.train_files, config.data.val_files = data.build(
-                config.data.source,
-                folder.path / "data",
-                path=config.data.path,
-                instruction=config.data.instruction,
-                train_size=config.data.train_size,
-                val_size=config.data.val_size,
-            )
+            config.data.train_files, config.data.val_files = map(str, data.paths(folder.path / "data"))
+
+
+def _make_data(config: DictConfig, folder: RunFolder) -> None:
+    if config.data.source != "files":
+        data.build(
+            config.data.source,
+            folder.path / "data",
+            path=config.data.path,
+            instruction=config.data.instruction,
+            train_size=config.data.train_size,
+            val_size=config.data.val_size,
+        )
+
+
+def _run_verl(config: DictConfig, folder: RunFolder) -> None:
+    # Imported here: verl reads its platform from the environment when it is imported, and takes seconds.
+    from verl.trainer.main_ppo import main as verl_main
+
+    progress = Progress(folder.metrics, config.trainer.total_training_steps)
+    try:
+        verl_main.__wrapped__(config)
+    finally:
+        progress.close()
 
 
 def _set_logging(folder: RunFolder) -> None:
@@ -121,25 +157,52 @@ def _set_logging(folder: RunFolder) -> None:
     os.environ.setdefault("WANDB_RESUME", "allow")
 
 
-def _features(config: DictConfig, settings: dict) -> list[str]:
-    method = settings.get("draft", {}).get("method", "none")
-    on = ["exact sampling"] if settings.get("sampling", {}).get("exact") else []
-    on += [f"drafting by {method}"] if method != "none" else []
+def _features(config: DictConfig, accel: AccelConfig) -> list[str]:
+    on = ["exact sampling"] if accel.sampling.exact else []
+    on += [f"drafting by {accel.draft.method}"] if accel.draft.method != "none" else []
     if config.actor_rollout_ref.actor.strategy == "deepspeed":
-        on += [f"training by DeepSpeed ZeRO {settings.get('deepspeed', {}).get('zero_stage', 2)}"]
-    if settings.get("comm", {}).get("enable"):
+        on += [f"training by DeepSpeed ZeRO {accel.deepspeed.zero_stage}"]
+    if accel.comm.enable:
         on += ["4-bit communication (lossy)"]
     return on
 
 
-def _first_cause(error: BaseException) -> BaseException:
-    """Ray wraps an error in one of its own per process; ours is the one that tells what to do."""
+def _explained(error: BaseException, folder: RunFolder) -> RLAccelError:
+    """Return an error that tells the user what to do; the traceback goes into the run folder.
+
+    Ray wraps an error in one of its own per process; ours among the causes is the one that tells most.
+    """
+    chain = _chain(error)
+    ours = next((cause for cause in chain if isinstance(cause, RLAccelError)), None)
+    kept = _keep_traceback(error, folder)
+    if ours is not None:
+        return ours
+    for cause in chain:
+        if is_disk_error(cause):
+            return RunFailedError(
+                f"the disk of {folder.path} takes no more: {cause}. Make room and start the same command again with "
+                f"rl_accel.run_dir={folder.path}: it goes on from the last checkpoint"
+            )
+    last = str(chain[-1]).strip().splitlines() or ["no message"]
+    return RunFailedError(f"training failed with {type(chain[-1]).__name__}: {last[-1]}\n{kept}")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
     current: BaseException | None = error
-    while current is not None:
-        if isinstance(current, RLAccelError):
-            return current
+    while current is not None and current not in chain:
+        chain.append(current)
         current = getattr(current, "cause", None) or current.__cause__
-    return error
+    return chain
+
+
+def _keep_traceback(error: BaseException, folder: RunFolder) -> str:
+    text = "".join(traceback.format_exception(error))
+    try:
+        (folder.path / "error.log").write_text(text, encoding="utf-8")
+    except OSError:
+        return text  # nowhere to keep it, so it is shown
+    return f"The traceback is in {folder.path / 'error.log'}"
 
 
 def _summarise(folder: RunFolder, seconds: float) -> None:

@@ -4,9 +4,32 @@ The path: `attach` -> a host's glue (`hosts/deepspeed`, `hosts/fsdp2.py`) -> `Ha
 `wire.Format` -> `codec` -> a backend (`kernels/codec`).
 """
 
-from rl_accel.comm.attach import attach, initialize
-from rl_accel.comm.codec import dequantize, dequantize_add, quantize, requantize
-from rl_accel.comm.config import SDP4BitConfig
-from rl_accel.comm.handle import Handle
+from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rl_accel.comm.codec import dequantize, dequantize_add, quantize, requantize
+    from rl_accel.comm.config import SDP4BitConfig
+    from rl_accel.comm.entry import attach, initialize
+    from rl_accel.comm.handle import Handle
+
+_WHERE = {
+    "Handle": "handle",
+    "SDP4BitConfig": "config",
+    "attach": "entry",
+    "dequantize": "codec",
+    "dequantize_add": "codec",
+    "initialize": "entry",
+    "quantize": "codec",
+    "requantize": "codec",
+}
 __all__ = ["Handle", "SDP4BitConfig", "attach", "dequantize", "dequantize_add", "initialize", "quantize", "requantize"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the settings are read in processes that have no need of torch."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -179,11 +179,19 @@ class LocalReward:
 
 
 class PatientPolls:
-    """Polls of the replay buffer: none until a rollout can be done by the last ones' times, then every 50 ms."""
+    """Polls of the replay buffer: none until a rollout can be done by the last ones' times, then every 50 ms.
+
+    A poll that replaces groups (`filter_groups`, `sync_refill_failed_groups`) starts rollouts, and a sampler of the
+    user's own may do anything: these keep verl's interval.
+    """
 
     def __init__(self, replay_buffer: Any):
         self._recent: dict[str, list[float]] = {}
         self._started: float | None = None
+        if only_collects(replay_buffer):
+            self._install(replay_buffer)
+
+    def _install(self, replay_buffer: Any) -> None:
         sample, wait = replay_buffer.sample, replay_buffer._wait_for_next_poll
 
         def timed_sample(global_steps: int, partition_id: str, batch_size: int) -> Any:
@@ -206,6 +214,15 @@ class PatientPolls:
         if len(recent) < 3:  # the first of a run takes several times as long
             return POLL_INTERVAL_S
         return max(POLL_INTERVAL_S, PATIENCE * min(recent) - elapsed_s)
+
+
+def only_collects(replay_buffer: Any) -> bool:
+    """Whether a poll of this replay buffer does nothing but look what is finished."""
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    if type(replay_buffer) is not ReplayBuffer:
+        return False
+    return replay_buffer.filter_groups_metric is None and not replay_buffer.sync_refill_failed_groups
 
 
 class _CoalescingQueue:

@@ -6,10 +6,13 @@ when a symbol moves.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+from collections.abc import Iterator
 from types import ModuleType
+from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +29,57 @@ class AppendFileLogger:
         @functools.wraps(original)
         def init(self, project_name: str, experiment_name: str) -> None:
             path = os.environ.get("VERL_FILE_LOGGER_PATH")
-            kept = b""
-            if path and os.path.exists(path):
-                with open(path, "rb") as file:
-                    kept = file.read()
-            original(self, project_name, experiment_name)
+            if not path or not os.path.exists(path):
+                original(self, project_name, experiment_name)
+                return
+            with open(path, "rb") as file:
+                kept = file.read()
+            # Under another name until it is whole: a run that is killed here must not lose its metrics.
+            os.environ["VERL_FILE_LOGGER_PATH"] = f"{path}.resumed"
+            try:
+                original(self, project_name, experiment_name)
+            finally:
+                os.environ["VERL_FILE_LOGGER_PATH"] = path
             # A killed run may leave half a line; whole lines only are carried over.
             self.fp.write(kept[: kept.rfind(b"\n") + 1])
+            self.fp.flush()
+            os.replace(f"{path}.resumed", path)
+            self.filepath = path
 
         module.FileLogger.__init__ = init
+
+
+class WholeCheckpointTracker:
+    """`PPOTrainer._save_checkpoint` truncates `latest_checkpointed_iteration.txt` and then writes it: a run that is
+    killed or finds its disk full in between leaves an empty file, with which verl does not resume.
+
+    Written beside and renamed instead, by an `open` of the module's own.
+    """
+
+    target = "verl.trainer.ppo.v1.trainer_base:PPOTrainer._save_checkpoint"
+    file_name = "latest_checkpointed_iteration.txt"
+
+    @classmethod
+    def apply(cls, module: ModuleType) -> None:
+        @contextlib.contextmanager
+        def replacing(path: str) -> Iterator[TextIO]:
+            partial = f"{path}.partial"
+            with open(partial, "w") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+
+        def open_whole(path, mode="r", *args, **kwargs):
+            if mode == "w" and os.path.basename(path) == cls.file_name:
+                return replacing(path)
+            return open(path, mode, *args, **kwargs)
+
+        module.open = open_whole
+
+    @classmethod
+    def is_live(cls, module: ModuleType) -> bool:
+        return getattr(module, "open", open).__module__ == __name__
 
 
 class ReturnCollectiveRpc:
@@ -84,4 +129,4 @@ class DrainFailedReceive:
         module.BucketedWeightReceiver.receive_weights = receive_weights
 
 
-ALL = (AppendFileLogger, ReturnCollectiveRpc, DrainFailedReceive)
+ALL = (AppendFileLogger, ReturnCollectiveRpc, DrainFailedReceive, WholeCheckpointTracker)

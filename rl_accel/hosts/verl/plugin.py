@@ -2,7 +2,8 @@
 
 verl calls nothing here, it only imports, so this module installs its hooks on import. Each hook is a callback that
 waits for a verl module to be imported and costs nothing until then:
-- always: `validate_config`, where a drop-in command's settings are read in the driver (`prepare.py`);
+- always: `validate_config`, where a drop-in command's settings are read in the driver (`prepare.py`), and `run_ppo`,
+  where entries of verl that do not validate are told that they are not served;
 - always: the engines of `strategy=deepspeed`, registered beside verl's own; DeepSpeed is imported when one is built;
 - `VERL_PLATFORM=cpu`: what verl lacks to run without an accelerator (`cpu.py`);
 - `RL_ACCEL_ACTIVE=1`, which `prepare.py` sets for the Ray processes of a run that asked for rl_accel: trainer,
@@ -21,6 +22,12 @@ def _hook_validate_config(module) -> None:
     from rl_accel.hosts.verl import prepare
 
     prepare.hook_validate_config(module)
+
+
+def _hook_run_ppo(module) -> None:
+    from rl_accel.hosts.verl import prepare
+
+    prepare.hook_run_ppo(module)
 
 
 def _register_deepspeed_engines(module) -> None:
@@ -58,6 +65,7 @@ def _lean(name: str):
 
 
 register_post_import_hook(_hook_validate_config, "verl.utils.config")
+register_post_import_hook(_hook_run_ppo, "verl.trainer.main_ppo")
 register_post_import_hook(_register_deepspeed_engines, "verl.workers.engine.fsdp.transformer_impl")
 
 if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
@@ -68,6 +76,7 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
 if os.environ.get(ACTIVE_ENV) == "1":
     register_post_import_hook(_register_trainer, "verl.trainer.ppo.v1.trainer_sync")
     register_post_import_hook(_patch("AppendFileLogger"), "verl.utils.tracking")
+    register_post_import_hook(_patch("WholeCheckpointTracker"), "verl.trainer.ppo.v1.trainer_base")
     register_post_import_hook(_patch("ReturnCollectiveRpc"), "verl.workers.rollout.vllm_rollout.vllm_async_server")
     register_post_import_hook(
         _patch("DrainFailedReceive"), "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer"

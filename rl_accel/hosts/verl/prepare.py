@@ -1,6 +1,7 @@
 """From settings to a verl configuration, the same for `rl_accel.train` and for a plain verl command.
 
-`prepare(config)` reads `actor_rollout_ref.rollout.custom.rl_accel`. Without that block nothing is changed, except that
+`prepare(config)` reads the block `rl_accel`, which stands at the top of a configuration or, as verl's own place for
+settings of others, under `actor_rollout_ref.rollout.custom`. Without that block nothing is changed, except that
 `strategy=deepspeed`, which names an engine of ours, is checked and given its settings. With it, everything is checked
 first and then the configuration is pointed at rl_accel's classes through the keys that verl offers for that. Nothing
 has been started by then.
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rl_accel.config import AccelConfig, CommConfig, DeepSpeedConfig
 from rl_accel.errors import ConfigError
 from rl_accel.hosts import versions
-from rl_accel.hosts.verl import checks, deepspeed_checks, deepspeed_settings
+from rl_accel.hosts.verl import checks, deepspeed_checks, deepspeed_settings, model_files
 
 TRAINER_NAME = "rl_accel_sync"
 BLOCK = "actor_rollout_ref.rollout.custom.rl_accel"
@@ -28,9 +29,22 @@ WORKER_EXTENSION = "rl_accel.hosts.verl.worker_extension.AcceleratedWorkerExtens
 
 
 def accel_block(config: DictConfig) -> dict[str, Any] | None:
-    """Return the block `actor_rollout_ref.rollout.custom.rl_accel` as plain values, or None."""
-    block = OmegaConf.select(config, BLOCK)
-    return None if block is None else OmegaConf.to_container(block, resolve=True)  # type: ignore[return-value]
+    """Return the rl_accel block as plain values, or None.
+
+    Raises:
+        ConfigError: if it is no group of settings, or stands in both places with different values.
+    """
+    found = []
+    for place in (BLOCK, "rl_accel"):
+        block = OmegaConf.select(config, place)
+        if block is None:
+            continue
+        if not isinstance(block, DictConfig):
+            raise ConfigError(f"{place} must be a group of settings; got {block!r}")
+        found.append(OmegaConf.to_container(block, resolve=True))
+    if len(found) == 2 and found[0] != found[1]:
+        raise ConfigError(f"rl_accel settings stand at the top and under {BLOCK}, and they differ; keep one place")
+    return found[0] if found else None  # type: ignore[return-value]
 
 
 def hook_validate_config(module) -> None:
@@ -43,6 +57,42 @@ def hook_validate_config(module) -> None:
         return original(config, *args, **kwargs)
 
     module.validate_config = validate_config
+
+
+def hook_run_ppo(module) -> None:
+    """Wrap `verl.trainer.main_ppo.run_ppo`, through which the entries that do not validate go as well.
+
+    Those are the fully asynchronous and the one-step-off trainer: they bring task runners of their own.
+    """
+    original = module.run_ppo
+
+    @functools.wraps(original)
+    def run_ppo(config, task_runner_class, *args, **kwargs):
+        if task_runner_class is not module.TaskRunnerV1 and accel_block(config) is not None:
+            raise ConfigError(
+                "rl_accel is set, and it drives verl's synchronous V1 trainer only (python -m verl.trainer.main_ppo), "
+                f"not {_class_name(task_runner_class)}. Remove the rl_accel block, or use that trainer"
+            )
+        return original(config, task_runner_class, *args, **kwargs)
+
+    module.run_ppo = run_ppo
+
+
+def _class_name(task_runner_class: Any) -> str:
+    metadata = getattr(task_runner_class, "__ray_metadata__", None)
+    return str(getattr(metadata, "class_name", getattr(task_runner_class, "__name__", task_runner_class)))
+
+
+def preflight(config: DictConfig) -> AccelConfig:
+    """Check everything that can be told from the configuration alone; changes nothing, takes milliseconds.
+
+    Raises:
+        ConfigError, VersionError: with the setting to change.
+    """
+    accel = AccelConfig.from_mapping(accel_block(config))
+    versions.check()
+    checks.check_settings(config, accel)
+    return accel
 
 
 def prepare(config: DictConfig) -> AccelConfig | None:
@@ -64,6 +114,7 @@ def prepare(config: DictConfig) -> AccelConfig | None:
     checks.check(config, accel)
     deepspeed_settings.apply(config, accel.deepspeed, accel.comm)
     with open_dict(config):
+        OmegaConf.update(config, BLOCK, block, force_add=True)
         _use_our_classes(config)
         _train_in_the_dtype_asked_for(config)
         _pass_settings_to_vllm(config, accel)
@@ -104,9 +155,19 @@ def _pass_settings_to_vllm(config: DictConfig, accel: AccelConfig) -> None:
             "keep one"
         )
     engine.speculative_config = speculative
-    if rollout.max_model_len is not None:
-        # Near the end of the context vLLM stops drafting for the whole batch; leave room for one more draft.
-        rollout.max_model_len += accel.draft.max_draft
+    if rollout.max_model_len is not None and not engine.get("max_model_len"):
+        engine.max_model_len = _length_with_a_draft(config, accel.draft.max_draft)
+
+
+def _length_with_a_draft(config: DictConfig, max_draft: int) -> int:
+    """Return the context length of the engine, in tokens.
+
+    vLLM stops drafting for the whole batch while one request is within a draft of it. So the engine gets a draft more
+    than the user's `max_model_len`, by which verl goes on limiting responses: they are as long as without drafts. A
+    model without room for it, or whose files are not here to ask, keeps the user's length and drafts less at its end.
+    """
+    asked = config.actor_rollout_ref.rollout.max_model_len
+    return max(asked, min(asked + max_draft, model_files.max_position_embeddings(config) or asked))
 
 
 def draft_settings(accel: AccelConfig) -> dict[str, Any]:

@@ -22,6 +22,10 @@ def probe() -> dict[str, bool]:
         "trainer": TRAINER_NAME in TRAINER_REGISTRY,
     }
     for patch in patches.ALL:
+        if hasattr(patch, "is_live"):
+            module = importlib.import_module(patch.target.partition(":")[0])
+            live[f"patch {patch.__name__}"] = patch.is_live(module)
+            continue
         module_name, _, symbol = patch.target.partition(":")
         owner, _, name = symbol.partition(".")
         function = getattr(getattr(importlib.import_module(module_name), owner), name)

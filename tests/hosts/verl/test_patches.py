@@ -45,7 +45,7 @@ def test_the_probe_finds_every_hook_live():
     live = json.loads(
         in_fresh_process("import json; from rl_accel.hosts.verl.probe import probe; print(json.dumps(probe()))")
     )
-    assert len(live) == 10
+    assert len(live) == 11
     assert all(live.values()), live
 
 

@@ -20,14 +20,16 @@ from rl_accel.hosts.verl.prepare import accel_block, prepare
 @pytest.fixture
 def make_config(tmp_path):
     def make(*overrides):
-        for name in ("train.parquet", "val.parquet"):
+        for name in ("train.jsonl", "val.jsonl"):
             (tmp_path / name).touch()
+        (tmp_path / "config.json").write_text('{"max_position_embeddings": 1024}')
         return recipes.compose(
             "gsm8k_grpo/cpu",
             [
-                f"data.train_files={tmp_path}/train.parquet",
-                f"data.val_files={tmp_path}/val.parquet",
+                f"data.train_files={tmp_path}/train.jsonl",
+                f"data.val_files={tmp_path}/val.jsonl",
                 f"actor_rollout_ref.model.path={tmp_path}",
+                f"rl_accel.run_dir={tmp_path}",
                 *overrides,
             ],
             has_gpu=False,
@@ -37,7 +39,8 @@ def make_config(tmp_path):
 
 
 def test_a_configuration_without_our_block_is_left_as_it_is(make_config):
-    config = make_config("actor_rollout_ref.rollout.custom=null")
+    config = OmegaConf.create(OmegaConf.to_container(make_config(), resolve=True))
+    del config.rl_accel, config.actor_rollout_ref.rollout.custom
     before = OmegaConf.to_yaml(config)
     assert prepare(config) is None
     assert OmegaConf.to_yaml(config) == before
@@ -51,7 +54,7 @@ def test_the_block_points_verl_at_our_classes(make_config):
     assert config.trainer.v1.trainer_mode == "rl_accel_sync"
     assert rollout.engine_kwargs.vllm.additional_config.rl_accel.sampling.exact is True
     assert rollout.engine_kwargs.vllm.speculative_config.num_speculative_tokens == 3
-    assert rollout.max_model_len == 640 + 3
+    assert (rollout.max_model_len, rollout.engine_kwargs.vllm.max_model_len) == (640, 640 + 3)
     assert config.ray_kwargs.ray_init.runtime_env.env_vars.RL_ACCEL_ACTIVE == "1"
 
 
@@ -63,7 +66,7 @@ def test_das_names_its_proposer_and_passes_its_settings(make_config):
     assert speculative.model == "rl_accel.hosts.vllm.das.DASProposer"
     assert speculative.num_speculative_tokens == 16
     assert rollout.engine_kwargs.vllm.additional_config.rl_accel.draft.window == 3
-    assert rollout.max_model_len == 640 + 16
+    assert (rollout.max_model_len, rollout.engine_kwargs.vllm.max_model_len) == (640, 640 + 16)
 
 
 def test_float32_means_float32(make_config):
@@ -85,7 +88,7 @@ def test_a_mixed_precision_of_the_users_own_stays(make_config):
     [
         (["data.train_batch_size=10", "actor_rollout_ref.actor.ppo_mini_batch_size=4"], "not a multiple of"),
         (["actor_rollout_ref.actor.ppo_mini_batch_size=64"], "larger than data.train_batch_size=16"),
-        (["trainer.n_gpus_per_node=3"], "does not divide over 3 devices"),
+        (["trainer.n_gpus_per_node=3", "ray_kwargs.ray_init.num_gpus=3"], "does not divide over 3 devices"),
         (["actor_rollout_ref.rollout.tensor_model_parallel_size=2"], "do not divide into engines of 2"),
         (["actor_rollout_ref.model.path=/no/such/model"], "/no/such/model: no such folder"),
         (["data.train_files=/no/such/file.parquet"], "data.train_files=/no/such/file.parquet: no such file"),
