@@ -1,5 +1,6 @@
 # Sourced by train.sh and test.sh: makes .venv on first use from the pinned lists, then activates it.
-# RL_ACCEL_PYTHON chooses the interpreter, RL_ACCEL_DEVICE=cpu|gpu the flavour (default: gpu where nvidia-smi works).
+# RL_ACCEL_PYTHON chooses the interpreter, RL_ACCEL_DEVICE=cpu|gpu the flavour (default: gpu where nvidia-smi works),
+# RL_ACCEL_TORCH_INDEX a package index that has PyTorch's CPU builds (`torch==...+cpu`), where pip's own has none.
 set -euo pipefail
 RL_ACCEL_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -16,12 +17,32 @@ find_python() {
   return 1
 }
 
+# A Python without ensurepip (Debian's, without python3-venv) leaves a .venv without pip behind, which is of no use.
+make_venv() {
+  local python=$1
+  if "$RL_ACCEL_ROOT/.venv/bin/python" -m pip --version >/dev/null 2>&1; then return; fi
+  rm -rf "$RL_ACCEL_ROOT/.venv"
+  if ! "$python" -m venv "$RL_ACCEL_ROOT/.venv" || ! "$RL_ACCEL_ROOT/.venv/bin/python" -m pip --version >/dev/null; then
+    rm -rf "$RL_ACCEL_ROOT/.venv"
+    echo "rl_accel: $python cannot make a virtual environment with pip (Debian, Ubuntu: apt install python3-venv)," \
+      "or set RL_ACCEL_PYTHON to another Python" >&2
+    return 1
+  fi
+}
+
+PIP=(-m pip --disable-pip-version-check install -qq --root-user-action=ignore --progress-bar off)
+
 install_into_venv() {
-  local flavour=$1 pip=("$RL_ACCEL_ROOT/.venv/bin/python" -m pip --disable-pip-version-check install --quiet --progress-bar off)
-  "${pip[@]}" --upgrade "pip>=24" "setuptools>=77,<81" wheel
+  local flavour=$1 pip=("$RL_ACCEL_ROOT/.venv/bin/python" "${PIP[@]}")
+  # The pip that came with Python may not know --root-user-action.
+  "$RL_ACCEL_ROOT/.venv/bin/python" -m pip --disable-pip-version-check install -qq --progress-bar off --upgrade \
+    "pip>=24" "setuptools>=77,<81" wheel
   if [ "$flavour" = cpu ]; then
-    # The small CPU build lives on an index of PyTorch's own; without it the build of the default index works too.
-    "${pip[@]}" "torch==2.13.0+cpu" 2>/dev/null || "${pip[@]}" "torch==2.13.0"
+    "${pip[@]}" ${RL_ACCEL_TORCH_INDEX:+--extra-index-url "$RL_ACCEL_TORCH_INDEX"} "torch==2.13.0+cpu" 2>/dev/null || {
+      echo "rl_accel: no CPU build of torch on pip's index; taking the default build (several GB)." \
+        "RL_ACCEL_TORCH_INDEX can name an index that has it" >&2
+      "${pip[@]}" "torch==2.13.0"
+    }
   fi
   # The list is complete and pinned, so pip has nothing to resolve: --no-deps keeps what has no CPU build out.
   "${pip[@]}" --no-deps -r "$RL_ACCEL_ROOT/requirements/$flavour.txt"
@@ -35,11 +56,18 @@ build_package() {
   command -v c++ >/dev/null || {
     echo "rl_accel builds its C++ kernels and found no compiler (Debian, Ubuntu: apt install g++)" >&2; return 1
   }
-  PATH="$RL_ACCEL_ROOT/.venv/bin:$PATH" "$RL_ACCEL_ROOT/.venv/bin/python" -m pip --disable-pip-version-check install \
-    --quiet --progress-bar off --no-deps --no-build-isolation -e "$RL_ACCEL_ROOT"
+  PATH="$RL_ACCEL_ROOT/.venv/bin:$PATH" "$RL_ACCEL_ROOT/.venv/bin/python" "${PIP[@]}" --no-deps --no-build-isolation \
+    -e "$RL_ACCEL_ROOT"
 }
 
 checksum() { sha256sum | cut -c1-16; }
+
+# Two first runs at once would install into one .venv; the second waits, and finds it made.
+lock_setup() {
+  exec 9>"$RL_ACCEL_ROOT/.setup.lock"
+  flock -n 9 || { echo "rl_accel: waiting for another set-up in this folder" >&2; flock 9; }
+}
+unlock_setup() { exec 9>&-; }
 
 setup() {
   local flavour=${RL_ACCEL_DEVICE:-} stamp built python
@@ -51,10 +79,11 @@ setup() {
     | checksum)"
   built="$RL_ACCEL_ROOT/.venv/.rl_accel-kernels-$(find "$RL_ACCEL_ROOT/kernels" "$RL_ACCEL_ROOT/CMakeLists.txt" -type f \
     \( -name '*.?pp' -o -name CMakeLists.txt \) -print0 | sort -z | xargs -0 cat | checksum)"
+  if [ ! -e "$stamp" ] || [ ! -e "$built" ]; then lock_setup; fi
   if [ ! -e "$stamp" ]; then
     python=$(find_python)
     echo "rl_accel: setting up .venv ($flavour, $("$python" -V 2>&1)); this happens once and takes a few minutes" >&2
-    [ -x "$RL_ACCEL_ROOT/.venv/bin/python" ] || "$python" -m venv "$RL_ACCEL_ROOT/.venv"
+    make_venv "$python"
     install_into_venv "$flavour"
     rm -f "$RL_ACCEL_ROOT"/.venv/.rl_accel-*
   fi
@@ -62,6 +91,7 @@ setup() {
     build_package
     rm -f "$RL_ACCEL_ROOT"/.venv/.rl_accel-kernels-*
     touch "$stamp" "$built"
+    unlock_setup
   fi
   # shellcheck disable=SC1091
   source "$RL_ACCEL_ROOT/.venv/bin/activate"

@@ -61,13 +61,15 @@ class Trainings:
         self._finished: dict[str, Run] = {}
         self._started: list[subprocess.Popen] = []
 
-    def start(self, name: str, *overrides: str) -> tuple[subprocess.Popen, Path, str]:
+    def start(
+        self, name: str, *overrides: str, env: dict[str, str] | None = None
+    ) -> tuple[subprocess.Popen, Path, str]:
         """Start `rl_accel.train` with the tiny settings; returns process, run folder and a mark of its processes."""
         path, mark = self.root / name, uuid.uuid4().hex
         command = [sys.executable, "-m", "rl_accel.train", "recipe=gsm8k_grpo/cpu", *TINY]
         command += [f"rl_accel.run_dir={path}", *overrides]
         log = (self.root / f"{name}.log").open("a")
-        env = {**os.environ, "RL_ACCEL_TEST_MARK": mark, "RL_ACCEL_DEVICE": "cpu"}
+        env = {**os.environ, "RL_ACCEL_TEST_MARK": mark, "RL_ACCEL_DEVICE": "cpu", **(env or {})}
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=self.root, preexec_fn=_hear_ctrl_c
         )

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import random
 import signal
+import subprocess
 import time
+from pathlib import Path
 
+import psutil
+import pytest
 import torch
 
 from .conftest import STEPS, TIMEOUT_S, marked_processes
 from .test_training import tokens, trained, weights
+
+SOAK = int(os.environ.get("RL_ACCEL_SOAK", "1"))
 
 
 def wait_for_step(path, step, process):
@@ -28,6 +38,16 @@ def wait_for_end_of(mark, seconds):
     return marked_processes(mark)
 
 
+def assert_same_run(resumed, plain_run):
+    """Every step is there once and is that of a run that nobody disturbed; so are the final weights."""
+    assert sorted(resumed.metrics()) == list(range(1, STEPS + 1))
+    assert tokens(resumed) == tokens(plain_run)
+    assert trained(resumed.metrics()[STEPS]) == trained(plain_run.metrics()[STEPS])
+    expected, found = weights(plain_run.path), weights(resumed.path)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_a_killed_run_resumes_to_the_same_weights(trainings, plain_run):
     process, path, mark = trainings.start("killed")
     wait_for_step(path, 3, process)
@@ -38,13 +58,65 @@ def test_a_killed_run_resumes_to_the_same_weights(trainings, plain_run):
 
     resumed = trainings.run("killed")
     assert resumed.path == path
-    assert sorted(resumed.metrics()) == list(range(1, STEPS + 1))
-    assert tokens(resumed) == tokens(plain_run)
-    last = plain_run.metrics()[STEPS]
-    assert trained(resumed.metrics()[STEPS]) == trained(last)
-    expected, found = weights(plain_run.path), weights(path)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert_same_run(resumed, plain_run)
+
+
+@pytest.mark.skipif(SOAK < 2, reason="the long form, `scripts/soak.sh`; the test above kills once")
+def test_runs_killed_at_random_moments_resume_to_the_same_weights(trainings, plain_run):
+    """Every other kill takes the driver alone, the others all processes at once; the wall clock jumps in each session.
+
+    `RL_ACCEL_SOAK` is the number of kills. Every step saves a checkpoint, so that kills fall into saves too.
+    """
+    moments = random.Random(0)
+    done = []
+    while len(done) < SOAK:
+        name = f"killed-{len(done)}"
+        checkpoint = 0
+        while True:
+            begun = time.monotonic()
+            process, path, mark = trainings.start(name, "trainer.save_freq=1", env=jumping_clock(moments))
+            metrics = path / "metrics.jsonl"
+            if moments.random() < 0.8:  # most of a session is its start; most kills shall fall into steps
+                seen = metrics.read_text().count("\n") if metrics.exists() else 0
+                wait_for_lines(metrics, seen + moments.randint(1, 2), process)
+            wait = moments.random() * (3 if moments.random() < 0.8 else 30)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(wait)
+            if process.poll() == 0:
+                break
+            assert process.poll() is None, (trainings.root / f"{name}.log").read_text()[-3000:]
+            for victim in marked_processes(mark) if len(done) % 2 else [process]:
+                with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                    victim.send_signal(signal.SIGKILL)
+            process.wait()
+            assert not wait_for_end_of(mark, 60), "processes outlive a killed run"
+            latest = path / "checkpoints/latest_checkpointed_iteration.txt"
+            found = int(latest.read_text()) if latest.exists() else 0
+            assert found >= checkpoint, "a checkpoint was lost"
+            checkpoint = found
+            done.append({"run": name, "checkpoint": found, "seconds": round(time.monotonic() - begun, 1)})
+            if len(done) >= SOAK:
+                break
+        assert_same_run(trainings.run(name, "trainer.save_freq=1"), plain_run)
+        text = (trainings.root / f"{name}.log").read_text()
+        assert "Traceback" not in text, text[-3000:]
+    if os.environ.get("RL_ACCEL_SOAK_REPORT"):
+        report = {"kills": len(done), "runs": len({kill["run"] for kill in done}), "checkpoints_lost": 0}
+        with open(os.environ["RL_ACCEL_SOAK_REPORT"], "a") as file:
+            file.write(json.dumps({"name": "kills", **report}) + "\n")
+
+
+def jumping_clock(moments):
+    """Environment in which `time.time` of every Python process jumps by up to a day, once every few seconds."""
+    return {"PYTHONPATH": str(Path(__file__).parent / "jumping_clock"), "JUMP_SEED": str(moments.randint(0, 10**6))}
+
+
+def wait_for_lines(path, number, process):
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and path.read_text().count("\n") >= number:
+            return
+        time.sleep(0.02)
 
 
 def test_ctrl_c_leaves_no_process(trainings):

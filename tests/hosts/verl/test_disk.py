@@ -1,0 +1,40 @@
+"""A disk that fills up in the middle of a run: one clear error, nothing lost, and later the run goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from .test_interruption import assert_same_run
+
+
+@pytest.fixture
+def small_disk(trainings):
+    """A file system of the test's own at the run folder; `resize(mebibytes)`."""
+    path = trainings.root / "small-disk"
+    path.mkdir()
+
+    def mount(*options):
+        return subprocess.run(["mount", *options, str(path)], capture_output=True, text=True, check=False)
+
+    if shutil.which("mount") is None or os.geteuid() != 0 or mount("-t", "tmpfs", "-o", "size=12m", "tmpfs").returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        yield lambda mebibytes: mount("-o", f"remount,size={mebibytes}m")
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_full_disk_ends_a_run_with_one_error_and_loses_no_checkpoint(trainings, plain_run, small_disk):
+    """The disk holds the first checkpoint (9 MB with the optimizer) and not the second."""
+    process, path, _ = trainings.start("small-disk")
+    assert process.wait(600) == 1
+    text = (trainings.root / "small-disk.log").read_text()
+    assert "takes no more" in text and "it goes on from the last checkpoint" in text
+    assert "Traceback" not in text
+    assert (path / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "2"
+    assert small_disk(200).returncode == 0
+    assert_same_run(trainings.run("small-disk"), plain_run)
