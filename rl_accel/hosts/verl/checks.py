@@ -179,9 +179,10 @@ def _check_lengths(config: DictConfig) -> None:
 
 
 def _check_paths(config: DictConfig) -> None:
-    model = str(config.actor_rollout_ref.model.path)
-    if model_files.is_local(model) and not Path(model).expanduser().is_dir():
-        raise ConfigError(f"actor_rollout_ref.model.path={model}: no such folder")
+    for role in ("actor_rollout_ref", "critic") if _has_critic(config) else ("actor_rollout_ref",):
+        model = str(OmegaConf.select(config, f"{role}.model.path"))
+        if model_files.is_local(model) and not Path(model).expanduser().is_dir():
+            raise ConfigError(f"{role}.model.path={model}: no such folder")
     if config.trainer.get("resume_mode") == "resume_path":
         _check_resume_path(config.trainer.get("resume_from_path"))
     for key in ("data.train_files", "data.val_files"):
@@ -192,6 +193,12 @@ def _check_paths(config: DictConfig) -> None:
             if "://" not in str(path) and not Path(str(path)).expanduser().exists():
                 raise ConfigError(f"{key}={path}: no such file")
         _check_rows(config, key, [str(path) for path in ([value] if isinstance(value, str) else value)])
+
+
+def _has_critic(config: DictConfig) -> bool:
+    """As `verl.trainer.ppo.utils.need_critic`."""
+    enabled = OmegaConf.select(config, "critic.enable")
+    return config.algorithm.adv_estimator == "gae" if enabled is None else bool(enabled)
 
 
 def _check_rows(config: DictConfig, key: str, files: list[str]) -> None:
@@ -293,6 +300,14 @@ def _check_without_gpu(config: DictConfig) -> None:
         raise ConfigError(
             f"trainer.n_gpus_per_node={trainer.n_gpus_per_node} ranks wait for ray_kwargs.ray_init.num_gpus={logical} "
             "logical devices: give both the same number"
+        )
+    # Held by verl for as long as it runs: 3 a rank, 1 a storage unit, 1 for TransferQueue; every start takes one more.
+    units = OmegaConf.select(config, "transfer_queue.backend.SimpleStorage.num_data_storage_units") or 1
+    needed, cores = 3 * trainer.n_gpus_per_node + units + 2, ray_init.get("num_cpus")
+    if cores is not None and not ray_init.get("address") and cores < needed:
+        raise ConfigError(
+            f"ray_kwargs.ray_init.num_cpus={cores}: verl would wait for ever for {needed} logical processors; give more, "
+            "also where the machine has fewer"
         )
 
 

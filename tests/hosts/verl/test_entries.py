@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from rl_accel import recipes
+
 from .test_patches import in_fresh_process
 
 REFUSED = "drives verl's synchronous V1 trainer only"
@@ -27,8 +29,8 @@ def test_trainers_that_are_not_served_say_so_before_ray_starts(tmp_path, module,
         [sys.executable, "-m", module, BLOCK, "actor_rollout_ref.rollout.name=vllm", f"hydra.run.dir={tmp_path}"],
         capture_output=True,
         text=True,
-        timeout=180,
-        cwd=tmp_path,
+        timeout=300,
+        cwd=recipes.verl_config_dir().parents[2],  # one of them names its configuration by a path from there
         env={**os.environ, "VERL_PLATFORM": "cpu"},
         check=False,
     )

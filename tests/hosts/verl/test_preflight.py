@@ -55,6 +55,7 @@ def composed(*overrides):
         (f"{ACTOR}.use_dynamic_bsz=5", "must be true or false"),
         ("trainer.n_gpus_per_node=0", "must be at least 1"),
         ("trainer.n_gpus_per_node=2", "num_gpus=1 logical devices"),
+        ("ray_kwargs.ray_init.num_cpus=5", "would wait for ever for 6 logical processors"),
         ("trainer.nnodes=2", "without GPUs rl_accel runs on one machine"),
         ("trainer.resume_mode=sometimes", "must be one of auto, disable, resume_path"),
         ("trainer.v1=5", "must be a group of settings"),

@@ -30,7 +30,9 @@ VALUES = st.one_of(
     st.sampled_from([True, False, None, "", "abc", "auto", "8", "fsdp2", "das", [], [1], {}, {"a": 1}]),
 )
 BASE = recipes.compose(
-    "gsm8k_grpo/cpu", [f"actor_rollout_ref.model.path={POLICY}", "rl_accel.run_dir=/nowhere"], has_gpu=False
+    "gsm8k_grpo/cpu",
+    [f"{role}.model.path={POLICY}" for role in ("actor_rollout_ref", "critic")] + ["rl_accel.run_dir=/nowhere"],
+    has_gpu=False,
 )
 
 
@@ -68,16 +70,17 @@ def check_by_verl(config) -> None:
     for role in ("rollout", "actor"):
         omega_conf_to_dataclass(config.actor_rollout_ref[role])
     omega_conf_to_dataclass(config.algorithm)
-    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    stock = getattr(validate_config, "__wrapped__", validate_config)  # without our hook, which would check once more
+    stock(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
 
 
-@settings(max_examples=150 * FACTOR, deadline=None, derandomize=FACTOR == 1, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40 * FACTOR, deadline=None, derandomize=FACTOR == 1, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, min_size=1, max_size=3))
 def test_a_configuration_is_refused_in_one_line_or_stands_verls_own_checks(choices):
     accepted(choices)
 
 
-@settings(max_examples=60 * FACTOR, deadline=None, derandomize=FACTOR == 1, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20 * FACTOR, deadline=None, derandomize=FACTOR == 1, suppress_health_check=list(HealthCheck))
 @given(
     st.fixed_dictionaries(
         {
