@@ -262,17 +262,18 @@ def _check_batches(config: DictConfig) -> None:
 def _check_micro_batches(config: DictConfig) -> None:
     """Without dynamic batches verl needs one of two settings in every role, and only one."""
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    roles = [("actor", actor, "ppo_micro_batch_size", actor.use_dynamic_bsz)]
-    roles += [("rollout", rollout, "log_prob_micro_batch_size", actor.use_dynamic_bsz)]
+    roles = [("actor_rollout_ref.actor", actor, "ppo_micro_batch_size", actor.use_dynamic_bsz)]
+    roles += [("actor_rollout_ref.rollout", rollout, "log_prob_micro_batch_size", actor.use_dynamic_bsz)]
     if actor.use_kl_loss or config.algorithm.get("use_kl_in_reward"):
-        roles += [("ref", config.actor_rollout_ref.ref, "log_prob_micro_batch_size", actor.use_dynamic_bsz)]
+        ref = config.actor_rollout_ref.ref
+        roles += [("actor_rollout_ref.ref", ref, "log_prob_micro_batch_size", actor.use_dynamic_bsz)]
+    if _has_critic(config):
+        roles += [("critic", config.critic, "ppo_micro_batch_size", config.critic.use_dynamic_bsz)]
     for role, node, name, dynamic in roles:
         given = [key for key in (name, f"{name}_per_gpu") if node.get(key) is not None]
         if dynamic or len(given) == 1:
             continue
-        raise ConfigError(
-            f"actor_rollout_ref.{role}: set {name}_per_gpu" + (f", not {name} beside it" if given else "")
-        )
+        raise ConfigError(f"{role}: set {name}_per_gpu" + (f", not {name} beside it" if given else ""))
 
 
 def _check_machine(config: DictConfig) -> None:
@@ -306,8 +307,8 @@ def _check_without_gpu(config: DictConfig) -> None:
     needed, cores = 3 * trainer.n_gpus_per_node + units + 2, ray_init.get("num_cpus")
     if cores is not None and not ray_init.get("address") and cores < needed:
         raise ConfigError(
-            f"ray_kwargs.ray_init.num_cpus={cores}: verl would wait for ever for {needed} logical processors; give more, "
-            "also where the machine has fewer"
+            f"ray_kwargs.ray_init.num_cpus={cores}: verl would wait for ever for {needed} logical processors; give "
+            "more, also where the machine has fewer"
         )
 
 
