@@ -52,8 +52,8 @@ def obstacles(baseline: Sequence[Run], other: Sequence[Run]) -> list[str]:
     tokens = [(c, set(token_steps(c.run.tokens_dir))) for c in candidates]
     found += _uneven("token file of step", [(c, steps) for c, steps in tokens if steps])
     for quantity in TESTED:
-        found += _not_finite(quantity, candidates)
         found += _uneven_quantity(quantity, candidates)
+        found += _not_finite(quantity, candidates)
     return found
 
 
@@ -139,8 +139,9 @@ def _uneven_quantity(quantity: str, candidates: Sequence[Candidate]) -> Iterator
         elif c.run.keys(quantity) != first.run.keys(quantity):
             yield f"{c.label} and {first.label} measure {_words(quantity)} by different metrics"
     if quantity == "accuracy":
-        # A resumed run validates once more where it goes on: it may have a point more, but not another last one.
-        having = [(c, {max(steps)}) for c, steps in having]
+        # A resumed run validates once more where it goes on: points between may differ, the last one must not.
+        union = set().union(*(steps for _, steps in having))
+        having = [(c, {step for step in union if step <= max(steps)}) for c, steps in having]
     yield from _uneven(f"{_words(quantity)} at step", having)
 
 

@@ -99,7 +99,7 @@ def test_empty_and_strange_folders_are_errors(tmp_path):
         load_run(tmp_path / "other")
     broken = write(tmp_path / "broken", line(1, a=1.0))
     (broken / "run.json").write_text("{")
-    with pytest.raises(CompareError, match="is not JSON"):
+    with pytest.raises(CompareError, match="is not a JSON object"):
         load_run(broken)
 
 
