@@ -113,7 +113,10 @@ def test_report_of_three_arms(runs, tmp_path):
     ]
     assert is_png(tmp_path / "out" / "compare.png")
     assert done.stdout == (tmp_path / "out" / "compare.md").read_text()
-    assert "ngram vs none: identical over 20 steps (tokens and metrics); rollout ratio 1.47 in one pair of runs" in done.stdout
+    assert (
+        "ngram vs none: identical over 20 steps (tokens and metrics); rollout ratio 1.47 in one pair of runs"
+        in done.stdout
+    )
     assert "Note: The runs differ in `versions`: {'vllm': '0'} / {'vllm': '1'}." in done.stdout
     assert "tokens part at step 9, problem r, sample 0, token 2 of the response" in done.stdout
     result = json.loads((tmp_path / "out" / "compare.json").read_text())

@@ -51,7 +51,7 @@ def write_lines(folder: Path, lines: list[dict]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def edit(folder: Path, metric: str, steps: range | list[int], value: float | None | str) -> None:
+def edit(folder: Path, metric: str, steps: range | list[int], value: float | str | None) -> None:
     """Overwrite a metric at some steps; "absent" takes it out."""
     lines = read_lines(folder)
     for line in lines:

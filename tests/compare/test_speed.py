@@ -23,7 +23,10 @@ def timed(generator, steps: int = 32, speed: float = 1.0, warm_up: float = 1.0, 
     lasting = lfilter([1], [1, -CARRIED_OVER], noise)
     seconds = 10 / speed * np.exp(BETWEEN_RUNS * generator.standard_normal() + BETWEEN_STEPS * lasting)
     seconds[:2] *= warm_up
-    columns = {GEN: dict(enumerate(seconds.tolist(), start=1)), "critic/score/mean": dict.fromkeys(range(1, steps), seed)}
+    columns = {
+        GEN: dict(enumerate(seconds.tolist(), start=1)),
+        "critic/score/mean": dict.fromkeys(range(1, steps), seed),
+    }
     return Run(f"{arm}-{seed}", f"{arm}-{seed}", arm, seed, columns, finished=True)
 
 
