@@ -61,6 +61,8 @@ def sentence(comparison: Comparison) -> str:
         steps = min(identity.steps for identity in comparison.identities)
         what = "tokens and metrics" if _with_tokens(comparison.identities) else "metrics, no tokens to compare"
         word = f"identical over {steps} steps ({what})"
+        if comparison.unpaired:
+            word += f", {comparison.unpaired} runs without a partner left out"
     else:
         parted = [i.last_identical_step for i in comparison.identities if i.last_identical_step is not None]
         agreed = f", identical up to step {min(parted)}" if len(parted) == len(comparison.identities) else ""

@@ -95,7 +95,11 @@ def load_run(source: str | Path, arm: str | None = None) -> Run:
     Raises:
         CompareError: there is no such run, it has no metrics, or its files are damaged.
     """
-    path = Path(source)
+    with reading(source, "a run"):
+        return _load_run(Path(source), str(source), arm)
+
+
+def _load_run(path: Path, source: str, arm: str | None) -> Run:
     info: dict[str, Any] = {}
     finished: bool | None
     if (path / "metrics.jsonl").is_file():
@@ -104,8 +108,8 @@ def load_run(source: str | Path, arm: str | None = None) -> Run:
         finished = info["finished"] is True if "finished" in info else None
     elif path.exists():
         name, metrics, finished = read_wandb_file(find_wandb_file(path))
-    elif re.fullmatch(r"[^/\s]+/[^/\s]+/[^/\s]+", str(source)):
-        name, metrics, finished = read_wandb_server(str(source))
+    elif re.fullmatch(r"[^/\s]+/[^/\s]+/[^/\s]+", source):
+        name, metrics, finished = read_wandb_server(source)
     else:
         raise CompareError(f"{source}: no such run folder (and not a wandb run, which is entity/project/run_id)")
     if not metrics:
@@ -115,7 +119,7 @@ def load_run(source: str | Path, arm: str | None = None) -> Run:
         seed = int(info["seed"])
     tokens = path / "tokens"
     arm = arm or info.get("arm") or label
-    return Run(str(source), name, str(arm), seed, metrics, tokens if tokens.is_dir() else None, info, finished)
+    return Run(source, name, str(arm), seed, metrics, tokens if tokens.is_dir() else None, info, finished)
 
 
 def load_runs(sources: Sequence[str | Path], arms: Sequence[str] | None = None) -> list[Run]:

@@ -87,6 +87,8 @@ class Comparison:
     other: str
     paired_by: str
     """`seed`, or `order` where seeds are unknown or do not meet."""
+    unpaired: int
+    """Runs of either arm that have no partner: identity and speed say nothing about them."""
     word: str
     """`identical`, `alike`, `different` or `undecided`."""
     reason: str
@@ -111,7 +113,7 @@ def compare_arms(baseline: Sequence[Run], other: Sequence[Run], criteria: Criter
     timed = independent_pairs(pairs)
     speeds = [speed for q in TIMED if (speed := measure_speed(q, timed)) is not None]
     differences = [d for q in TESTED if (d := paired_difference(q, pairs)) is not None]
-    names = (baseline[0].arm, other[0].arm, paired_by)
+    names = (baseline[0].arm, other[0].arm, paired_by, len(baseline) + len(other) - 2 * len(pairs))
     if found := obstacles(baseline, other):
         return Comparison(*names, "undecided", found[0], found, identities, [], differences, speeds)
     if all(identity.identical for identity in identities):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rl_accel.compare.__main__ import main
+from rl_accel.compare.report import sentence
 from rl_accel.compare.runs import load_run
 from rl_accel.compare.tokens import save_tokens
 from rl_accel.compare.verdict import Criteria, compare_arms
@@ -93,6 +94,14 @@ def test_whole_runs_are_judged(arms):
 def test_whole_identical_runs_are_identical(tmp_path, seeds):
     folders = {arm: [write_run(tmp_path / arm / f"seed{s}", s) for s in range(seeds)] for arm in ("none", "ngram")}
     assert judge(folders).word == "identical"
+
+
+def test_identity_says_which_runs_it_leaves_out(tmp_path):
+    folders = {"none": [write_run(tmp_path / "none" / f"seed{s}", s) for s in range(3)]}
+    folders["ngram"] = [write_run(tmp_path / "ngram" / "seed1", 1)]
+    result = judge(folders)
+    assert (result.word, result.unpaired) == ("identical", 2)
+    assert "identical over 65 steps (metrics, no tokens to compare), 2 runs without a partner" in sentence(result)
 
 
 def test_a_collapse_is_not_hidden_behind_a_killed_run(arms):
