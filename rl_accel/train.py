@@ -209,8 +209,10 @@ def _summarise(folder: RunFolder, seconds: float) -> None:
     from rl_accel.compare.plot import plot_runs
     from rl_accel.compare.runs import load_run
 
-    run = load_run(str(folder.path))
-    plot_runs([run], folder.path / "curves.png", title=folder.path.name)
+    try:
+        plot_runs([load_run(folder.path)], folder.path / "curves.png", title=folder.path.name)
+    except Exception as error:  # the run finished: no picture is worth its exit status
+        logger.warning("no curves.png: %s", error)
     logger.info(
         "finished in %.0f s. Run folder %s: metrics.jsonl, curves.png, wandb/, checkpoints/",
         seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shlex
 import sys
@@ -68,25 +69,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 def compare(args: argparse.Namespace) -> int:
     """Train if asked to, judge, and write compare.md, compare.json and compare.png."""
+    criteria = Criteria(score_margin=args.score_margin, length_margin=args.length_margin)
     out: Path = args.out or Path("outputs/compare")
     sources: Sequence[str | Path] = args.runs
     names = None
     if args.arms:
         sources, names = run_arms(parse_arms(args.arms), args.seeds, args.runs, out, shlex.split(args.launcher))
-    criteria = Criteria(score_margin=args.score_margin, length_margin=args.length_margin)
     runs = load_runs(sources, names)
     arms = group_arms(runs)
     if len(arms) < 2:
         raise CompareError(f"give two runs or more; got {', '.join(map(str, sources))}")
     baseline, *others = arms.values()
     comparisons = [compare_arms(baseline, other, criteria) for other in others]
-    out.mkdir(parents=True, exist_ok=True)
     picture = out / "compare.png"
-    plot_runs(runs, picture, "\n".join(report.sentence(comparison) for comparison in comparisons))
     text = report.markdown(arms, comparisons, criteria)
     data = json.dumps(report.as_json(arms, comparisons, criteria), indent=2) + "\n"
-    (out / "compare.md").write_text(text)
-    (out / "compare.json").write_text(data)
+    try:
+        plot_runs(runs, picture, "\n".join(report.sentence(comparison) for comparison in comparisons))
+        for name, content in (("compare.md", text), ("compare.json", data)):
+            (out / name).write_text(content, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise CompareError(f"--out {out} cannot be written: {error}") from error
     print(data if args.json else text, end="")
     print(f"Written: {picture}, compare.md and compare.json beside it", file=sys.stderr)
     if args.wandb:
@@ -97,6 +100,9 @@ def compare(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
     parser = build_parser()
     args = parser.parse_intermixed_args(argv)
     if args.seeds < 1:

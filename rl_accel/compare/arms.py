@@ -1,30 +1,31 @@
 """Train the arms of a comparison, interleaved over seeds so that a slow phase of the machine meets every arm.
 
 Seed 0 runs the arms in the order given, seed 1 in reverse, and so on, one at a time. Leaves out running in
-parallel: arms that share a machine would time each other. A finished run is kept, so that an interrupted
-comparison goes on where it stopped.
+parallel: arms that share a machine would time each other. A run that finished, or was interrupted, is kept and gone on
+with if it was made with the same settings (`reuse`), so that an interrupted comparison goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import json
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rl_accel.compare.reuse import check_same_settings, holds_run, is_finished
 from rl_accel.errors import CompareError
 
 GRACE_S = 20.0
 """Seconds between asking a run to end and killing it; Ray needs some to shut down."""
 LOG_LINES_SHOWN = 25
-
-_COMMAND_MARK = "rl_accel.compare ran: "
+_SET_BY_COMPARE = ("rl_accel.seed", "rl_accel.run_dir")
 
 
 @dataclass(frozen=True)
@@ -74,44 +75,58 @@ def run_arms(
     Raises:
         CompareError: a run failed; the text ends with its last output.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    for text in [*overrides, *(text for arm in arms for text in arm.overrides)]:
+        if text.lstrip("+~").partition("=")[0] in _SET_BY_COMPARE:
+            raise CompareError(f"{text}: seeds and run folders of the arms are set by --seeds and --out")
     order = [(arm, seed) for seed in range(seeds) for arm in (arms if seed % 2 == 0 else arms[::-1])]
-    for i, (arm, seed) in enumerate(order, start=1):
-        run_dir, log = out / f"{arm.name}-seed{seed}", out / f"{arm.name}-seed{seed}.log"
-        settings = [*overrides, *arm.overrides, f"rl_accel.seed={seed}"]
-        label = f"[{i}/{len(order)}] {arm.name}, seed {seed}"
-        if _finished(run_dir):
-            _check_same_settings(run_dir, log, settings)
-            _say(f"{label}: finished earlier")
-            continue
-        _say(f"{label}: running, log in {log}")
-        started = time.monotonic()
-        with log.open("a") as file:
-            file.write(f"{_COMMAND_MARK}{json.dumps(settings)}\n")
-        code = _run([*launcher, *settings, f"rl_accel.run_dir={run_dir.resolve()}"], log)
-        if code != 0:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
-            raise CompareError(f"{label} failed with exit code {code}. The end of {log}:\n{tail}")
-        _say(f"{label}: {time.monotonic() - started:.1f} s")
-    runs = [(out / f"{arm.name}-seed{seed}", arm.name) for arm in arms for seed in range(seeds)]
-    return [path for path, _ in runs], [name for _, name in runs]
+    with _alone(out):
+        runs = {
+            (arm, seed): (out / f"{arm.name}-seed{seed}", [*overrides, *arm.overrides, f"rl_accel.seed={seed}"])
+            for arm, seed in order
+        }
+        for run_dir, settings in runs.values():
+            check_same_settings(run_dir, settings)
+        for i, ((arm, seed), (run_dir, settings)) in enumerate(runs.items(), start=1):
+            _train(run_dir, settings, launcher, f"[{i}/{len(order)}] {arm.name}, seed {seed}")
+    by_arm = [(arm, seed) for arm in arms for seed in range(seeds)]
+    return [runs[key][0] for key in by_arm], [arm.name for arm, _ in by_arm]
 
 
-def _finished(run_dir: Path) -> bool:
+def _train(run_dir: Path, settings: Sequence[str], launcher: Sequence[str], label: str) -> None:
+    """Train one run, or go on with it, unless it finished earlier."""
+    log = run_dir.with_name(f"{run_dir.name}.log")
+    if is_finished(run_dir):
+        _say(f"{label}: finished earlier")
+        return
+    _say(f"{label}: {'going on with the run in its folder' if holds_run(run_dir) else 'running'}, log in {log}")
+    started = time.monotonic()
+    code = _run([*launcher, *settings, f"rl_accel.run_dir={run_dir.resolve()}"], log)
+    if code != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
+        raise CompareError(f"{label} failed with exit code {code}. The end of {log}:\n{tail}")
+    _say(f"{label}: {time.monotonic() - started:.1f} s")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Make the folder and keep other comparisons out of it: two would train into one run folder.
+
+    Raises:
+        CompareError: it cannot be written, or another comparison is at work in it.
+    """
     try:
-        return json.loads((run_dir / "run.json").read_text()).get("finished") is True
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _check_same_settings(run_dir: Path, log: Path, settings: list[str]) -> None:
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    ran = [json.loads(line.removeprefix(_COMMAND_MARK)) for line in lines if line.startswith(_COMMAND_MARK)]
-    if ran and ran[-1] != settings:
-        raise CompareError(
-            f"{run_dir} finished earlier with other settings. It ran {' '.join(ran[-1])}; asked for is "
-            f"{' '.join(settings)}. Give another --out, or delete the folder"
-        )
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("w")
+    except OSError as error:
+        raise CompareError(f"--out {out} cannot be written: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CompareError(f"another comparison trains in {out}: wait for it, or give another --out") from error
+        except OSError as error:  # a file system without locks
+            _say(f"{out} cannot be locked ({error}): start no second comparison in it")
+        yield
 
 
 def _run(command: Sequence[str], log: Path) -> int:

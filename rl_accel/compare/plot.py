@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from rl_accel.compare.runs import Run, group_arms
-from rl_accel.compare.verdict import TIMED, WARMUP_STEPS
+from rl_accel.compare.speed import TIMED, WARMUP_STEPS
 from rl_accel.errors import CompareError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def plot_runs(runs: Sequence[Run], path: str | Path, title: str) -> None:
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     width = max(4.3 * columns, 6.5)  # inches, as all that follows
-    lines = [textwrap.fill(line, int(width / 0.088), subsequent_indent="    ") for line in title.split("\n")]
+    lines = [textwrap.fill(line, int(width / 0.088), subsequent_indent="    ") for line in _plain(title).split("\n")]
     text = "\n".join(lines)
     headroom = 0.45 + 0.19 * text.count("\n")
     height = 2.7 * rows + headroom + 0.45
@@ -142,7 +142,12 @@ def _mean(series: Sequence[Mapping[int, float]]) -> tuple[list[int], np.ndarray]
 
 
 def _legend(arm: str, runs: Sequence[Run]) -> str:
-    return f"{arm} (mean of {len(runs)} runs)" if len(runs) > 1 else arm
+    return _plain(f"{arm} (mean of {len(runs)} runs)" if len(runs) > 1 else arm)
+
+
+def _plain(text: str) -> str:
+    """Names are text, not formulas; bytes of a folder's name that are no text become question marks."""
+    return text.replace("$", r"\$").encode("utf-8", "replace").decode()
 
 
 def _colour(i: int) -> str:

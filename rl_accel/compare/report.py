@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from rl_accel.compare.identity import Identity
 from rl_accel.compare.runs import Run
-from rl_accel.compare.verdict import WARMUP_STEPS, Comparison, Criteria, Identity, Speed
+from rl_accel.compare.speed import WARMUP_STEPS, Speed
+from rl_accel.compare.verdict import Comparison, Criteria
 from rl_accel.errors import CompareError
 
 Arms = Mapping[str, Sequence[Run]]
@@ -59,10 +61,12 @@ def sentence(comparison: Comparison) -> str:
         steps = min(identity.steps for identity in comparison.identities)
         what = "tokens and metrics" if _with_tokens(comparison.identities) else "metrics, no tokens to compare"
         word = f"identical over {steps} steps ({what})"
+        if comparison.unpaired:
+            word += f", {comparison.unpaired} runs without a partner left out"
     else:
         parted = [i.last_identical_step for i in comparison.identities if i.last_identical_step is not None]
         agreed = f", identical up to step {min(parted)}" if len(parted) == len(comparison.identities) else ""
-        word = f"{word}: {comparison.reason.replace('_', ' ')}{agreed}"
+        word = f"{word}: {comparison.reason}{agreed}"
     speeds = [f"{_SPEED_NAMES[speed.quantity]} {_speed_words(speed)}" for speed in comparison.speeds]
     return "; ".join([f"{comparison.other} vs {comparison.baseline}: {word}", *speeds])
 
@@ -75,12 +79,9 @@ def notes(arms: Arms) -> list[str]:
         values = {str(run.info[key]) for run in runs if key in run.info}
         if len(values) > 1:
             found.append(f"The runs differ in `{key}`: {' / '.join(sorted(values))}")
-    if len({run.keys("accuracy") for run in runs if run.keys("accuracy")}) > 1:
-        found.append("Accuracy is the mean over different validation metrics from run to run")
     for arm, members in arms.items():
-        seeds = [run.seed for run in members if run.seed is not None]
-        if len(set(seeds)) < len(seeds):
-            found.append(f"Arm {arm} repeats a seed: with exact sampling such runs are not independent")
+        if len(members) > 1 and any(run.seed is None for run in members):
+            found.append(f"Arm {arm} has runs of unknown seed: they are taken to be independent")
     return found
 
 
@@ -108,6 +109,7 @@ def markdown(arms: Arms, comparisons: Sequence[Comparison], criteria: Criteria) 
         lines += [
             *_identity_lines(comparison),
             "",
+            *_obstacle_lines(comparison),
             *_test_lines(comparison, criteria),
             *_speed_lines(comparison),
             "",
@@ -126,7 +128,9 @@ def as_json(arms: Arms, comparisons: Sequence[Comparison], criteria: Criteria) -
                 arm: {row: {"mean": mean, "std": std} for row, (mean, std) in rows.items()}
                 for arm, rows in summaries(arms).items()
             },
-            "runs": [{"source": r.source, "name": r.name, "arm": r.arm, "seed": r.seed} for r in runs],
+            "runs": [
+                {"source": r.source, "name": r.name, "arm": r.arm, "seed": r.seed, "finished": r.finished} for r in runs
+            ],
             "criteria": {**asdict(criteria), "warmup_steps": WARMUP_STEPS},
             "notes": notes(arms),
         }
@@ -173,7 +177,7 @@ def _table(arms: Arms, comparisons: Sequence[Comparison]) -> list[str]:
         ratios = {c.other: s for c in comparisons for s in c.speeds if s.quantity == quantity}
         if ratios:
             cells = (f"{ratios[arm].ratio:.2f}" if arm in ratios else "–" for arm in list(arms)[1:])
-            rows.append([f"{name} speed-up (paired steps)", "1", *cells])
+            rows.append([f"{name} speed-up (paired runs)", "1", *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rows[1] = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return [
@@ -224,6 +228,12 @@ def describe_identity(identity: Identity) -> str:
     return f"identical up to step {last}, all {identity.steps} common steps ({basis})"
 
 
+def _obstacle_lines(comparison: Comparison) -> list[str]:
+    if not comparison.obstacles:
+        return []
+    return ["No verdict can be given on these runs:", *(f"- {text}" for text in comparison.obstacles), ""]
+
+
 def _token(token: int | None) -> str:
     return "the end" if token is None else str(token)
 
@@ -244,7 +254,7 @@ def _test_lines(comparison: Comparison, criteria: Criteria) -> list[str]:
             for t in comparison.tests
         ]
         lines.append("")
-    elif comparison.differences:
+    elif comparison.differences and not comparison.obstacles:
         lines += ["No test over seeds: it needs two runs in each arm.", ""]
     if comparison.differences:
         lines += [
@@ -263,27 +273,32 @@ def _speed_lines(comparison: Comparison) -> list[str]:
     if not comparison.speeds:
         return ["No timings that both arms have."]
     lines = [
-        "Speed is baseline seconds / other seconds of the same step, median over paired steps; the first "
-        f"{WARMUP_STEPS} steps are dropped as warm-up."
+        "Speed is baseline seconds / other seconds of the same step: the median of each pair of runs, then the "
+        f"geometric mean over pairs; the first {WARMUP_STEPS} steps are dropped as warm-up."
     ]
     if not all(i.basis == "tokens" and i.parting is None for i in comparison.identities):
         lines[0] += " The rollouts are not shown to be identical: the arms may not have done the same work."
     for s in comparison.speeds:
-        (q1, q3), (low, high) = s.quartiles, s.interval
+        if s.interval is None:
+            judged = "one pair of runs, whose steps say nothing about the next run: no claim"
+        else:
+            judged = f"95 % t interval over {s.pairs} pairs {s.interval[0]:.3f} to {s.interval[1]:.3f}: {s.word}"
+        q1, q3 = s.quartiles
         lines.append(
-            f"- {_SPEED_NAMES[s.quantity]}: {s.ratio:.3f}, quartiles {q1:.3f} to {q3:.3f}, 95 % bootstrap "
-            f"interval {low:.3f} to {high:.3f}, {s.steps} steps: {s.word}"
+            f"- {_SPEED_NAMES[s.quantity]}: {s.ratio:.3f}, quartiles of {s.steps} steps {q1:.3f} to {q3:.3f}, {judged}"
         )
     return lines
 
 
 def _speed_words(speed: Speed) -> str:
-    if speed.word == "no difference measured":
-        return speed.word
+    if speed.interval is None:
+        return f"ratio {speed.ratio:.2f} in one pair of runs, no claim"
     low, high = speed.interval
     if speed.word == "slower":
         return f"{1 / speed.ratio:.2f}x slower [{1 / high:.2f}, {1 / low:.2f}]"
-    return f"{speed.ratio:.2f}x faster [{low:.2f}, {high:.2f}]"
+    if speed.word == "faster":
+        return f"{speed.ratio:.2f}x faster [{low:.2f}, {high:.2f}]"
+    return f"{speed.word} [{low:.2f}, {high:.2f}]"
 
 
 def _with_tokens(identities: Sequence[Identity]) -> bool:

@@ -1,23 +1,21 @@
 """What a training run recorded: from its folder, from a wandb offline file, or from wandb's server.
 
 Leaves out system metrics, media and nested values: a metric is a number per step. A run is held in memory
-whole (about 100 bytes per metric and step). The reader of `.wandb` files is here because wandb 0.31 no
-longer ships one in Python.
+whole (about 100 bytes per metric and step).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import struct
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from rl_accel.compare.reading import parse_metrics_line, read_json_object, reading
+from rl_accel.compare.wandb_file import Metrics, find_wandb_file, read_wandb_file, read_wandb_server
 from rl_accel.errors import CompareError
 
 QUANTITIES: dict[str, tuple[str, ...]] = {
@@ -38,6 +36,9 @@ QUANTITIES: dict[str, tuple[str, ...]] = {
 }
 """What is compared, and the metric names that carry it (patterns, the first that matches anything counts)."""
 
+LARGEST = 1e100
+"""Beyond it nothing is a measurement: such a value counts as infinite, so that no square or sum overflows."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -53,6 +54,12 @@ class Run:
     tokens_dir: Path | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
     """run.json, or empty"""
+    finished: bool | None = None
+    """Whether it ran to its end; None: its files do not say."""
+
+    def steps(self) -> set[int]:
+        """The steps with any metric."""
+        return set().union(*self.metrics.values())
 
     def keys(self, quantity: str) -> tuple[str, ...]:
         """The metrics that carry a quantity; several where validation has several data sets."""
@@ -62,14 +69,19 @@ class Run:
                 return tuple(matching)
         return ()
 
-    def series(self, quantity: str) -> dict[int, float]:
-        """Finite values by step, in order; the mean over `keys(quantity)` at steps that have all of them."""
+    def logged(self, quantity: str) -> dict[int, float]:
+        """The mean over `keys(quantity)` by step, in order; NaN where one of them is absent or not finite."""
         columns = [self.metrics[key] for key in self.keys(quantity)]
-        if not columns:
-            return {}
-        steps = sorted(set(columns[0]).intersection(*columns[1:]))
-        means = {step: sum(column[step] for column in columns) / len(columns) for step in steps}
-        return {step: value for step, value in means.items() if math.isfinite(value)}
+        values = {}
+        for step in sorted(set().union(*columns)):
+            parts = [column.get(step, math.nan) for column in columns]
+            finite = all(abs(part) < LARGEST for part in parts)
+            values[step] = sum(parts) / len(parts) if finite else math.nan
+        return values
+
+    def series(self, quantity: str) -> dict[int, float]:
+        """The finite values of `logged`."""
+        return {step: value for step, value in self.logged(quantity).items() if math.isfinite(value)}
 
 
 def load_run(source: str | Path, arm: str | None = None) -> Run:
@@ -83,25 +95,31 @@ def load_run(source: str | Path, arm: str | None = None) -> Run:
     Raises:
         CompareError: there is no such run, it has no metrics, or its files are damaged.
     """
-    path = Path(source)
+    with reading(source, "a run"):
+        return _load_run(Path(source), str(source), arm)
+
+
+def _load_run(path: Path, source: str, arm: str | None) -> Run:
     info: dict[str, Any] = {}
+    finished: bool | None
     if (path / "metrics.jsonl").is_file():
-        name, metrics = path.resolve().name, _read_metrics(path / "metrics.jsonl")
-        info = _read_info(path / "run.json")
+        name, metrics = path.resolve().name, read_metrics(path / "metrics.jsonl")
+        info = read_json_object(path / "run.json") if (path / "run.json").exists() else {}
+        finished = info["finished"] is True if "finished" in info else None
     elif path.exists():
-        name, metrics = _read_wandb_file(_wandb_file(path))
-    elif re.fullmatch(r"[^/\s]+/[^/\s]+/[^/\s]+", str(source)):
-        name, metrics = _read_wandb_server(str(source))
+        name, metrics, finished = read_wandb_file(find_wandb_file(path))
+    elif re.fullmatch(r"[^/\s]+/[^/\s]+/[^/\s]+", source):
+        name, metrics, finished = read_wandb_server(source)
     else:
         raise CompareError(f"{source}: no such run folder (and not a wandb run, which is entity/project/run_id)")
     if not metrics:
         raise CompareError(f"{source} has no metrics yet: the run logged no step")
     label, seed = _split_seed(name)
     if isinstance(info.get("seed"), int):
-        seed = info["seed"]
+        seed = int(info["seed"])
     tokens = path / "tokens"
     arm = arm or info.get("arm") or label
-    return Run(str(source), name, str(arm), seed, metrics, tokens if tokens.is_dir() else None, info)
+    return Run(source, name, str(arm), seed, metrics, tokens if tokens.is_dir() else None, info, finished)
 
 
 def load_runs(sources: Sequence[str | Path], arms: Sequence[str] | None = None) -> list[Run]:
@@ -128,110 +146,24 @@ def _split_seed(name: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (name, None)
 
 
-def _read_info(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        info = json.loads(path.read_text())
-    except ValueError as error:
-        raise CompareError(f"{path} is not JSON: {error}") from error
-    if not isinstance(info, dict):
-        raise CompareError(f"{path} must hold a mapping; got {type(info).__name__}")
-    return info
+def read_metrics(path: Path) -> Metrics:
+    """Read verl's FileLogger file: the last value of a repeated step wins, a torn last line is none.
 
-
-def _read_metrics(path: Path) -> dict[str, dict[int, float]]:
-    """Read verl's FileLogger file: the last value of a repeated step wins, a torn last line is none."""
-    metrics: dict[str, dict[int, float]] = {}
-    lines = path.read_bytes().split(b"\n")
+    Raises:
+        CompareError: a line before the last is damaged.
+    """
+    metrics = Metrics()
+    with reading(path, "a metrics file"):
+        lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        # A resumed run writes behind the torn line of the one that was killed.
-        start = max(line.rfind(b'{"step"'), 0)
         try:
-            record = json.loads(line[start:])
-            step, data = int(record["step"]), record["data"].items()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            step, values = parse_metrics_line(line, f"{path}, line {number}")
+        except CompareError:
             if number == len(lines):
                 break
-            raise CompareError(f"{path}, line {number} is not a metrics record: {error}") from error
-        _add(metrics, step, data)
+            raise
+        for name, value in values.items():
+            metrics.setdefault(name, {})[step] = value
     return metrics
-
-
-def _add(metrics: dict[str, dict[int, float]], step: int, data: Any) -> None:
-    for key, value in data:
-        if value is None or value == "NaN":  # orjson writes NaN as null, wandb's server as "NaN"
-            value = math.nan
-        if isinstance(value, int | float):
-            metrics.setdefault(key, {})[step] = float(value)
-
-
-def _wandb_file(path: Path) -> Path:
-    files = [path] if path.is_file() else sorted(path.glob("run-*.wandb"))
-    if len(files) != 1 or files[0].suffix != ".wandb":
-        raise CompareError(f"{path} is no run: expected metrics.jsonl or one run-*.wandb file in it")
-    return files[0]
-
-
-def _read_wandb_file(path: Path) -> tuple[str, dict[str, dict[int, float]]]:
-    from wandb.proto import wandb_internal_pb2
-
-    name = path.parent.resolve().name
-    metrics: dict[str, dict[int, float]] = {}
-    for payload in _wandb_payloads(path):
-        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-        record.ParseFromString(payload)
-        kind = record.WhichOneof("record_type")
-        if kind == "run" and record.run.display_name:
-            name = record.run.display_name
-        elif kind == "history":
-            items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-            step = int(items.get("_step", record.history.step.num))
-            _add(metrics, step, ((key, value) for key, value in items.items() if not key.startswith("_")))
-    return name, metrics
-
-
-def _wandb_payloads(path: Path) -> Iterator[bytes]:
-    """The records of a `.wandb` file, LevelDB's log format: 32 KiB blocks of (crc32, length, type, data).
-
-    A run that was killed leaves a torn tail, which is left out.
-    """
-    block, head = 32768, struct.Struct("<IHB")
-    full, first, last = 1, 2, 4  # and 3, a middle chunk
-    data = path.read_bytes()
-    if data[:7] != struct.pack("<4sHB", b":W&B", 0xBEE1, 0):
-        raise CompareError(f"{path} is not a wandb file of version 0 (wandb 0.31 writes those)")
-    at, parts = 7, b""
-    while at + head.size <= len(data):
-        if block - at % block < head.size:
-            at += block - at % block
-            continue
-        crc, length, kind = head.unpack_from(data, at)
-        chunk = data[at + head.size : at + head.size + length]
-        fits = length <= block - at % block - head.size
-        if fits and len(chunk) < length:
-            return
-        if not fits or zlib.crc32(chunk, zlib.crc32(bytes([kind]))) != crc:
-            raise CompareError(f"{path} is damaged at byte {at}: checksum mismatch")
-        at += head.size + length
-        parts = chunk if kind in (full, first) else parts + chunk
-        if kind in (full, last):
-            yield parts
-
-
-def _read_wandb_server(run_path: str) -> tuple[str, dict[str, dict[int, float]]]:
-    import wandb
-
-    metrics: dict[str, dict[int, float]] = {}
-    try:
-        run = wandb.Api(timeout=20).run(run_path)
-        for row in run.scan_history():
-            _add(metrics, int(row["_step"]), ((k, v) for k, v in row.items() if not k.startswith("_")))
-    except (wandb.errors.Error, OSError, ValueError) as error:
-        raise CompareError(
-            f"{run_path}: there is no such folder, and as a wandb run it cannot be read: {error}. Log in "
-            "with `wandb login`, or give the run's local folder"
-        ) from error
-    return run.name or run.id, metrics

@@ -13,7 +13,9 @@ both runs in memory at a time.
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +23,15 @@ from pathlib import Path
 
 import numpy as np
 
+from rl_accel.compare.reading import reading
 from rl_accel.errors import CompareError
+
+MAX_BYTES = 2**31
+"""Of a step's arrays together: half a billion tokens. A file that announces more is refused unread."""
+DEFLATE_RATIO = 1032
+"""The most that deflate shrinks anything; a file that announces more is damaged."""
+_KINDS = {"problem_id": "U", "sample_index": "i4", "prompt_length": "i4", "offsets": "i8", "token_ids": "i4"}
+"""Array -> kind of its elements, and their size where it is fixed."""
 
 
 @dataclass(frozen=True)
@@ -116,29 +126,55 @@ def load_tokens(path: Path) -> dict[tuple[str, int], Row]:
     Raises:
         CompareError: the file is not such a file, or contradicts itself.
     """
-    try:
-        with np.load(path) as file:
-            problem_id, sample_index = file["problem_id"], file["sample_index"]
-            offsets, token_ids, prompt_length = file["offsets"], file["token_ids"], file["prompt_length"]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise CompareError(f"{path} is not a token file of rl_accel: {error}") from error
-    n = len(problem_id)
-    whole = len(sample_index) == len(prompt_length) == n and len(offsets) == n + 1
-    if not whole or offsets[0] != 0 or offsets[-1] != len(token_ids) or np.any(np.diff(offsets) < 0):
+    with reading(path, "a token file of rl_accel"):
+        arrays = _read_arrays(path)
+        offsets, token_ids = arrays["offsets"], arrays["token_ids"]
+        names = [str(problem) for problem in arrays["problem_id"]]
+        "".join(names).encode("utf-8")
+    n = len(names)
+    whole = len(arrays["sample_index"]) == len(arrays["prompt_length"]) == n and len(offsets) == n + 1
+    if not whole or offsets[0] != 0 or offsets[-1] != len(token_ids) or np.any(offsets[1:] < offsets[:-1]):
         raise CompareError(f"{path} is damaged: its arrays do not describe {n} rows of {len(token_ids)} tokens")
-    names = [str(problem) for problem in problem_id]
-    _check_names(path, names, sample_index)
+    _check_names(path, names, arrays["sample_index"])
     return {
-        (names[i], int(sample_index[i])): Row(int(prompt_length[i]), token_ids[offsets[i] : offsets[i + 1]])
+        (names[i], int(arrays["sample_index"][i])): Row(
+            int(arrays["prompt_length"][i]), token_ids[offsets[i] : offsets[i + 1]]
+        )
         for i in range(n)
     }
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, none larger than what the file can hold."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.getinfo(f"{name}.npy") for name in _KINDS}
+        announced = sum(member.file_size for member in members.values())
+        if announced > min(MAX_BYTES, DEFLATE_RATIO * path.stat().st_size):
+            raise ValueError(f"it announces {announced} bytes")
+        return {name: _read_array(archive, member, _KINDS[name]) for name, member in members.items()}
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, kind: str) -> np.ndarray:
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("numpy compresses by deflate only")
+    with archive.open(member) as file:
+        data = io.BytesIO(file.read(member.file_size))
+    if np.lib.format.read_magic(data) != (1, 0):
+        raise ValueError("its arrays are not of numpy's format 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(data)
+    size = len(data.getbuffer()) - data.tell()
+    if dtype.str[1 : 1 + len(kind)] != kind or dtype.itemsize == 0 or len(shape) != 1:
+        raise ValueError(f"{member.filename} holds {dtype.str} of shape {shape}")
+    if shape[0] * dtype.itemsize != size:
+        raise ValueError(f"{member.filename} announces {shape[0]} elements of {dtype.str} and holds {size} bytes")
+    return np.frombuffer(data.getbuffer(), dtype, offset=data.tell())
 
 
 def token_steps(directory: Path | None) -> dict[int, Path]:
     """The token files of a run, by step; empty without any."""
     if directory is None or not directory.is_dir():
         return {}
-    return {int(path.stem): path for path in directory.glob("*.npz") if path.stem.isdecimal()}
+    return {int(path.stem): path for path in directory.glob("*.npz") if re.fullmatch(r"0|[1-9]\d{0,9}", path.stem)}
 
 
 def compare_tokens(directory_a: Path | None, directory_b: Path | None) -> TokenComparison:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +42,7 @@ if settings.get("fail") == str(seed):
     print("the reason is here")
     sys.exit(7)
 method = settings.get("rl_accel.draft.method", "none")
-slow = {"none": 2.0, "ngram": 1.0}[method]
+slow = {"none": 2.0, "ngram": 1.0}[method] * (1 + 0.001 * seed)
 lines = [
     {"step": s, "data": {"critic/score/mean": (s * 7 + seed) % 5 / 5, "timing_s/gen": slow + 0.01 * (s % 3)}}
     for s in range(1, 13)
@@ -48,7 +50,9 @@ lines = [
 (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 with open(run_dir.parent / "order", "a") as file:
     file.write(f"{run_dir.name} ")
-(run_dir / "run.json").write_text(json.dumps({"arm": method, "seed": seed, "finished": True}))
+command = ["python", "-m", "rl_accel.train", *sys.argv[1:]]
+info = {"arm": method, "seed": seed, "command": command, "finished": True}
+(run_dir / "run.json").write_text(json.dumps(info))
 """
 
 
@@ -74,7 +78,7 @@ def write_run(directory: Path, arm: str, speed: float, changed_step: int | None 
             responses[4][2] += 1000
         save_tokens(directory / "tokens" / f"{step}.npz", list("ppqqrr"), [0, 1] * 3, [5] * 6, responses)
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    info = {"arm": arm, "seed": 0, "recipe": "r", "versions": {"vllm": "1" if speed > 1 else "0"}}
+    info = {"arm": arm, "seed": 0, "finished": True, "recipe": "r", "versions": {"vllm": "1" if speed > 1 else "0"}}
     (directory / "run.json").write_text(json.dumps(info))
     return directory
 
@@ -109,14 +113,17 @@ def test_report_of_three_arms(runs, tmp_path):
     ]
     assert is_png(tmp_path / "out" / "compare.png")
     assert done.stdout == (tmp_path / "out" / "compare.md").read_text()
-    assert "ngram vs none: identical over 20 steps (tokens and metrics); rollout 1." in done.stdout
+    assert (
+        "ngram vs none: identical over 20 steps (tokens and metrics); rollout ratio 1.47 in one pair of runs"
+        in done.stdout
+    )
     assert "Note: The runs differ in `versions`: {'vllm': '0'} / {'vllm': '1'}." in done.stdout
     assert "tokens part at step 9, problem r, sample 0, token 2 of the response" in done.stdout
     result = json.loads((tmp_path / "out" / "compare.json").read_text())
     words = [(c["other"], c["word"]) for c in result["comparisons"]]
     assert words == [("ngram", "identical"), ("broken", "undecided")]
     rollout = result["comparisons"][0]["speeds"][0]
-    assert (rollout["word"], rollout["steps"]) == ("faster", STEPS - 2)
+    assert (rollout["word"], rollout["pairs"], rollout["steps"]) == ("one pair of runs", 1, STEPS - 2)
     assert rollout["ratio"] == pytest.approx(1.5, rel=0.05)
     assert result["comparisons"][1]["identities"][0]["parting"]["step"] == 9
     assert result["arms"]["ngram"]["accuracy, final"] == {"mean": 1.0, "std": None}
@@ -202,18 +209,64 @@ def test_arms_run_interleaved_and_finished_ones_are_kept(launcher, tmp_path):
     assert (out / "order").read_text().split() == ["none-seed0", "ngram-seed0", "ngram-seed1", "none-seed1"]
     assert "[3/4] ngram, seed 1: running" in done.stderr
     assert "identical over 12 steps" in done.stdout
-    assert "rollout 1.99x faster" in done.stdout
+    assert "rollout 1.99x faster [1.99, 1.99]" in done.stdout
     log = (out / "ngram-seed1.log").read_text()
     assert "'recipe=gsm8k_grpo', 'rl_accel.draft.method=ngram', 'rl_accel.seed=1', 'rl_accel.run_dir=" in log
 
-    (out / "none-seed1" / "run.json").write_text(json.dumps({"arm": "none", "seed": 1, "finished": False}))
+    info = json.loads((out / "none-seed1" / "run.json").read_text())
+    (out / "none-seed1" / "run.json").write_text(json.dumps({**info, "finished": False}))
     again = compare(*arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert (out / "order").read_text().split()[4:] == ["none-seed1"]
+    assert "[4/4] none, seed 1: going on with the run in its folder" in again.stderr
 
-    other = compare(*arguments, "learning_rate=2", cwd=tmp_path)
-    assert other.returncode == 1
-    assert "finished earlier with other settings" in other.stderr
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, list[str]]:
+    """Two arms of one seed, trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "trainer.py").write_text(TRAINER)
+    launcher = ["--launcher", shlex.join([sys.executable, str(folder / "trainer.py")])]
+    done = compare("--arms", "none,ngram", "recipe=r", "--out", folder / "out", *launcher, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "out", launcher
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("log", ["kept", "lost"])
+def test_a_folder_of_other_settings_is_neither_resumed_nor_reused(trained, tmp_path, finished, log):
+    """None of the arms may start: also the first, whose folder is gone, waits for the second's to be right."""
+    out = Path(shutil.copytree(trained[0], tmp_path / "out"))
+    info = json.loads((out / "ngram-seed0" / "run.json").read_text())
+    (out / "ngram-seed0" / "run.json").write_text(json.dumps({**info, "finished": finished}))
+    shutil.rmtree(out / "none-seed0")
+    if log == "lost":
+        (out / "ngram-seed0.log").unlink()
+    before = (out / "order").read_text()
+    done = compare("--arms", "none,ngram", "recipe=r", "lr=2", "--out", out, *trained[1], cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ngram-seed0 holds a run with other settings. It ran recipe=r" in done.stderr
+    assert "asked for is recipe=r lr=2 rl_accel.draft.method=ngram rl_accel.seed=0" in done.stderr
+    assert (out / "order").read_text() == before
+    (out / "ngram-seed0" / "run.json").unlink()
+    done = compare("--arms", "none,ngram", "recipe=r", "--out", out, *trained[1], cwd=tmp_path)
+    assert (done.returncode, "does not say how it was started" in done.stderr) == (1, True)
+
+
+def test_arms_need_a_folder_of_their_own(launcher, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = ["--arms", "none,ngram", "recipe=r", "--out", out, *launcher]
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = compare(*arguments, cwd=tmp_path)
+    assert (done.returncode, "another comparison trains in" in done.stderr) == (1, True)
+    assert not (out / "order").exists()
+    done = compare(*arguments, "++rl_accel.seed=3", cwd=tmp_path)
+    assert (done.returncode, "set by --seeds and --out" in done.stderr) == (1, True)
+    (tmp_path / "file").touch()
+    done = compare(*arguments, "--out", tmp_path / "file", cwd=tmp_path)
+    assert (done.returncode, "cannot be written" in done.stderr) == (1, True)
 
 
 def test_arms_with_equal_draft_method_stay_apart(launcher, tmp_path):

@@ -30,7 +30,9 @@ def write(directory: Path, text: str, **info) -> Path:
 def test_metrics_seed_and_arm(tmp_path):
     text = line(0, **{"val-core/gsm8k/acc/mean@1": 0.1}) + line(1, **{"critic/score/mean": 0.25})
     run = load_run(write(tmp_path / "a", text, arm="ngram", seed=3))
-    assert (run.arm, run.seed, run.name, run.tokens_dir) == ("ngram", 3, "a", None)
+    assert (run.arm, run.seed, run.name, run.tokens_dir, run.finished) == ("ngram", 3, "a", None, None)
+    for finished in (True, False):
+        assert load_run(write(tmp_path / f"{finished}", text, finished=finished)).finished is finished
     assert (run.series("reward"), run.series("accuracy"), run.series("step_s")) == ({1: 0.25}, {0: 0.1}, {})
 
 
@@ -85,9 +87,9 @@ def test_arms_in_order_by_run_json_else_folder_else_apart(tmp_path):
     assert list(group_arms(load_runs(same))) == [str(path) for path in same]
 
 
-@pytest.mark.parametrize("source", ["nowhere", "no/such"])
+@pytest.mark.parametrize("source", ["nowhere", "no/such", "nul\0", "long" * 2000])
 def test_unknown_run_is_an_error(source):
-    with pytest.raises(CompareError, match="no such run folder"):
+    with pytest.raises(CompareError, match=r"no such run folder|is not a run"):
         load_run(source)
 
 
@@ -99,7 +101,7 @@ def test_empty_and_strange_folders_are_errors(tmp_path):
         load_run(tmp_path / "other")
     broken = write(tmp_path / "broken", line(1, a=1.0))
     (broken / "run.json").write_text("{")
-    with pytest.raises(CompareError, match="is not JSON"):
+    with pytest.raises(CompareError, match="is not a JSON object"):
         load_run(broken)
 
 
@@ -117,6 +119,9 @@ run = wandb.init(project="p", name="ngram-seed4", dir=sys.argv[1])
 for step, data in enumerate(json.load(open(sys.argv[2]))):
     run.log(data, step=step)
 run.finish()
+failed = wandb.init(project="p", name="failed", dir=sys.argv[1] + "/failed")
+failed.log({"critic/score/mean": 1}, step=0)
+failed.finish(exit_code=1)
 """
 
 
@@ -134,6 +139,7 @@ def wandb_run(tmp_path_factory) -> tuple[Path, list[dict]]:
         for step in range(120)
     ]
     (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "failed").mkdir()
     environment = {
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
@@ -152,11 +158,16 @@ def test_wandb_offline_run_is_read_back_equal(wandb_run):
     assert file.stat().st_size > 3 * 32768
     for source in (run_dir, file):
         run = load_run(source)
-        assert (run.arm, run.seed) == ("ngram", 4)
+        assert (run.arm, run.seed, run.finished) == ("ngram", 4, True)
         assert set(run.metrics) == set(rows[0])
         for key in rows[0]:
             expected = {step: row[key] for step, row in enumerate(rows)}
             assert run.metrics[key] == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+
+
+def test_a_wandb_run_that_failed_did_not_finish(wandb_run):
+    (failed,) = (wandb_run[0].parents[1] / "failed" / "wandb").glob("offline-run-*")
+    assert (load_run(failed).name, load_run(failed).finished) == ("failed", False)
 
 
 def test_torn_wandb_file_keeps_its_head_and_a_damaged_one_is_an_error(wandb_run, tmp_path):
@@ -164,6 +175,7 @@ def test_torn_wandb_file_keeps_its_head_and_a_damaged_one_is_an_error(wandb_run,
     copy = Path(shutil.copy(next(run_dir.glob("*.wandb")), tmp_path / "run-x.wandb"))
     whole = copy.read_bytes()
     copy.write_bytes(whole[: len(whole) // 2])
+    assert load_run(copy).finished is False
     steps = load_run(copy).metrics["critic/score/mean"]
     assert list(steps) == list(range(len(steps)))
     assert 30 < len(steps) < 90

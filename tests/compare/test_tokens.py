@@ -120,7 +120,7 @@ def test_bad_input_is_refused(tmp_path):
     whole = tmp_path / "2.npz"
     save_tokens(whole, ["p"], [0], [1], [[1, 2, 3]])
     (tmp_path / "3.npz").write_bytes(whole.read_bytes()[:-30])
-    with pytest.raises(CompareError, match="not a token file"):
+    with pytest.raises(CompareError, match="is not a token file"):
         load_tokens(tmp_path / "3.npz")
     arrays = {**np.load(whole), "offsets": np.array([0, 9])}
     np.savez(tmp_path / "4.npz", **arrays)
