@@ -3,7 +3,8 @@
 Gradients: every sharded module gets a reduce-scatter of ours. Weights, only with `sharded_weights=true`: every module
 gets an all-gather that keeps what it gathered last, sends differences after an optimizer step, and serves the second
 gather of a step, in backward, from the copy. That copy is a whole replica, P weights in the all-gather's dtype on
-every rank, which gives up the memory that sharding saved.
+every rank, which gives up the memory that sharding saved. Collectives over other ranks than the mesh's, as the backward
+gather of `reshard_after_forward=<int>`, stay FSDP2's own.
 
 Host symbols: `FSDPModule.set_custom_all_gather`, `set_custom_reduce_scatter`, `AllGather`, `ReduceScatter` and the
 defaults to go back to; `DTensor.device_mesh`; `Optimizer.register_step_post_hook`. Not covered: HSDP and other meshes
@@ -42,6 +43,8 @@ class QuantisedReduceScatter(ReduceScatter):
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        if not self.handle.topology.is_of(group):
+            return self.plain(output_tensor, input_tensor, group, op, async_op)
         with self.handle.timed("gradients"):
             if not self.handle.quantise_gradients():
                 return self.plain(output_tensor, input_tensor, group, op, async_op)
@@ -67,6 +70,9 @@ class DifferenceAllGather(AllGather):
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        if not self.handle.topology.is_of(group):
+            # reshard_after_forward=<int>: in backward a module gathers what forward left on a smaller mesh.
+            return self.plain(output_tensor, input_tensor, group, async_op)
         if input_tensor.dtype == torch.uint8:
             raise CommError("comm.sharded_weights does not cover FSDP modules with parameters of several dtypes")
         with self.handle.timed("weights"):
