@@ -46,15 +46,15 @@ class Bypass:
         """Whether this step's time counts for a decision."""
         return self.enabled and self.step >= self.next_try
 
-    def end_step(self, seconds: float, group: dist.ProcessGroup, device: torch.device | str = "cpu") -> None:
+    def end_step(self, seconds: float | None, group: dist.ProcessGroup, device: torch.device | str = "cpu") -> None:
         """Take the seconds that the collective cost in the step that ends, and choose for the next one.
 
         Args:
-            seconds: of this rank.
+            seconds: of this rank; None: the step sent nothing (a skipped step sends no weights), which is no try.
             group: the ranks that decide together; one all-reduce at a decision.
             device: where the all-reduce takes place.
         """
-        if self.trying:
+        if self.trying and seconds is not None:
             self._tries["quantised" if self.quantised else "plain"].append(seconds)
             if all(len(times) >= TRIES for times in self._tries.values()):
                 self._decide(group, device)
@@ -74,6 +74,14 @@ class Bypass:
         self.kept = choice
         self.next_try = self.step + self.period
         self._tries = {"quantised": [], "plain": []}
+
+    @property
+    def gain(self) -> float | None:
+        """Seconds plain over seconds quantised at the last decision; None before it."""
+        if self.plain_s is None or self.quantised_s is None:
+            return None
+        smallest = 1e-9  # a clock that ticks too slowly, not a collective without a cost
+        return max(self.plain_s, smallest) / max(self.quantised_s, smallest)
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

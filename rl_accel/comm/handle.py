@@ -43,6 +43,7 @@ class Handle:
         self._bypass = {"gradients": Bypass(enabled=auto), "weights": Bypass(enabled=auto)}
         self._seconds = {"gradients": 0.0, "weights": 0.0}
         self._total_seconds = {"gradients": 0.0, "weights": 0.0}
+        self._calls = {"gradients": 0, "weights": 0}
         self._calls_before = 0
         self._undo: list[Callable[[], None]] = []
         self._weights: Callable[[], Iterable[torch.Tensor]] | None = None
@@ -71,6 +72,7 @@ class Handle:
     def timed(self, what: str) -> Iterator[None]:
         """Count the seconds of a collective, `gradients` or `weights`. On an accelerator it waits for the device, but
         only in steps whose time decides something."""
+        self._calls[what] += 1
         wait = self._device.type != "cpu"
         if wait and not self._bypass[what].trying:
             yield
@@ -95,9 +97,10 @@ class Handle:
         self._calls_before = self.collectives.calls
         for what, bypass in self._bypass.items():
             if self.steps >= self.config.start_step and getattr(self.config, what):
-                bypass.end_step(self._seconds[what], self.topology.group, self._device)
+                seconds = self._seconds[what] if self._calls[what] else None
+                bypass.end_step(seconds, self.topology.group, self._device)
             self._total_seconds[what] += self._seconds[what]
-            self._seconds[what] = 0.0
+            self._seconds[what], self._calls[what] = 0.0, 0
         self.steps += 1
         if self.config.check_every and self.steps % self.config.check_every == 0:
             self.check_replicas()
@@ -136,9 +139,9 @@ class Handle:
         for what, bypass in self._bypass.items():
             figures[f"{what}_s"] = self._total_seconds[what] + self._seconds[what]
             figures[f"{what}_quantised"] = self._chosen(what, getattr(self.config, what))
-            if bypass.plain_s is not None and bypass.quantised_s is not None:
+            gain = bypass.gain
+            if gain is not None:
                 figures[f"{what}_quantised_s"], figures[f"{what}_plain_s"] = bypass.quantised_s, bypass.plain_s
-                gain = bypass.plain_s / max(bypass.quantised_s, 1e-9)
                 verdict = (
                     f"quantised is {gain:.2f} times as fast"
                     if gain >= 1

@@ -75,20 +75,18 @@ class DifferenceAllGather(AllGather):
             return self.plain(output_tensor, input_tensor, group, async_op)
         if input_tensor.dtype == torch.uint8:
             raise CommError("comm.sharded_weights does not cover FSDP modules with parameters of several dtypes")
-        with self.handle.timed("weights"):
-            if self.held is None or self.held_step < self.steps.full_from:
-                self.plain(output_tensor, input_tensor, group)
-                self.held = output_tensor.clone() if self.held is None else self.held.copy_(output_tensor)
-            elif self.held_step != self.steps.count:
-                self._renew(input_tensor, group)
+        if self.held_step != self.steps.count:
+            with self.handle.timed("weights"):
+                self._renew(output_tensor, input_tensor, group)
             self.held_step = self.steps.count
-            output_tensor.copy_(self.held)
+        output_tensor.copy_(self.held)
         return None
 
-    def _renew(self, shard: torch.Tensor, group: dist.ProcessGroup) -> None:
-        assert self.held is not None
-        if not self.handle.quantise_weights():
-            self.plain(self.held, shard, group)
+    def _renew(self, output: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup) -> None:
+        """Bring `held` up to date; `shard` is a part of `output`, which may be overwritten."""
+        if self.held is None or self.held_step < self.steps.full_from or not self.handle.quantise_weights():
+            self.plain(output, shard, group)
+            self.held = output.clone() if self.held is None else self.held.copy_(output)
             return
         own = self.held.view(self.handle.topology.world_size, -1)[self.handle.topology.rank]
         self.handle.collectives.gather_difference(self.held, shard.contiguous(), own.clone())

@@ -231,6 +231,23 @@ def case_a_skipped_step_sends_no_weights() -> None:
             handle.detach()
 
 
+def case_a_search_for_the_loss_scale_is_no_try() -> None:
+    """Twelve skipped steps in a row, as when a loss scale is searched: no weights were sent, none were timed. DeepSpeed
+    has no fp16 on most CPUs; its skipped step is the same for a bfloat16 gradient that overflows."""
+    if dist.get_world_size() == 1:
+        return
+    engine = make_engine({**ENGINES["stage2"], "bf16": {"enabled": True, "check_grad_overflow": True}})
+    handle = attach(engine, four_bit(bypass="auto"))
+    for step in range(24):
+        train(engine, 1, first=step, spoil=lambda step: float("inf") if step < 12 else 1.0)
+        assert engine.optimizer.overflow == (step < 12)
+        stats = handle.stats()
+        assert ("weights_plain_s" in stats) == (step >= 12 + 5), (step, stats)
+    assert min(stats[f"{what}_{way}_s"] for what in ("gradients", "weights") for way in ("quantised", "plain")) > 0
+    assert same_on_all_ranks(weights_of(engine))
+    handle.detach()
+
+
 def case_start_step_sends_in_full() -> None:
     plain, ours = make_engine(ENGINES["stage2"]), make_engine(ENGINES["stage2"])
     handle = attach(ours, four_bit(start_step=2))

@@ -15,6 +15,7 @@ CASES = [
     "detach_restores",
     "resume_is_bit_equal",
     "a_skipped_step_sends_no_weights",
+    "a_search_for_the_loss_scale_is_no_try",
     "start_step_sends_in_full",
     "a_replica_that_drifts_stops_the_run",
     "refusals",
