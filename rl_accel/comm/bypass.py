@@ -1,8 +1,10 @@
 """Decides, from times measured while training, whether a collective is worth quantising on this link.
 
 Both ways are tried on a few optimizer steps each, all ranks add up their times, and the faster way is kept until the
-next try. Tries get rarer while the answer stays the same. Source: ours.
-Cost: `TRIES` steps the slower way, at about step 0, 64, 192, 448, ...; one all-reduce of two numbers a decision.
+next try. Tries get rarer while the answer stays the same. Times are per call of the collective, so steps of many and of
+few micro-batches compare, and exclude the wait for ranks that come later (`Handle.timed`). Source: ours.
+Cost: `TRIES` steps the slower way, at about step 0, 64, 192, 448, ..., with a barrier before each of their collectives;
+one all-reduce of two numbers a decision.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Bypass:
     kept: bool = True
     """The last decision."""
     quantised_s: float | None = None
-    """Seconds a step, quantised, mean of all ranks, at the last decision."""
+    """Seconds a call, quantised, mean of all ranks, at the last decision."""
     plain_s: float | None = None
     """The same of the plain way."""
     _tries: dict[str, list[float]] = field(default_factory=lambda: {"quantised": [], "plain": []})
@@ -47,10 +49,11 @@ class Bypass:
         return self.enabled and self.step >= self.next_try
 
     def end_step(self, seconds: float | None, group: dist.ProcessGroup, device: torch.device | str = "cpu") -> None:
-        """Take the seconds that the collective cost in the step that ends, and choose for the next one.
+        """Take the seconds that a call of the collective cost in the step that ends, and choose for the next one.
 
         Args:
-            seconds: of this rank; None: the step sent nothing (a skipped step sends no weights), which is no try.
+            seconds: of this rank, mean of the step's calls; None: the step sent nothing (a skipped step sends no
+                weights), which is no try.
             group: the ranks that decide together; one all-reduce at a decision.
             device: where the all-reduce takes place.
         """

@@ -1,7 +1,8 @@
 """What `attach` returns: the state of quantised communication of one engine, its figures, and the way back.
 
 A host's glue asks it two things at every collective (`quantise_gradients`, `quantise_weights`), wraps the collective in
-`timed`, and tells it when an optimizer step ended.
+`timed`, and tells it when an optimizer step ended. The first question of a step makes sure, by an all-reduce of three
+numbers, that all ranks loaded the same state: another choice on another rank would leave both waiting for ever.
 """
 
 from __future__ import annotations
@@ -70,11 +71,14 @@ class Handle:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Count the seconds of a collective, `gradients` or `weights`. On an accelerator it waits for the device, but
-        only in steps whose time decides something."""
+        """Count the seconds of a collective, `gradients` or `weights`. In steps whose time decides something the ranks
+        meet first: the time that one waits for a slower one is not the link's. On an accelerator only these steps are
+        timed, and wait for the device."""
         self._calls[what] += 1
         wait = self._device.type != "cpu"
-        if wait and not self._bypass[what].trying:
+        if self._bypass[what].trying:
+            dist.barrier(group=self.topology.group)
+        elif wait:
             yield
             return
         if wait:
@@ -97,8 +101,8 @@ class Handle:
         self._calls_before = self.collectives.calls
         for what, bypass in self._bypass.items():
             if self.steps >= self.config.start_step and getattr(self.config, what):
-                seconds = self._seconds[what] if self._calls[what] else None
-                bypass.end_step(seconds, self.topology.group, self._device)
+                calls = self._calls[what]
+                bypass.end_step(self._seconds[what] / calls if calls else None, self.topology.group, self._device)
             self._total_seconds[what] += self._seconds[what]
             self._seconds[what], self._calls[what] = 0.0, 0
         self.steps += 1
@@ -130,7 +134,8 @@ class Handle:
             steps; bytes sent (`gradient_intra_bytes`, `gradient_inter_bytes`, `weight_intra_bytes`,
             `weight_inter_bytes`); seconds spent in the collectives (`gradients_s`, `weights_s`; on a GPU only of steps
             that were timed); for each of `gradients` and `weights`: `<what>_quantised`, the choice now, and once
-            measured `<what>_quantised_s`, `<what>_plain_s` and `<what>_advice`, in words.
+            measured `<what>_quantised_s` and `<what>_plain_s`, seconds a call of the collective, and `<what>_advice`,
+            in words.
         """
         traffic = asdict(self.collectives.traffic)
         figures: dict[str, Any] = {"steps": self.steps, "host": self.host, "world_size": self.topology.world_size}

@@ -16,6 +16,7 @@ CASES = [
     "resume_is_bit_equal",
     "a_skipped_step_sends_no_weights",
     "a_search_for_the_loss_scale_is_no_try",
+    "a_slow_rank_is_not_a_slow_link",
     "start_step_sends_in_full",
     "a_replica_that_drifts_stops_the_run",
     "refusals",
