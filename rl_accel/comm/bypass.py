@@ -9,6 +9,7 @@ one all-reduce of two numbers a decision.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -90,5 +91,11 @@ class Bypass:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Raises KeyError for a state without one of the fields."""
+        for name in asdict(self):
+            setattr(self, name, copy.deepcopy(state[name]))
+
+    def shared(self) -> tuple[Any, ...]:
+        """What is the same on all ranks, whose times are not."""
+        tries = {way: len(times) for way, times in self._tries.items()}
+        return self.quantised, self.step, self.next_try, self.period, self.kept, sorted(tries.items())
