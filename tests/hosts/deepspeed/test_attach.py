@@ -22,9 +22,13 @@ CASES = [
     "refusals",
     "gradients_that_go_elsewhere_stop_the_run",
     "ranks_that_disagree",
+    "a_failed_attach_changes_nothing",
+    "a_codec_that_is_not_built_on_one_rank_is_refused_on_all",
     "a_moved_seam_is_refused",
     "initialize_with_a_block",
     "bypass_decides_alike",
+    "weights_set_by_hand_go_out_in_full",
+    "a_state_loaded_on_some_ranks_is_an_error_on_all",
 ]
 
 
