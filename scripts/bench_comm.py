@@ -27,6 +27,10 @@ bits      a value that must cross, counted in steps of their own without a limit
           reduced gradients from the others and lacks (N-1)/N of the new weights, so (N-1)P/N cross per node either way.
           `codec`: from the bytes that the collectives count. An all-reduce sends gradients across more than once
 
+--buckets N: gradients go in N buckets, as those of a model of N times `reduce_bucket_size` parameters do. A bucket
+holds parameters that follow each other, which one or two ranks own, so that all others send to these at the same time.
+--round-robin: `round_robin_gradients`, which deals parameters out to ranks in turn, for DeepSpeed and for ours.
+
 --stages: peak memory of a rank (model, optimizer, communication) and bytes of a step for ZeRO-2 and ZeRO-3. ZeRO-3's
 limits of live and kept parameters are a tenth of the model and none, as for models far larger than the defaults.
 
@@ -141,7 +145,11 @@ class Bench:
     def __init__(self, options: argparse.Namespace, network: SlowNetwork, ranks: Ranks):
         self.options, self.network, self.ranks = options, network, ranks
         self.settings = arms(options.ranks, options.backend)
-        answers = ranks.order(do="build", width=options.width, layers=options.layers, zero=ZERO1)
+        bucket = ZERO1["reduce_bucket_size"]
+        if options.buckets > 1:
+            bucket = 12 * options.layers * options.width**2 // options.buckets
+        zero = {**ZERO1, "reduce_bucket_size": bucket, "round_robin_gradients": options.round_robin}
+        answers = ranks.order(do="build", width=options.width, layers=options.layers, zero=zero)
         self.num_parameters: int = answers[0]
         print(f"{self.num_parameters} parameters, {options.nodes} nodes of {options.ranks} ranks")
 
@@ -332,6 +340,8 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--arms", default=",".join(TIMED), help="which to time; deepspeed must be among them")
+    parser.add_argument("--buckets", type=int, default=1, help="of gradients")
+    parser.add_argument("--round-robin", action="store_true", help="switch round_robin_gradients on")
     parser.add_argument("--backend", default="auto", help="of the codec: auto, torch or cpp")
     parser.add_argument("--stages", action="store_true", help="memory and bytes of ZeRO-2 and ZeRO-3 instead")
     parser.add_argument("--skip-tests", action="store_true")
@@ -340,6 +350,8 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     options.rate, options.arms = options.rate.split(","), options.arms.split(",")
     if options.nodes < 2 or options.ranks < 1:
         parser.error("--nodes must be at least 2 and --ranks at least 1")
+    if options.buckets < 1:
+        parser.error("--buckets must be at least 1")
     if options.steps < 1 or options.repeats < 1:
         parser.error("--steps and --repeats must be at least 1")
     try:
