@@ -50,6 +50,7 @@ class Handle:
         self._total_seconds = {"gradients": 0.0, "weights": 0.0}
         self._calls = {"gradients": 0, "weights": 0}
         self._calls_before = 0
+        self._seen_steps = 0
         self._agreed = False
         """Whether the ranks have made sure, since the last step ended, that their choices are the same."""
         self._loaded: dict[str, Any] | None = None
@@ -161,11 +162,15 @@ class Handle:
         """Tell that an optimizer step ended. Collective in steps that decide or check.
 
         Raises:
-            NotLiveError: if gradients should have gone out quantised and none did: the host reduces them elsewhere.
+            NotLiveError: if gradients should have gone out quantised and none did, from the second step on: the host
+                reduces them elsewhere.
             CommError: if replicas were compared and differ.
         """
-        if self._chosen("gradients", self.config.gradients) and self.collectives.calls == self._calls_before:
+        none_came = self.collectives.calls == self._calls_before
+        # The gradients of the first step may have been reduced before `attach`.
+        if none_came and self._seen_steps and self._chosen("gradients", self.config.gradients):
             raise NotLiveError(f"4-bit gradients were asked for, and {self.host} reduced none through them in a step")
+        self._seen_steps += 1
         self._calls_before = self.collectives.calls
         for what, bypass in self._bypass.items():
             if self.steps >= self.config.start_step and getattr(self.config, what):

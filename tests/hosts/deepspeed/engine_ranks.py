@@ -191,6 +191,13 @@ def case_detach_restores() -> None:
         assert handle.stats() == before
         attach(engine, four_bit()).detach()
 
+        engine.backward(loss_of(engine, TEXT.batch(2, dist.get_rank())))
+        handle = attach(engine, four_bit())  # in the middle of a step, whose gradients are reduced already
+        engine.step()
+        train(engine, 2)
+        assert bool(handle.stats()["gradient_values"]) == (dist.get_world_size() > 1)
+        handle.detach()
+
 
 def case_resume_is_bit_equal() -> None:
     """Stochastic rounding, bypass and weights go on where they stopped."""
