@@ -26,7 +26,7 @@ import deepspeed.runtime.zero.stage_1_and_2 as stage12_module
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.utils import logger
+from deepspeed.utils import logger, safe_get_full_fp32_param, safe_set_full_fp32_param
 
 from rl_accel.comm import SDP4BitConfig, attach, initialize
 from rl_accel.errors import CommError, ConfigError, NotLiveError, VersionError
@@ -469,6 +469,87 @@ def case_initialize_with_a_block() -> None:
     assert_untouched(initialize(options, TinyGPT(width=32, layers=1, length=32), torch.optim.AdamW)[0])
     with pytest.raises(ConfigError, match=re.escape("Did you mean 'hadamard'")):
         make_engine({**ENGINES["stage2"], "sdp4bit": {"hadamrd": True}}, build=initialize)
+
+
+def case_weights_set_by_hand_go_out_in_full() -> None:
+    """`safe_set_full_fp32_param`, an edit of the master shard by one rank, and one of the held weights by all: after
+    the next step the weights are DeepSpeed's own up to what 4 bits of that step lose, not 4 bits of the edit."""
+
+    def set_by_name(engine) -> None:
+        for parameter in engine.module.parameters():
+            safe_set_full_fp32_param(parameter, 3.0 * safe_get_full_fp32_param(parameter))
+
+    def edit_master(engine) -> None:
+        optimizer = engine.optimizer
+        masters = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
+        if dist.get_rank() == dist.get_world_size() - 1:
+            masters[0].data.mul_(-2.0)
+
+    def edit_held(engine) -> None:
+        with torch.no_grad():
+            for parameter in engine.module.parameters():
+                parameter.data.add_(1.0)
+
+    for name, edit in (
+        ("stage1", set_by_name),
+        ("stage2_accumulates_fp32", edit_master),
+        ("stage2", edit_held),
+        ("bf16_optimizer", set_by_name),
+    ):
+        plain, ours = make_engine(ENGINES[name]), make_engine(ENGINES[name])
+        handle = attach(ours, four_bit(gradients=False))
+        for engine in (plain, ours):
+            train(engine, 2)
+            edit(engine)
+        train(plain, 1, first=2)
+        train(ours, 1, first=2)
+        expected, found = weights_of(plain), weights_of(ours)
+        off = float((found - expected).norm() / expected.norm())
+        assert off < 5e-3, (name, off)
+        assert same_on_all_ranks(found), name
+        resyncs = handle.stats()["weight_resyncs"]
+        assert resyncs == (dist.get_world_size() > 1), (name, resyncs)
+        train(ours, 2, first=3)
+        assert handle.stats()["weight_resyncs"] == resyncs, "once is enough"
+        if dist.get_rank() == 0:
+            handle.resync()
+        train(ours, 2, first=5)
+        assert handle.stats()["weight_resyncs"] == 2 * resyncs, "one rank asks for all"
+        handle.detach()
+
+
+def case_a_state_loaded_on_some_ranks_is_an_error_on_all() -> None:
+    """Rank 0 alone loads a state whose choice is another one: without agreement the ranks enter different collectives
+    and wait for ever. When all have loaded it, training goes on from it."""
+    if dist.get_world_size() == 1:
+        return
+    for name in ("stage2", "bf16_optimizer", "stage3"):
+        engine = make_engine(ENGINES[name])
+        handle = attach(engine, four_bit(bypass="auto"))
+        train(engine, 3)
+        state = handle.state_dict()
+        state["bypass"]["gradients"]["quantised"] = not state["bypass"]["gradients"]["quantised"]
+        state["steps"] = 40
+        if dist.get_rank() == 0:
+            handle.load_state_dict(state)
+        loss = loss_of(engine, TEXT.batch(2, dist.get_rank()))
+        others = ", ".join(map(str, range(1, dist.get_world_size())))
+        with pytest.raises(CommError, match=rf"there is none on ranks {others}\."):
+            engine.backward(loss)
+        handle.detach()
+
+        engine = make_engine(ENGINES[name])
+        handle = attach(engine, four_bit(bypass="auto"))
+        train(engine, 1)
+        handle.load_state_dict(state)
+        assert handle.state_dict()["steps"] == 40
+        train(engine, 1, first=1)
+        assert handle.stats()["steps"] == 41
+        with pytest.raises(CommError, match="not a state"):
+            handle.load_state_dict({"steps": 3})
+        train(engine, 1, first=2)
+        assert handle.stats()["steps"] == 42
+        handle.detach()
 
 
 def case_bypass_decides_alike() -> None:
