@@ -172,40 +172,47 @@ def measure(options: argparse.Namespace) -> dict[int, dict[str, list[dict[str, A
                 f"{run['early_gap']:+.3f} %  replicas equal",
                 flush=True,
             )
+            if options.json and name == options.arms[-1]:
+                options.json.write_text(json.dumps(rows_of(found), indent=1) + "\n")  # what a run cut short leaves
     return found
 
 
-def rows_of(found: dict[str, list[dict[str, Any]]], steps: int) -> list[dict[str, Any]]:
-    """Results by arm of runs of one length, at the end and at step `EARLY`; also prints them."""
+def rows_of(found: dict[int, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """Results by length of runs, step (the last one and `EARLY`) and arm, of the seeds that are complete."""
     rows = []
-    for what, gap, step in (("validation", "gap", steps), ("early", "early_gap", EARLY)):
-        incumbent = statistics.mean(run[what] for run in found["unquantised"])
-        seeds = len(found["unquantised"])
-        print(f"\nruns of {steps} steps, step {step}: gap to unquantised ({incumbent:.4f} nats), %, {seeds} seeds")
-        for name, runs in found.items():
-            if name == "unquantised":
-                continue
-            gaps = [run[gap] for run in runs]
-            error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
-            shown = "" if error is None else f"  standard error {error:.3f}"
-            control = "  (control)" if name in CONTROLS else ""
-            print(f"{name:<17} {statistics.mean(gaps):+8.3f}  ({min(gaps):+.3f} to {max(gaps):+.3f}){shown}{control}")
-            value = statistics.mean(run[what] for run in runs)
-            rows.append(
-                {
-                    "name": f"comm.loss_gap.{name}.{steps}" + ("" if step == steps else f".step{step}"),
-                    "value": statistics.mean(gaps),
-                    "unit": "% of the validation loss unquantised",
-                    "incumbent": 0.0,
-                    "ratio": incumbent / value,
-                    "bound": 0.0,
-                    "gaps": gaps,
-                    "standard_error": error,
-                    "loss": value,
-                    "loss_unquantised": incumbent,
-                }
-            )
+    for steps, by_arm in found.items():
+        for what, gap, step in (("validation", "gap", steps), ("early", "early_gap", EARLY)):
+            for name, runs in by_arm.items():
+                if name == "unquantised" or not runs:
+                    continue
+                gaps = [run[gap] for run in runs]
+                value = statistics.mean(run[what] for run in runs)
+                incumbent = statistics.mean(run[what] for run in by_arm["unquantised"][: len(runs)])
+                rows.append(
+                    {
+                        "name": f"comm.loss_gap.{name}.{steps}" + ("" if step == steps else f".step{step}"),
+                        "value": statistics.mean(gaps),
+                        "unit": "% of the validation loss unquantised",
+                        "incumbent": 0.0,
+                        "ratio": incumbent / value,
+                        "bound": 0.0,
+                        "gaps": gaps,
+                        "standard_error": statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None,
+                        "loss": value,
+                        "loss_unquantised": incumbent,
+                    }
+                )
     return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    print("\ngap to unquantised, %: arm.steps of the run (.step looked at)")
+    for row in rows:
+        name = row["name"].removeprefix("comm.loss_gap.")
+        error = "" if row["standard_error"] is None else f"  standard error {row['standard_error']:.3f}"
+        control = "  (control)" if name.split(".")[0] in CONTROLS else ""
+        span = f"({min(row['gaps']):+.3f} to {max(row['gaps']):+.3f}, {len(row['gaps'])} seeds)"
+        print(f"{name:<28} {row['value']:+8.3f}  {span}{error}{control}")
 
 
 def plot(found: dict[str, list[dict[str, Any]]], path: str) -> None:
@@ -268,7 +275,8 @@ def main(argv: list[str]) -> int:
     except comm_ranks.RankError as error:
         print(f"bench_comm_loss: {error}", file=sys.stderr)
         return 1
-    rows = [row for steps in options.steps for row in rows_of(found[steps], steps)]
+    rows = rows_of(found)
+    show(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     if options.plot:
