@@ -153,7 +153,7 @@ class CommConfig(SDP4BitConfig):
     """4-bit communication of the training engine (`rl_accel.comm.*`): `SDP4BitConfig` and a switch."""
 
     enable: bool = False
-    """Needs strategy=deepspeed. Lossy: see docs/communication.md for what it does to the loss."""
+    """Needs strategy=fsdp2 or deepspeed. Lossy: see docs/communication.md for what it does to the loss."""
 
     def settings(self) -> dict[str, Any]:
         """The fields of `SDP4BitConfig` as plain values; empty where it is off."""

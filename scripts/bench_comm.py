@@ -8,6 +8,7 @@ rank. Nodes are network namespaces (slow_network.py). One engine trains on; in e
 its turn of a few steps, in an order that changes, and what is attached is all that differs:
 
     deepspeed       nothing attached: all-reduce of gradients, all-gather of weights, bfloat16
+    deepspeed_reduce   nothing attached, use_multi_rank_bucket_allreduce=false: gradients are reduced to their owners
     bf16            reduce-scatter by all-to-all and all-gather, bfloat16: half the bytes of an all-reduce
     bf16_two_level  the same inside nodes first
     zeropp          bit widths of ZeRO++: int8 weights, int4 gradients, groups of 2048
@@ -16,8 +17,9 @@ its turn of a few steps, in an order that changes, and what is attached is all t
     weights_only, gradients_only   on request (--arms)
 
 step      seconds, the slowest rank's; p50 and p95 of all steps; blocks: least and most of the blocks' medians
-ratio     deepspeed's time / the arm's, median and range over blocks; above 1 is faster than deepspeed. `of bf16`: of
-          the arm bf16_two_level, the best without codes
+ratio     DeepSpeed's time / the arm's, median and range over blocks; above 1 is faster. DeepSpeed's is that of its
+          default or of deepspeed_reduce, whichever has the smaller median at this rate. `of bf16`: of the arm
+          bf16_two_level, the best without codes
 wire      MB that a node sends to the others in a step, as its interface counts them (headers and repeats included)
 compute   seconds of a step outside the two collectives, also waiting for other ranks at the gradients' norm
 gradients, weights   seconds inside the collectives, codec and waiting included; mean of the ranks
@@ -26,6 +28,10 @@ bound     the bytes at the rate plus the least compute of all arms: no codec, no
 bits      a value that must cross, counted in steps of their own without a limit: of P values each node needs 1/N of the
           reduced gradients from the others and lacks (N-1)/N of the new weights, so (N-1)P/N cross per node either way.
           `codec`: from the bytes that the collectives count. An all-reduce sends gradients across more than once
+
+--buckets N: gradients go in N buckets, as those of a model of N times `reduce_bucket_size` parameters do. A bucket
+holds parameters that follow each other, which one or two ranks own, so that all others send to these at the same time.
+--round-robin: `round_robin_gradients`, which deals parameters out to ranks in turn, for DeepSpeed and for ours.
 
 --stages: peak memory of a rank (model, optimizer, communication) and bytes of a step for ZeRO-2 and ZeRO-3. ZeRO-3's
 limits of live and kept parameters are a tenth of the model and none, as for models far larger than the defaults.
@@ -37,6 +43,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -52,7 +59,8 @@ from rl_accel.hosts import versions
 
 SCRIPTS = Path(__file__).resolve().parent
 RANK = str(SCRIPTS / "comm_bench_rank.py")
-TIMED = ("deepspeed", "bf16", "bf16_two_level", "zeropp", "sdp4bit", "sdp4bit_auto")
+DEEPSPEED = ("deepspeed", "deepspeed_reduce")
+TIMED = (*DEEPSPEED, "bf16", "bf16_two_level", "zeropp", "sdp4bit", "sdp4bit_auto")
 FAIR = "bf16_two_level"
 SPLIT_STEPS = 2
 """Steps in which bytes of gradients and weights are counted apart."""
@@ -62,7 +70,8 @@ ZERO1 = {"stage": 1, "reduce_bucket_size": 500_000_000}
 
 
 def arms(ranks: int, backend: str) -> dict[str, dict[str, Any] | None]:
-    """Arm -> fields of SDP4BitConfig; None: nothing attached."""
+    """Arm -> fields of SDP4BitConfig; None: nothing attached; `optimizer`: attributes of DeepSpeed's, and nothing
+    attached."""
     from dataclasses import asdict
 
     from rl_accel.comm import SDP4BitConfig
@@ -71,6 +80,7 @@ def arms(ranks: int, backend: str) -> dict[str, dict[str, Any] | None]:
     plain = {"weight_bits": 16, "intra_bits": 16, "inter_bits": 16, "hadamard": False}
     return {
         "deepspeed": None,
+        "deepspeed_reduce": {"optimizer": {"use_multi_rank_bucket_allreduce": False}},
         "bf16": {**common, **plain, "local_size": 1},
         "bf16_two_level": {**common, **plain},
         "zeropp": asdict(SDP4BitConfig.zeropp()) | common,
@@ -131,7 +141,7 @@ class Arm:
 def bound(arm: Arm, rate: str, found: dict[str, Arm]) -> float:
     """Seconds of a step with a link that is always full and the computation of the quickest arm."""
     bits = bits_per_second(rate)
-    compute = min(statistics.median(other.compute_s) for other in found.values())
+    compute = min(statistics.median(other.compute_s) for other in found.values() if other.compute_s)
     return compute + (8 * statistics.mean(arm.sent) / bits if bits else 0.0)
 
 
@@ -141,7 +151,11 @@ class Bench:
     def __init__(self, options: argparse.Namespace, network: SlowNetwork, ranks: Ranks):
         self.options, self.network, self.ranks = options, network, ranks
         self.settings = arms(options.ranks, options.backend)
-        answers = ranks.order(do="build", width=options.width, layers=options.layers, zero=ZERO1)
+        bucket = ZERO1["reduce_bucket_size"]
+        if options.buckets > 1:
+            bucket = 12 * options.layers * options.width**2 // options.buckets
+        zero = {**ZERO1, "reduce_bucket_size": bucket, "round_robin_gradients": options.round_robin}
+        answers = ranks.order(do="build", width=options.width, layers=options.layers, zero=zero)
         self.num_parameters: int = answers[0]
         print(f"{self.num_parameters} parameters, {options.nodes} nodes of {options.ranks} ranks")
 
@@ -183,7 +197,9 @@ class Bench:
     def _warm_up(self, rate: str, found: dict[str, Arm]) -> None:
         """A step of every arm, in which connections learn the rate, and the choices of `sdp4bit_auto`."""
         for name in found:
-            if name == "deepspeed":
+            if name == "deepspeed_reduce":
+                self._measure(name, 1)
+            elif name == "deepspeed":
                 # Only a handle knows the seconds inside collectives; this one never quantises.
                 observed = {"backend": self.options.backend, "bypass": "never", "start_step": 1_000_000_000}
                 found[name].add_seconds(self.ranks.order(do="measure", settings=observed, steps=self.options.steps))
@@ -203,10 +219,15 @@ def show(rate: str, found: dict[str, Arm]) -> None:
     """Print the table of one rate."""
     print(f"\n{rate:<15}   step     p95       blocks         ratio    range        of bf16   wire    compute ", end="")
     print("gradients weights  bound")
+    best = incumbent_of(found)
+    print(f"DeepSpeed's best: {best}")
     for name, arm in found.items():
-        middle, low, high = ratios(arm, found["deepspeed"])
+        middle, low, high = ratios(arm, found[best])
         of_bf16 = f"{ratios(arm, found[FAIR])[0]:6.2f}x" if FAIR in found else "      -"
-        inside = (statistics.median(seconds) for seconds in (arm.compute_s, arm.gradients_s, arm.weights_s))
+        inside = (
+            statistics.median(seconds) if seconds else math.nan
+            for seconds in (arm.compute_s, arm.gradients_s, arm.weights_s)
+        )
         print(
             f"{name:<15} {arm.p50:7.3f} {arm.p95:7.3f}  {min(arm.medians):6.3f} to {max(arm.medians):6.3f}  "
             f"{middle:6.2f}x ({low:5.2f} to {high:5.2f})  {of_bf16} {statistics.mean(arm.sent) / 1e6:8.3f} "
@@ -214,6 +235,11 @@ def show(rate: str, found: dict[str, Arm]) -> None:
             + f" {bound(arm, rate, found):8.3f}",
             flush=True,
         )
+
+
+def incumbent_of(found: dict[str, Arm]) -> str:
+    """Which of DeepSpeed's own ways is the faster one here."""
+    return min((name for name in DEEPSPEED if name in found), key=lambda name: found[name].p50)
 
 
 def ratios(arm: Arm, incumbent: Arm) -> tuple[float, float, float]:
@@ -225,18 +251,20 @@ def ratios(arm: Arm, incumbent: Arm) -> tuple[float, float, float]:
 def rows_of(rate: str, found: dict[str, Arm]) -> list[dict[str, Any]]:
     """Results of one rate. `sdp4bit` has the plain names; other arms add theirs."""
     rows = []
-    incumbent = found["deepspeed"]
+    best = incumbent_of(found)
+    incumbent = found[best]
     for name, arm in found.items():
-        if name == "deepspeed":
+        if name == best:
             continue
         suffix = "" if name == "sdp4bit" else f".{name}"
         middle, low, high = ratios(arm, incumbent)
-        shared = {"incumbent": incumbent.p50, "ratio": middle, "bound": bound(arm, rate, found)}
+        shared = {"incumbent": incumbent.p50, "incumbent_arm": best, "ratio": middle, "bound": bound(arm, rate, found)}
         times: dict[str, Any] = {"ratio_range": [low, high], "p95": arm.p95}
         if FAIR in found:
             times["ratio_to_bf16"] = ratios(arm, found[FAIR])[0]
-        times |= {"compute_s": statistics.median(arm.compute_s)}
-        times |= {"gradients_s": statistics.median(arm.gradients_s), "weights_s": statistics.median(arm.weights_s)}
+        if arm.compute_s:
+            times |= {"compute_s": statistics.median(arm.compute_s)}
+            times |= {"gradients_s": statistics.median(arm.gradients_s), "weights_s": statistics.median(arm.weights_s)}
         rows.append({"name": f"comm.step_s.{rate}{suffix}", "value": arm.p50, "unit": "s", **shared, **times})
         ours, theirs = statistics.mean(arm.sent), statistics.mean(incumbent.sent)
         row = {"name": f"comm.wire_bytes.{rate}{suffix}", "value": ours, "unit": "bytes a node and step"}
@@ -332,6 +360,8 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--arms", default=",".join(TIMED), help="which to time; deepspeed must be among them")
+    parser.add_argument("--buckets", type=int, default=1, help="of gradients")
+    parser.add_argument("--round-robin", action="store_true", help="switch round_robin_gradients on")
     parser.add_argument("--backend", default="auto", help="of the codec: auto, torch or cpp")
     parser.add_argument("--stages", action="store_true", help="memory and bytes of ZeRO-2 and ZeRO-3 instead")
     parser.add_argument("--skip-tests", action="store_true")
@@ -340,6 +370,8 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     options.rate, options.arms = options.rate.split(","), options.arms.split(",")
     if options.nodes < 2 or options.ranks < 1:
         parser.error("--nodes must be at least 2 and --ranks at least 1")
+    if options.buckets < 1:
+        parser.error("--buckets must be at least 1")
     if options.steps < 1 or options.repeats < 1:
         parser.error("--steps and --repeats must be at least 1")
     try:

@@ -68,7 +68,8 @@ class Rank:
         """Train some steps.
 
         Args:
-            settings: of SDP4BitConfig; None: DeepSpeed with nothing attached.
+            settings: of SDP4BitConfig; None: DeepSpeed with nothing attached; {"optimizer": {...}}: attributes of its
+                ZeRO optimizer meanwhile, nothing attached.
             steps: optimizer steps.
             state: name under which the handle's state lives on until the next call.
             split: count the bytes of the backward pass and of the optimizer step apart, with a barrier between them.
@@ -77,7 +78,12 @@ class Rank:
             `step_s`, seconds a step of this rank; `sent`, bytes sent by this node in all steps, or [backward,
             optimizer step] with `split`; `stats` of the handle, {} without one.
         """
-        handle = None if settings is None else attach(self._engine, SDP4BitConfig(**settings))
+        own = dict((settings or {}).get("optimizer", {}))
+        optimizer = self._engine.optimizer
+        before = {name: getattr(optimizer, name) for name in own}
+        for name, value in own.items():
+            setattr(optimizer, name, value)
+        handle = None if settings is None or own else attach(self._engine, SDP4BitConfig(**settings))
         if handle is not None and state in self._states:
             handle.load_state_dict(self._states[state])
         seconds, marks = [], []
@@ -101,6 +107,8 @@ class Rank:
             if state is not None:
                 self._states[state] = handle.state_dict()
             handle.detach()
+        for name, value in before.items():
+            setattr(optimizer, name, value)
         return answer
 
     def check(self) -> str:

@@ -1,12 +1,15 @@
 """Decides, from times measured while training, whether a collective is worth quantising on this link.
 
 Both ways are tried on a few optimizer steps each, all ranks add up their times, and the faster way is kept until the
-next try. Tries get rarer while the answer stays the same. Source: ours.
-Cost: `TRIES` steps the slower way, at about step 0, 64, 192, 448, ...; one all-reduce of two numbers a decision.
+next try. Tries get rarer while the answer stays the same. Times are per call of the collective, so steps of many and of
+few micro-batches compare, and exclude the wait for ranks that come later (`Handle.timed`). Source: ours.
+Cost: `TRIES` steps the slower way, at about step 0, 64, 192, 448, ..., with a barrier before each of their collectives;
+one all-reduce of two numbers a decision.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -36,7 +39,7 @@ class Bypass:
     kept: bool = True
     """The last decision."""
     quantised_s: float | None = None
-    """Seconds a step, quantised, mean of all ranks, at the last decision."""
+    """Seconds a call, quantised, mean of all ranks, at the last decision."""
     plain_s: float | None = None
     """The same of the plain way."""
     _tries: dict[str, list[float]] = field(default_factory=lambda: {"quantised": [], "plain": []})
@@ -46,15 +49,16 @@ class Bypass:
         """Whether this step's time counts for a decision."""
         return self.enabled and self.step >= self.next_try
 
-    def end_step(self, seconds: float, group: dist.ProcessGroup, device: torch.device | str = "cpu") -> None:
-        """Take the seconds that the collective cost in the step that ends, and choose for the next one.
+    def end_step(self, seconds: float | None, group: dist.ProcessGroup, device: torch.device | str = "cpu") -> None:
+        """Take the seconds that a call of the collective cost in the step that ends, and choose for the next one.
 
         Args:
-            seconds: of this rank.
+            seconds: of this rank, mean of the step's calls; None: the step sent nothing (a skipped step sends no
+                weights), which is no try.
             group: the ranks that decide together; one all-reduce at a decision.
             device: where the all-reduce takes place.
         """
-        if self.trying:
+        if self.trying and seconds is not None:
             self._tries["quantised" if self.quantised else "plain"].append(seconds)
             if all(len(times) >= TRIES for times in self._tries.values()):
                 self._decide(group, device)
@@ -75,9 +79,23 @@ class Bypass:
         self.next_try = self.step + self.period
         self._tries = {"quantised": [], "plain": []}
 
+    @property
+    def gain(self) -> float | None:
+        """Seconds plain over seconds quantised at the last decision; None before it."""
+        if self.plain_s is None or self.quantised_s is None:
+            return None
+        smallest = 1e-9  # a clock that ticks too slowly, not a collective without a cost
+        return max(self.plain_s, smallest) / max(self.quantised_s, smallest)
+
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Raises KeyError for a state without one of the fields."""
+        for name in asdict(self):
+            setattr(self, name, copy.deepcopy(state[name]))
+
+    def shared(self) -> tuple[Any, ...]:
+        """What is the same on all ranks, whose times are not."""
+        tries = {way: len(times) for way, times in self._tries.items()}
+        return self.quantised, self.step, self.next_try, self.period, self.kept, sorted(tries.items())

@@ -26,6 +26,8 @@ from rl_accel.comm.layout import fold_key, padded
 from rl_accel.comm.topology import Topology
 
 _HOP_ONE, _HOP_TWO = 1, 2
+_WISH = 4
+"""Bytes of a rank's wish for weights in full: a whole word, so that scales stay aligned."""
 
 
 @dataclass
@@ -138,7 +140,9 @@ class QuantisedCollectives:
             self.traffic.gradient_inter += sent
         return received
 
-    def gather_difference(self, held: torch.Tensor, new_shard: torch.Tensor, old_shard: torch.Tensor) -> None:
+    def gather_difference(
+        self, held: torch.Tensor, new_shard: torch.Tensor, old_shard: torch.Tensor, resync: bool | None = None
+    ) -> bool:
         """Bring the replica `held` up to date on all ranks.
 
         Args:
@@ -146,25 +150,40 @@ class QuantisedCollectives:
                 be anything; it is restored from `old_shard` first. Updated in place, equal on all ranks afterwards.
             new_shard: [n], what the own shard should become; same dtype as `held`.
             old_shard: [n], the own shard as the other ranks still hold it.
+            resync: whether this rank wants the shards in full, because a difference would be too large to send in few
+                bits; one rank's wish, 4 bytes in what each sends, is granted on all. None on all ranks: nobody asks,
+                and no rank waits for its device to read the wishes.
+
+        Returns:
+            whether the shards went out in full.
         """
         top, config = self.topology, self.config
         shards = held.view(top.world_size, -1)
         self.traffic.weight_values += held.numel()
         if top.world_size == 1:
             shards[0].copy_(new_shard)
-            return
+            return True
         if not new_shard.numel():
-            return
+            return False
         format = wire.Format(config.weight_bits, config.weight_group_size, config.backend)
-        block = torch.empty(format.num_bytes(new_shard.numel()), dtype=torch.uint8, device=held.device)
+        num_bytes = format.num_bytes(new_shard.numel())
+        block = torch.empty(num_bytes + (0 if resync is None else _WISH), dtype=torch.uint8, device=held.device)
+        block[num_bytes:].fill_(int(resync or False))
         difference = config.weight_difference and format.quantised
-        format.encode(new_shard, block, "nearest", 0, 0, rotate=False, subtract=old_shard if difference else None)
+        subtract = old_shard if difference else None
+        format.encode(new_shard, block[:num_bytes], "nearest", 0, 0, rotate=False, subtract=subtract)
         shards[top.rank].copy_(old_shard)
-        for rank, piece in self._gather(block):
-            format.decode_sum(piece.unsqueeze(0), shards[rank], rotated=False, add=difference)
+        pieces = list(self._gather(block))
+        if resync is not None and torch.stack([piece[-1] for _, piece in pieces]).any().item():
+            dist.all_gather_single(held, new_shard, group=top.group)
+            return True
+        for rank, piece in pieces:
+            format.decode_sum(piece[:num_bytes].unsqueeze(0), shards[rank], rotated=False, add=difference)
+        return False
 
     def gather_sum(self, own: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
-        """All-gather reduced gradients, 8 bits with the Hadamard rotation, for hosts that want the sum on every rank.
+        """All-gather reduced gradients for hosts that want the sum on every rank: 8 bits with the Hadamard rotation, or
+        bfloat16 where the slowest hop of the reduction is set to 16 bits.
 
         Args:
             own: float32 or bfloat16, `sizes[rank]` values.
@@ -173,7 +192,8 @@ class QuantisedCollectives:
         Returns:
             one tensor per rank, dtype of `own`, equal on all ranks.
         """
-        format = wire.Format(8, self.config.gradient_group_size, self.config.backend)
+        slowest = self.config.inter_bits if self.topology.cross_group is not None else self.config.intra_bits
+        format = wire.Format(max(8, slowest), self.config.gradient_group_size, self.config.backend)
         rotate = self.config.hadamard
         block = torch.zeros(format.num_bytes(max(sizes)), dtype=torch.uint8, device=own.device)
         if own.numel():

@@ -48,7 +48,7 @@ class SDP4BitConfig:
     bypass: str = "auto"
     """`auto`: measure both ways while training and use DeepSpeed's own where the link is too fast to gain; `never`."""
     check_every: int = 0
-    """Compare the weights of all ranks, by hash, every so many steps; 0: never. A difference stops the run."""
+    """Compare the weights of all ranks, by fingerprint, every so many steps; 0: never. A difference stops the run."""
     seed: int = 0
     """Seed of stochastic rounding."""
     backend: str = "auto"

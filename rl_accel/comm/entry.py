@@ -49,8 +49,9 @@ def attach(
     )
 
 
-def initialize(**kwargs: Any) -> tuple[Any, ...]:
-    """`deepspeed.initialize` for a configuration with a block `sdp4bit`; see `rl_accel.hosts.deepspeed.attach`."""
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """`deepspeed.initialize`, argument by argument, for a configuration with a block `sdp4bit`; see
+    `rl_accel.hosts.deepspeed.attach`."""
     from rl_accel.hosts.deepspeed import attach as deepspeed
 
-    return deepspeed.initialize(**kwargs)
+    return deepspeed.initialize(*args, **kwargs)

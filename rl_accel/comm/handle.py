@@ -1,18 +1,20 @@
 """What `attach` returns: the state of quantised communication of one engine, its figures, and the way back.
 
 A host's glue asks it two things at every collective (`quantise_gradients`, `quantise_weights`), wraps the collective in
-`timed`, and tells it when an optimizer step ended.
+`timed`, and tells it when an optimizer step ended. The first question of a step makes sure, by an all-reduce of three
+numbers, that all ranks loaded the same state: another choice on another rank would leave both waiting for ever.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -20,8 +22,11 @@ import torch.distributed as dist
 from rl_accel.comm.bypass import Bypass
 from rl_accel.comm.collectives import QuantisedCollectives
 from rl_accel.comm.config import SDP4BitConfig
+from rl_accel.comm.fingerprint import fingerprint
 from rl_accel.comm.topology import Topology
 from rl_accel.errors import CommError, NotLiveError
+
+logger = logging.getLogger(__name__)
 
 
 class Handle:
@@ -43,7 +48,17 @@ class Handle:
         self._bypass = {"gradients": Bypass(enabled=auto), "weights": Bypass(enabled=auto)}
         self._seconds = {"gradients": 0.0, "weights": 0.0}
         self._total_seconds = {"gradients": 0.0, "weights": 0.0}
+        self._calls = {"gradients": 0, "weights": 0}
         self._calls_before = 0
+        self._seen_steps = 0
+        self._agreed = False
+        """Whether the ranks have made sure, since the last step ended, that their choices are the same."""
+        self._loaded: dict[str, Any] | None = None
+        """A state to take up when all ranks have it."""
+        self._on_load: list[Callable[[], None]] = []
+        self.wants_resync = False
+        """Whether this rank asked for the next weights in full; its host's glue clears it when they were sent."""
+        self._num_resyncs = 0
         self._undo: list[Callable[[], None]] = []
         self._weights: Callable[[], Iterable[torch.Tensor]] | None = None
 
@@ -56,12 +71,67 @@ class Handle:
         return bool(self._undo)
 
     def quantise_gradients(self) -> bool:
-        """Whether the next gradients go out quantised."""
+        """Whether the next gradients go out quantised. Collective, once a step."""
+        self._agree_once()
         return self._chosen("gradients", self.config.gradients)
 
     def quantise_weights(self) -> bool:
-        """Whether the next weights go out as a quantised difference."""
+        """Whether the next weights go out as a quantised difference. Collective, once a step."""
+        self._agree_once()
         return self._chosen("weights", self.config.weights)
+
+    @property
+    def weights_quantised(self) -> bool:
+        """The choice for the next weights, as far as it is known before the ranks agree."""
+        return self._chosen("weights", self.config.weights)
+
+    def _agree_once(self) -> None:
+        if not self._agreed:
+            self.agree()
+
+    def agree(self) -> bool:
+        """Take up a loaded state, if all ranks loaded the same one. Collective; asked once a step by itself.
+
+        Returns:
+            whether some rank wants the weights in full.
+
+        Raises:
+            CommError: on every rank, if some loaded a state and others another one or none.
+        """
+        own = 0 if self._loaded is None else _key_of(self._loaded)
+        largest, smallest, resync = own, own, self.wants_resync
+        if self.topology.world_size > 1:
+            numbers = torch.tensor([own, -own, int(resync)], dtype=torch.int64, device=self._device)
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.topology.group)
+            largest, smallest, resync = numbers.tolist()
+        if largest != -smallest and self.topology.world_size > 1:
+            self._refuse_loaded(own)
+        if self._loaded is not None:
+            self._take_up(self._loaded)
+            self._loaded = None
+        self._agreed = True
+        return bool(resync)
+
+    def _refuse_loaded(self, own: int) -> NoReturn:
+        keys: list[int] = [0] * self.topology.world_size
+        dist.all_gather_object(keys, own, group=self.topology.group)
+        missing = [rank for rank, key in enumerate(keys) if not key]
+        names = "none on ranks " + ", ".join(map(str, missing)) if missing else f"different ones: {keys}"
+        raise CommError(
+            f"load_state_dict must be called with the same checkpoint on all ranks of {self.host}; there is {names}. "
+            "Load it there too and go on"
+        )
+
+    def resync(self) -> None:
+        """Send the next weights in full, on all ranks, whoever of them asks. Weights that are changed on the rank that
+        owns them are noticed without it; it heals replicas that differ otherwise."""
+        self.wants_resync = True
+
+    def count_resync(self) -> None:
+        """Tell that weights were sent in full because they had been written outside the optimizer's step."""
+        if not self._num_resyncs:
+            logger.info("weights of %s changed outside its optimizer: they are sent in full once", self.host)
+        self._num_resyncs += 1
 
     def _chosen(self, what: str, wanted: bool) -> bool:
         live = wanted and self.topology.world_size > 1 and self.steps >= self.config.start_step
@@ -69,10 +139,15 @@ class Handle:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Count the seconds of a collective, `gradients` or `weights`. On an accelerator it waits for the device, but
-        only in steps whose time decides something."""
+        """Count the seconds of a collective, `gradients` or `weights`. In steps whose time decides something the ranks
+        meet first: the time that one waits for a slower one is not the link's. On an accelerator only these steps are
+        timed, and wait for the device."""
+        self._calls[what] += 1
         wait = self._device.type != "cpu"
-        if wait and not self._bypass[what].trying:
+        if self._bypass[what].trying:
+            # A sum of nothing: what dist.barrier is, on the device that it may only guess.
+            dist.all_reduce(torch.zeros(1, device=self._device), group=self.topology.group)
+        elif wait:
             yield
             return
         if wait:
@@ -87,58 +162,64 @@ class Handle:
         """Tell that an optimizer step ended. Collective in steps that decide or check.
 
         Raises:
-            NotLiveError: if gradients should have gone out quantised and none did: the host reduces them elsewhere.
+            NotLiveError: if gradients should have gone out quantised and none did, from the second step on: the host
+                reduces them elsewhere.
             CommError: if replicas were compared and differ.
         """
-        if self.quantise_gradients() and self.collectives.calls == self._calls_before:
+        none_came = self.collectives.calls == self._calls_before
+        # The gradients of the first step may have been reduced before `attach`.
+        if none_came and self._seen_steps and self._chosen("gradients", self.config.gradients):
             raise NotLiveError(f"4-bit gradients were asked for, and {self.host} reduced none through them in a step")
+        self._seen_steps += 1
         self._calls_before = self.collectives.calls
         for what, bypass in self._bypass.items():
             if self.steps >= self.config.start_step and getattr(self.config, what):
-                bypass.end_step(self._seconds[what], self.topology.group, self._device)
+                calls = self._calls[what]
+                bypass.end_step(self._seconds[what] / calls if calls else None, self.topology.group, self._device)
             self._total_seconds[what] += self._seconds[what]
-            self._seconds[what] = 0.0
+            self._seconds[what], self._calls[what] = 0.0, 0
         self.steps += 1
+        self._agreed = False
         if self.config.check_every and self.steps % self.config.check_every == 0:
             self.check_replicas()
 
     def check_replicas(self) -> str:
-        """Compare the weights that the ranks hold, by SHA-256; returns the digest. Collective.
+        """Compare the weights that the ranks hold, by fingerprint; returns it. Collective.
 
         Raises:
             CommError: on every rank, if they differ; or if the host shards its weights, so that there are no replicas.
         """
         if self._weights is None:
             raise CommError(f"{self.host} holds no replicas of its weights to compare")
-        digest = hashlib.sha256()
-        for weights in self._weights():
-            digest.update(weights.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        digests: list[str] = [""] * self.topology.world_size
-        dist.all_gather_object(digests, digest.hexdigest(), group=self.topology.group)
-        if len(set(digests)) > 1:
-            shown = ", ".join(f"rank {rank} {text[:12]}" for rank, text in enumerate(digests))
+        prints: list[str] = [""] * self.topology.world_size
+        dist.all_gather_object(prints, f"{fingerprint(self._weights()):016x}", group=self.topology.group)
+        if len(set(prints)) > 1:
+            shown = ", ".join(f"rank {rank} {text}" for rank, text in enumerate(prints))
             raise CommError(f"the ranks of {self.host} hold different weights after step {self.steps}: {shown}")
-        return digests[0]
+        return prints[0]
 
     def stats(self) -> dict[str, Any]:
         """Figures of this rank since `attach`.
 
         Returns:
-            steps; bytes sent (`gradient_intra_bytes`, `gradient_inter_bytes`, `weight_intra_bytes`,
+            steps; `weight_resyncs`, times that weights went out in full because they were written outside the
+            optimizer; bytes sent (`gradient_intra_bytes`, `gradient_inter_bytes`, `weight_intra_bytes`,
             `weight_inter_bytes`); seconds spent in the collectives (`gradients_s`, `weights_s`; on a GPU only of steps
             that were timed); for each of `gradients` and `weights`: `<what>_quantised`, the choice now, and once
-            measured `<what>_quantised_s`, `<what>_plain_s` and `<what>_advice`, in words.
+            measured `<what>_quantised_s` and `<what>_plain_s`, seconds a call of the collective, and `<what>_advice`,
+            in words.
         """
         traffic = asdict(self.collectives.traffic)
         figures: dict[str, Any] = {"steps": self.steps, "host": self.host, "world_size": self.topology.world_size}
         figures |= {"num_nodes": self.topology.num_nodes, "local_size": self.topology.local_size}
+        figures["weight_resyncs"] = self._num_resyncs
         figures |= {name if name.endswith("values") else f"{name}_bytes": count for name, count in traffic.items()}
         for what, bypass in self._bypass.items():
             figures[f"{what}_s"] = self._total_seconds[what] + self._seconds[what]
             figures[f"{what}_quantised"] = self._chosen(what, getattr(self.config, what))
-            if bypass.plain_s is not None and bypass.quantised_s is not None:
+            gain = bypass.gain
+            if gain is not None:
                 figures[f"{what}_quantised_s"], figures[f"{what}_plain_s"] = bypass.quantised_s, bypass.plain_s
-                gain = bypass.plain_s / max(bypass.quantised_s, 1e-9)
                 verdict = (
                     f"quantised is {gain:.2f} times as fast"
                     if gain >= 1
@@ -149,6 +230,8 @@ class Handle:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on bit for bit: counters of the rounding noise and the choices made."""
+        if self._loaded is not None:
+            return {**self._loaded, "config": asdict(self.config)}
         return {
             "config": asdict(self.config),
             "steps": self.steps,
@@ -157,14 +240,36 @@ class Handle:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint; settings stay as attached."""
+        """Take up the state of a checkpoint, after its weights were loaded and on all ranks; settings stay as attached.
+        It counts from the next step on, whose first collective compares what the ranks loaded.
+
+        Raises:
+            CommError: if this is no state of a handle; nothing changes then.
+        """
+        try:
+            whole = isinstance(state["steps"], int) and isinstance(state["calls"], int)
+            for what in self._bypass:
+                Bypass().load_state_dict(state["bypass"][what])
+        except (KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise CommError("this is not a state that state_dict() of a handle of 4-bit communication gave")
+        self._loaded = state
+        for callback in self._on_load:
+            callback()
+
+    def on_load(self, callback: Callable[[], None]) -> None:
+        """Call when a state was loaded: the weights are then those that all ranks hold."""
+        self._on_load.append(callback)
+
+    def _take_up(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
         self.collectives.calls = self._calls_before = state["calls"]
-        for what, saved in state["bypass"].items():
-            enabled = self._bypass[what].enabled
-            self._bypass[what].load_state_dict({**saved, "enabled": enabled})
+        for what, bypass in self._bypass.items():
+            enabled = bypass.enabled
+            bypass.load_state_dict({**state["bypass"][what], "enabled": enabled})
             if not enabled:
-                self._bypass[what].quantised = True
+                bypass.quantised = True
 
     def replace(self, target: Any, name: str, method: Callable[..., Any]) -> None:
         """Put a method on an object, for as long as this handle is attached; whatever was on it comes back then."""
@@ -191,3 +296,12 @@ class Handle:
         """Give the host its own communication back. Held weights stay; the next step sends them in full."""
         while self._undo:
             self._undo.pop()()
+
+
+def _key_of(state: dict[str, Any]) -> int:
+    """Return a positive number of 62 bits for what ranks must have in common of a state: not their own times."""
+    bypass = {what: Bypass() for what in state["bypass"]}
+    for what, saved in state["bypass"].items():
+        bypass[what].load_state_dict(saved)
+    shared = [state["steps"], state["calls"], sorted((what, choice.shared()) for what, choice in bypass.items())]
+    return int.from_bytes(hashlib.sha256(repr(shared).encode()).digest()[:8], "little") >> 2 | 1

@@ -40,6 +40,11 @@ class Topology:
     def local_size(self) -> int:
         return len(self.nodes[0])
 
+    def is_of(self, group: dist.ProcessGroup) -> bool:
+        """Whether `group` joins the same ranks in the same order, so that our collectives can stand for its own."""
+        same = group is self.group
+        return same or dist.get_process_group_ranks(group) == dist.get_process_group_ranks(self.group)
+
     @property
     def node(self) -> int:
         """Index of this rank's node."""

@@ -3,10 +3,17 @@
 Gradients: every sharded module gets a reduce-scatter of ours. Weights, only with `sharded_weights=true`: every module
 gets an all-gather that keeps what it gathered last, sends differences after an optimizer step, and serves the second
 gather of a step, in backward, from the copy. That copy is a whole replica, P weights in the all-gather's dtype on
-every rank, which gives up the memory that sharding saved.
+every rank, which gives up the memory that sharding saved. Collectives over other ranks than the mesh's, as the backward
+gather of `reshard_after_forward=<int>`, stay FSDP2's own.
 
-Host symbols: `FSDPModule.set_custom_all_gather`, `set_custom_reduce_scatter`, `AllGather`, `ReduceScatter` and the
-defaults to go back to; `DTensor.device_mesh`; `Optimizer.register_step_post_hook`. Not covered: HSDP and other meshes
+The copy must not outlive the weights. Who else than the optimizer changes them (an in-place edit, another optimizer,
+`dcp.load`, an average swapped in) changes the fingerprint of a shard, which is taken before each forward of the root
+module and around each step: versions of tensors do not tell, neither `torch._foreach_*` nor `.data` counts one. The
+ranks tell each other in an all-reduce of three numbers, because an edit on one rank must renew the copy on all, and
+then all gathers are full once. A forward of a part alone, or `unshard()`, does not look.
+
+Host symbols: `FSDPModule.set_custom_all_gather`, `set_custom_reduce_scatter`, `reshard`, `AllGather`, `ReduceScatter`
+and the defaults to go back to; `DTensor.device_mesh`; step hooks of `Optimizer`. Not covered: HSDP and other meshes
 of more than one dimension, gradient divide factors, parameters of mixed dtypes in one module.
 """
 
@@ -24,7 +31,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from torch.distributed.tensor import DTensor
 
 from rl_accel.comm import codec, topology
+from rl_accel.comm.agreement import on_all_ranks
 from rl_accel.comm.config import SDP4BitConfig
+from rl_accel.comm.fingerprint import Watch
 from rl_accel.comm.handle import Handle
 from rl_accel.errors import CommError
 
@@ -42,6 +51,8 @@ class QuantisedReduceScatter(ReduceScatter):
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        if not self.handle.topology.is_of(group):
+            return self.plain(output_tensor, input_tensor, group, op, async_op)
         with self.handle.timed("gradients"):
             if not self.handle.quantise_gradients():
                 return self.plain(output_tensor, input_tensor, group, op, async_op)
@@ -57,8 +68,8 @@ class QuantisedReduceScatter(ReduceScatter):
 class DifferenceAllGather(AllGather):
     """All-gather of one FSDP module that keeps what the ranks hold and sends what an optimizer step changed."""
 
-    def __init__(self, handle: Handle, steps: _StepCounter):
-        self.handle, self.steps = handle, steps
+    def __init__(self, handle: Handle, weights: _Weights):
+        self.handle, self.weights = handle, weights
         self.plain = DefaultAllGather()
         self.held: torch.Tensor | None = None
         self.held_step = -1
@@ -67,76 +78,79 @@ class DifferenceAllGather(AllGather):
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        if not self.handle.topology.is_of(group):
+            # reshard_after_forward=<int>: in backward a module gathers what forward left on a smaller mesh.
+            return self.plain(output_tensor, input_tensor, group, async_op)
         if input_tensor.dtype == torch.uint8:
             raise CommError("comm.sharded_weights does not cover FSDP modules with parameters of several dtypes")
-        with self.handle.timed("weights"):
-            if self.held is None or self.held_step < self.steps.full_from:
-                self.plain(output_tensor, input_tensor, group)
-                self.held = output_tensor.clone() if self.held is None else self.held.copy_(output_tensor)
-            elif self.held_step != self.steps.count:
-                self._renew(input_tensor, group)
-            self.held_step = self.steps.count
-            output_tensor.copy_(self.held)
+        if self.held_step != self.weights.count:
+            with self.handle.timed("weights"):
+                self._renew(output_tensor, input_tensor, group)
+            self.held_step = self.weights.count
+        output_tensor.copy_(self.held)
         return None
 
-    def _renew(self, shard: torch.Tensor, group: dist.ProcessGroup) -> None:
-        assert self.held is not None
-        if not self.handle.quantise_weights():
-            self.plain(self.held, shard, group)
+    def _renew(self, output: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup) -> None:
+        """Bring `held` up to date; `shard` is a part of `output`, which may be overwritten."""
+        if self.held is None or self.held_step < self.weights.full_from or not self.handle.quantise_weights():
+            self.plain(output, shard, group)
+            self.held = output.clone() if self.held is None else self.held.copy_(output)
             return
         own = self.held.view(self.handle.topology.world_size, -1)[self.handle.topology.rank]
         self.handle.collectives.gather_difference(self.held, shard.contiguous(), own.clone())
 
 
-class _StepCounter:
-    """Optimizer steps so far, and from which on held weights are worth a difference."""
+class _Weights:
+    """What is known of the shards: optimizer steps so far, and whether somebody else changed them."""
 
-    def __init__(self) -> None:
+    def __init__(self, shards: list[DTensor], handle: Handle) -> None:
+        self.handle = handle
         self.count = 0
         self.full_from = 0
+        """From this count on held weights are worth a difference."""
+        self._watch = Watch(lambda: [shard.to_local() for shard in shards])
 
-    def send_in_full(self, *_: Any) -> None:
-        """Weights were loaded: the next gathers are full."""
+    def look(self, *_: Any) -> None:
+        """Notice what others changed."""
+        self.handle.wants_resync |= self._watch.look()
+
+    def before_forward(self, *_: Any) -> None:
+        """Collective over the mesh."""
+        self.look()
+        if self.handle.agree():
+            self.handle.wants_resync = False
+            self.count += 1
+            self.full_from = self.count
+            self.handle.count_resync()
+
+    def after_step(self, *_: Any) -> None:
         self.count += 1
-        self.full_from = self.count
+        self.handle.end_step()
+        if self.handle.config.weights:
+            self._watch.forget()
+            self._watch.look()
 
 
 def attach(module: FSDPModule, config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> Handle:
     """Attach to the root module of FSDP2; see `rl_accel.comm.attach`. Collective over the mesh."""
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.reshard()  # a forward leaves the root's parameters whole
     group, device = _mesh_group(module)
-    if not config.sharded_weights:
-        if not config.gradients:
-            raise CommError(
-                "FSDP2 shards its weights: comm.gradients=false leaves nothing without sharded_weights=true"
-            )
-        if config.check_every:
-            raise CommError(
-                "comm.check_every needs replicas to compare, which FSDP2 has with comm.sharded_weights=true"
-            )
-        config = replace(config, weights=False)
-    if optimizer is None:
-        raise CommError("attach to FSDP2 needs optimizer=, whose steps tell when weights changed")
-    _agree(config, codec.load_backend(config.backend, device).__name__, group)
+    with on_all_ranks(group) as facts:
+        _check(config, optimizer)
+        facts |= {"settings": asdict(config), "torch": torch.__version__}
+        facts["backend"] = codec.load_backend(config.backend, device).__name__
+    config = replace(config, weights=config.weights and config.sharded_weights)
     handle = Handle(topology.build(group, config.local_size), config, "FSDP2", device)
-    steps = _StepCounter()
-    gathers = []
-    for part in module.modules():
-        if not isinstance(part, FSDPModule):
-            continue
-        if config.gradients:
-            part.set_custom_reduce_scatter(QuantisedReduceScatter(handle))
-            handle.on_detach(lambda part=part: part.set_custom_reduce_scatter(DefaultReduceScatter()))
-        if config.weights:
-            gathers.append(DifferenceAllGather(handle, steps))
-            part.set_custom_all_gather(gathers[-1])
-            handle.on_detach(lambda part=part: part.set_custom_all_gather(DefaultAllGather()))
-
-    def after_step(*_: Any) -> None:
-        steps.count += 1
-        handle.end_step()
-
-    handle.on_detach(optimizer.register_step_post_hook(after_step).remove)
-    handle.on_detach(module.register_load_state_dict_post_hook(steps.send_in_full).remove)
+    weights = _Weights([parameter for parameter in module.parameters() if isinstance(parameter, DTensor)], handle)
+    try:
+        with on_all_ranks(group):
+            gathers = [_replace_collectives(part, handle, weights) for part in parts]
+            _hook(module, optimizer, handle, weights)
+    except BaseException:
+        handle.detach()
+        raise
     if config.weights:
         handle.holds(lambda: [gather.held for gather in gathers if gather.held is not None])
     shape = handle.topology
@@ -144,6 +158,37 @@ def attach(module: FSDPModule, config: SDP4BitConfig, optimizer: torch.optim.Opt
         "4-bit communication on FSDP2: %d ranks, %d nodes of %d", shape.world_size, shape.num_nodes, shape.local_size
     )
     return handle
+
+
+def _check(config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> None:
+    if not config.sharded_weights and not config.gradients:
+        raise CommError("FSDP2 shards its weights: comm.gradients=false leaves nothing without sharded_weights=true")
+    if not config.sharded_weights and config.check_every:
+        raise CommError("comm.check_every needs replicas to compare, which FSDP2 has with comm.sharded_weights=true")
+    if optimizer is None:
+        raise CommError("attach to FSDP2 needs optimizer=, whose steps tell when weights changed")
+
+
+def _replace_collectives(part: FSDPModule, handle: Handle, weights: _Weights) -> DifferenceAllGather:
+    gather = DifferenceAllGather(handle, weights)
+    if handle.config.gradients:
+        part.set_custom_reduce_scatter(QuantisedReduceScatter(handle))
+        handle.on_detach(lambda: part.set_custom_reduce_scatter(DefaultReduceScatter()))
+    if handle.config.weights:
+        part.set_custom_all_gather(gather)
+        handle.on_detach(lambda: part.set_custom_all_gather(DefaultAllGather()))
+    return gather
+
+
+def _hook(module: Any, optimizer: Any, handle: Handle, weights: _Weights) -> None:
+    hooks = [optimizer.register_step_post_hook(weights.after_step)]
+    if handle.config.weights:
+        hooks += [
+            optimizer.register_step_pre_hook(weights.look),
+            module.register_forward_pre_hook(weights.before_forward, prepend=True),
+        ]
+    for hook in hooks:
+        handle.on_detach(hook.remove)
 
 
 def _mesh_group(module: FSDPModule) -> tuple[dist.ProcessGroup, torch.device]:
@@ -157,12 +202,3 @@ def _mesh_group(module: FSDPModule) -> tuple[dist.ProcessGroup, torch.device]:
     if device.type != mesh.device_type:
         raise CommError("4-bit communication does not cover FSDP2's CPU offload")
     return mesh.get_group(), device
-
-
-def _agree(config: SDP4BitConfig, backend: str, group: dist.ProcessGroup) -> None:
-    mine = {"settings": asdict(config), "backend": backend, "torch": torch.__version__}
-    answers: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, mine, group=group)
-    for rank, theirs in enumerate(answers):
-        if theirs != mine:
-            raise CommError(f"ranks disagree on 4-bit communication: this rank has {mine}, rank {rank} has {theirs}")

@@ -187,11 +187,36 @@ def check_gather(group) -> None:
                     assert gap < 1e-4
 
 
+def check_one_rank_asks_for_all_in_full(group) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for local_size in [n for n in (1, 2, 4) if world_size % n == 0]:
+        for numel in (33, 1000):
+            collectives = QuantisedCollectives(topology.build(group, local_size), SDP4BitConfig())
+            start = torch.cat([contribution(7, r, numel, torch.float32) for r in range(world_size)])
+            goal = torch.cat([contribution(8, r, numel, torch.float32) for r in range(world_size)])
+            own = slice(rank * numel, (rank + 1) * numel)
+            for asking in (None, *range(world_size)):
+                held = start.clone()
+                in_full = collectives.gather_difference(held, goal[own], start[own].clone(), rank == asking)
+                assert in_full == (asking is not None or world_size == 1), asking
+                assert torch.equal(held, goal) == in_full
+                assert (held - goal).norm() < (start - goal).norm()
+
+
 def check_gather_sum(group) -> None:
+    for config, error in (
+        (SDP4BitConfig(), 0.02),
+        (SDP4BitConfig(intra_bits=16, inter_bits=16), 0.003),  # half a unit of bfloat16 is 0.002 at most
+        (SDP4BitConfig(intra_bits=4, inter_bits=4), 0.02),
+    ):
+        check_gather_sum_of(group, config, error)
+
+
+def check_gather_sum_of(group, config: SDP4BitConfig, error: float) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     sizes = [1000, 0, 31, 129][:world_size]
     for local_size in [n for n in (1, 2, 4) if world_size % n == 0]:
-        collectives = QuantisedCollectives(topology.build(group, local_size), SDP4BitConfig())
+        collectives = QuantisedCollectives(topology.build(group, local_size), config)
         parts = collectives.gather_sum(contribution(rank, 0, sizes[rank], torch.float32), sizes)
         flat = torch.cat(parts)
         everyone = [torch.empty_like(flat) for _ in range(world_size)]
@@ -199,7 +224,7 @@ def check_gather_sum(group) -> None:
         assert all(torch.equal(everyone[0], other) for other in everyone)
         for r, part in enumerate(parts):
             exact = contribution(r, 0, sizes[r], torch.float32)
-            assert (part - exact).norm() <= 0.02 * exact.norm()
+            assert (part - exact).norm() <= error * exact.norm()
 
 
 def check_backends_agree(group) -> None:
@@ -238,6 +263,7 @@ def main() -> None:
     check_stochastic_rounding_is_unbiased(group)
     check_bad_values_reach_the_owner(group)
     check_gather(group)
+    check_one_rank_asks_for_all_in_full(group)
     check_gather_sum(group)
     check_backends_agree(group)
     torch.save(results, os.environ["RESULT"])

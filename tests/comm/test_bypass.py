@@ -68,3 +68,23 @@ def test_state_goes_through_a_checkpoint(group):
     second = Bypass()
     second.load_state_dict(first.state_dict())
     assert before + run(second, group, 200, 2.0, 1.0) == expected
+
+
+def test_steps_that_send_nothing_are_no_tries(group):
+    """A search for the loss scale skips optimizer steps, which then send no weights: seconds of nothing decide
+    nothing, and the choice waits for steps that send."""
+    bypass = Bypass()
+    for _ in range(40):
+        bypass.end_step(None, group)
+    assert bypass.quantised
+    assert bypass.gain is None
+    choices = run(bypass, group, 30, 2.0, 1.0)
+    assert (bypass.quantised_s, bypass.plain_s) == (2.0, 1.0)
+    assert choices[2 * TRIES :] == [False] * (30 - 2 * TRIES)
+
+
+def test_a_clock_that_did_not_tick_is_no_division_by_zero(group):
+    for times in ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0)):
+        bypass = Bypass()
+        run(bypass, group, 20, *times)
+        assert bypass.gain is not None and 0 < bypass.gain < float("inf")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
@@ -23,11 +26,12 @@ def four_bit(**changes) -> SDP4BitConfig:
     return SDP4BitConfig(**{"local_size": local_size, "bypass": "never", **changes})
 
 
-def make(mesh=None, **policy):
+def make(mesh=None, reshard_after_forward=None, **policy):
     torch.manual_seed(0)
     model = TinyGPT(width=32, layers=2, length=32)
     mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(**policy)}
+    options["reshard_after_forward"] = reshard_after_forward
     for block in model.blocks:
         fully_shard(block, **options)
     fully_shard(model, **options)
@@ -97,6 +101,32 @@ def check_training() -> None:
             handle.detach()
 
 
+def check_a_smaller_mesh_after_forward() -> None:
+    """`reshard_after_forward=2` of 4 ranks: the gather of backward is over 2 ranks. With weights sent as they are,
+    losses, norms and weights are those of plain FSDP2 to the bit."""
+    if dist.get_world_size() != 4:
+        return
+    runs = []
+    for config in (None, four_bit(sharded_weights=True, weight_bits=16, gradients=False)):
+        model, optimizer = make(reshard_after_forward=2, **POLICIES["bf16"])
+        handle = config and attach(model, config, optimizer)
+        norms: list[float] = []
+        losses = train(model, optimizer, 3, norms=norms)
+        runs.append((losses, norms, full(model)))
+    handle.check_replicas()
+    assert runs[0][:2] == runs[1][:2], runs
+    assert torch.equal(runs[0][2], runs[1][2])
+    assert handle.stats()["weight_values"] >= 2 * runs[0][2].numel()
+    handle.detach()
+
+    model, optimizer = make(reshard_after_forward=2, **POLICIES["bf16"])
+    handle = attach(model, four_bit(sharded_weights=True), optimizer)
+    norms = []
+    train(model, optimizer, 3, norms=norms)
+    assert max(abs(a / b - 1) for a, b in zip(norms, runs[0][1], strict=True)) < 0.1, (norms, runs[0][1])
+    handle.detach()
+
+
 def check_loading_sends_in_full() -> None:
     """Loaded weights may be anywhere; a 4-bit difference to what was held would be far off."""
     if dist.get_world_size() == 1:
@@ -116,6 +146,113 @@ def check_loading_sends_in_full() -> None:
         assert torch.equal(loss, loss_of(plain, ids))
     assert handle.collectives.traffic.weight_values == sent
     handle.detach()
+
+
+def shards(model) -> list[torch.Tensor]:
+    """The local tensors of the sharded parameters, whatever a forward left."""
+    for part in (model, *model.blocks):
+        part.reshard()
+    return [parameter.to_local() for parameter in model.parameters()]
+
+
+def swap_by_data(model, optimizer) -> None:
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.data * 0.5)
+
+
+def load_with_dcp(model, optimizer) -> None:
+    folder = [tempfile.mkdtemp()] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(folder)
+    saved = {name: weight.detach() + 0.25 for name, weight in model.state_dict().items()}
+    dcp.save(saved, checkpoint_id=folder[0])
+    dcp.load(model.state_dict(), checkpoint_id=folder[0])
+
+
+def step_of_another_optimizer(model, optimizer) -> None:
+    other = torch.optim.SGD(list(model.parameters())[::2], lr=3.0, foreach=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    other.step()
+    optimizer.zero_grad()
+
+
+def edit_one_rank(model, optimizer) -> None:
+    if dist.get_rank() == dist.get_world_size() - 1:
+        for shard in shards(model):
+            shard.mul_(-1.5)
+
+
+EDITS = {
+    "in place": lambda model, optimizer: [parameter.add_(0.5) for parameter in model.parameters()],
+    "foreach": lambda model, optimizer: torch._foreach_mul_(list(model.parameters()), -1.0),
+    "data": swap_by_data,
+    "dcp.load": load_with_dcp,
+    "another optimizer": step_of_another_optimizer,
+    "one rank": edit_one_rank,
+}
+
+
+@torch.no_grad()
+def check_the_copy_follows_whoever_writes() -> None:
+    """Between steps, with forwards before and after: the loss is that of plain FSDP2 with the same shards, to the bit.
+    Served from the copy it would be the loss of before. An edit between backward and step reaches all in full too."""
+    if dist.get_world_size() == 1:
+        return
+    ids = TEXT.batch(2, 0)
+    for name, edit in EDITS.items():
+        model, optimizer = make()
+        plain, _ = make()
+        handle = attach(model, four_bit(sharded_weights=True, gradients=False), optimizer)
+        with torch.enable_grad():
+            train(model, optimizer, 2)
+        before = float(loss_of(model, ids))
+        for times in (1, 2):
+            shards(model)
+            edit(model, optimizer)
+            found = float(loss_of(model, ids))
+            for mine, theirs in zip(shards(model), shards(plain), strict=True):
+                theirs.copy_(mine)
+            assert found == float(loss_of(plain, ids)), (name, times)
+            assert found != before, name
+            assert handle.stats()["weight_resyncs"] == times, name
+        assert found == float(loss_of(model, ids))
+        assert handle.stats()["weight_resyncs"] == 2, (name, "nothing changed")
+        handle.check_replicas()
+
+        with torch.enable_grad():
+            loss_of(model, ids).backward()
+        edit(model, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        found = float(loss_of(model, ids))
+        for mine, theirs in zip(shards(model), shards(plain), strict=True):
+            theirs.copy_(mine)
+        assert found == float(loss_of(plain, ids)), name
+        assert handle.stats()["weight_resyncs"] == 3, name
+        with torch.enable_grad():
+            train(model, optimizer, 2)
+        assert handle.stats()["weight_resyncs"] == 3, "optimizer steps are no edits"
+        handle.detach()
+
+
+def check_a_state_loaded_on_some_ranks_is_an_error_on_all() -> None:
+    if dist.get_world_size() == 1:
+        return
+    for changes in ({}, {"sharded_weights": True}):
+        model, optimizer = make()
+        handle = attach(model, four_bit(bypass="auto", **changes), optimizer)
+        train(model, optimizer, 3)
+        state = handle.state_dict()
+        state["bypass"]["gradients"]["quantised"] = not state["bypass"]["gradients"]["quantised"]
+        if dist.get_rank() == 1:
+            handle.load_state_dict(state)
+        try:
+            train(model, optimizer, 1, first=3)
+        except CommError as error:
+            assert "load_state_dict must be called" in str(error)
+        else:
+            raise AssertionError("a state on one rank was accepted")
+        handle.detach()
 
 
 def comms(model):
@@ -160,12 +297,14 @@ def check_detach_and_refusals() -> None:
         raise AssertionError("attached to a plain module")
 
 
+CHECKS = [name for name in globals() if name.startswith("check_")]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    check_training()
-    check_loading_sends_in_full()
-    check_detach_and_refusals()
+    for name in sys.argv[1:] or CHECKS:
+        globals()[name]()
     torch.save("done", os.environ["RESULT"])
     dist.destroy_process_group()
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from rl_accel.comm import codec
 from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.errors import CommError, VersionError
 from rl_accel.hosts import versions
+from rl_accel.hosts.deepspeed import weights
 
 STAGE12 = "deepspeed.runtime.zero.stage_1_and_2"
 STAGE3 = "deepspeed.runtime.zero.stage3"
@@ -67,44 +69,39 @@ SEAMS: dict[str, dict[str, tuple[str, ...]]] = {
 """Optimizer class -> the functions that its glue replaces or calls, with their parameters."""
 
 
-def check(engine: Any, config: SDP4BitConfig, group: dist.ProcessGroup, backend: str) -> None:
-    """Raise CommError or VersionError, on every rank, for an engine that cannot be served. Collective over `group`."""
-    problem = _problem(engine, config)
-    mine = {"config": asdict(config), "backend": backend, "optimizer": type(engine.optimizer).__name__}
-    mine["deepspeed"] = versions.installed("deepspeed")
-    answers: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, (problem, mine), group=group)
-    for rank, (problem, theirs) in enumerate(answers):
-        if problem is not None:
-            where = "" if rank == dist.get_rank(group) else f" (found on rank {rank})"
-            raise problem[0](problem[1] + where)
-        for name, value in theirs.items():
-            if value != mine[name]:
-                raise CommError(
-                    f"ranks disagree on {name} of 4-bit communication: rank {dist.get_rank(group)} has {mine[name]}, "
-                    f"rank {rank} has {value}"
-                )
+def check(engine: Any, config: SDP4BitConfig, group: dist.ProcessGroup) -> dict[str, Any]:
+    """Check one rank's engine.
 
+    Returns:
+        what must be equal on all ranks.
 
-def _problem(engine: Any, config: SDP4BitConfig) -> tuple[type, str] | None:
-    try:
-        versions.check_deepspeed()
-    except VersionError as error:
-        return VersionError, str(error)
+    Raises:
+        CommError: for an engine that cannot be served.
+        NotLiveError: if the codec does not load.
+        VersionError: for a DeepSpeed that was not tested, or whose seams are not where they were.
+    """
+    versions.check_deepspeed()
     name = type(engine.optimizer).__name__
     if name not in SEAMS or type(engine.optimizer).__module__ not in (STAGE12, STAGE3, BF16):
-        return CommError, (
+        raise CommError(
             f"4-bit communication serves ZeRO stages 1 to 3 ({', '.join(SEAMS)}); this engine's optimizer is {name}. "
             "Set zero_optimization.stage in the DeepSpeed configuration"
         )
     moved = moved_seams(name)
     if moved:
-        return (
-            VersionError,
-            f"the installed DeepSpeed has changed where 4-bit communication joins it: {'; '.join(moved)}",
+        raise VersionError(
+            f"the installed DeepSpeed has changed where 4-bit communication joins it: {'; '.join(moved)}"
         )
-    unsupported = _unsupported(engine, config)
-    return (CommError, f"4-bit communication does not cover {unsupported}") if unsupported else None
+    unsupported = _unsupported(engine, config, group)
+    if unsupported:
+        raise CommError(f"4-bit communication does not cover {unsupported}")
+    backend = codec.load_backend(config.backend, engine.device).__name__
+    return {
+        "config": asdict(config),
+        "backend": backend,
+        "optimizer": name,
+        "deepspeed": versions.installed("deepspeed"),
+    }
 
 
 def moved_seams(optimizer: str) -> list[str]:
@@ -134,7 +131,7 @@ def _undecorated(function: Any) -> Any:
     return function
 
 
-def _unsupported(engine: Any, config: SDP4BitConfig) -> str | None:
+def _unsupported(engine: Any, config: SDP4BitConfig, group: dist.ProcessGroup) -> str | None:
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
     optimizer, zero = engine.optimizer, engine._config.zero_config
@@ -178,6 +175,10 @@ def _unsupported(engine: Any, config: SDP4BitConfig) -> str | None:
             sharded and (config.sharded_weights or not config.gradients),
             "weights of ZeRO-3: no rank keeps what was last sent, and a copy to keep would take the memory of stage 2, "
             "which sends less. Use stage 1 or 2, or gradients alone",
+        ),
+        (
+            not sharded and not weights.groups_agree(optimizer, group),
+            "parameter groups that are sharded over different ranks",
         ),
         (sharded and config.check_every > 0, "check_every at ZeRO-3, whose ranks hold no replicas to compare"),
         (getattr(optimizer, "sdp4bit_handle", None) is not None, "an engine twice: detach() the first handle"),

@@ -5,9 +5,14 @@ the optimizer's module. A dispatcher on that name finds by the list of flat grou
 other callers get the function that was there before. The slice as the other ranks still hold it is copied before
 the step: one shard, P/W weights, for as long as `step` runs. A step skipped for overflow returns before the gather.
 
+What a step changes is small and fits 4 bits; what `safe_set_full_fp32_param` or a loaded checkpoint changes does not,
+and much of it is written where tensors count no versions. So the shards, held and master, are fingerprinted after a
+step and before the next one, and if one changed in between, all go out in full. Cost: two readings of 6 P/W bytes a
+step.
+
 Host symbols: `stage_1_and_2.all_gather_dp_groups`, `bf16_optimizer.all_gather_dp_groups`, `optimizer.step`; the flat
-weights and shards are `bit16_groups_flat` and `parallel_partitioned_bit16_groups`, or `bf16_groups_flat` and
-`bf16_partitioned_groups`.
+weights, shards and master shards are `bit16_groups_flat`, `parallel_partitioned_bit16_groups` and
+`single_partition_of_fp32_groups`, or `bf16_groups_flat`, `bf16_partitioned_groups` and `fp32_groups_flat_partition`.
 """
 
 from __future__ import annotations
@@ -20,11 +25,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rl_accel.comm.fingerprint import Watch
 from rl_accel.comm.handle import Handle
 
 _NAMES = {
-    "DeepSpeedZeroOptimizer": ("bit16_groups_flat", "parallel_partitioned_bit16_groups"),
-    "BF16_Optimizer": ("bf16_groups_flat", "bf16_partitioned_groups"),
+    "DeepSpeedZeroOptimizer": (
+        "bit16_groups_flat",
+        "parallel_partitioned_bit16_groups",
+        "single_partition_of_fp32_groups",
+    ),
+    "BF16_Optimizer": ("bf16_groups_flat", "bf16_partitioned_groups", "fp32_groups_flat_partition"),
 }
 
 
@@ -33,25 +43,43 @@ class _Gather:
 
     def __init__(self, optimizer: Any, handle: Handle):
         self.handle = handle
-        flat_name, parts_name = _NAMES[type(optimizer).__name__]
+        flat_name, parts_name, masters_name = _NAMES[type(optimizer).__name__]
         self.groups_flat: list[torch.Tensor] = getattr(optimizer, flat_name)
         self.partitioned: list[list[torch.Tensor]] = getattr(optimizer, parts_name)
+        self.masters: list[torch.Tensor] = getattr(optimizer, masters_name)
         self.old_shards: list[torch.Tensor] | None = None
+        self.watch = Watch(self._own_shards)
+        self.watch.look()
+
+    def _own_shards(self) -> list[torch.Tensor]:
+        rank = self.handle.topology.rank
+        return [*self.masters, *(parts[rank] for parts in self.partitioned)]
 
     def before_step(self) -> None:
         if self.handle.quantise_weights():
             rank = self.handle.topology.rank
             self.old_shards = [parts[rank].detach().clone() for parts in self.partitioned]
+            self.handle.wants_resync |= self.watch.look()
 
     def after_step(self) -> None:
         self.old_shards = None
 
+    def end_step(self) -> None:
+        """After the choice for the next step was made: only a difference needs to know what changed."""
+        self.watch.forget()
+        if self.handle.weights_quantised:
+            self.watch.look()
+
     def send(self) -> None:
         assert self.old_shards is not None
         rank = self.handle.topology.rank
+        in_full = False
         for flat, parts, old in zip(self.groups_flat, self.partitioned, self.old_shards, strict=True):
             new = parts[rank].detach().clone()
-            self.handle.collectives.gather_difference(flat.detach(), new, old)
+            in_full |= self.handle.collectives.gather_difference(flat.detach(), new, old, self.handle.wants_resync)
+        if in_full:
+            self.handle.count_resync()
+        self.handle.wants_resync = False
 
 
 def attach(optimizer: Any, handle: Handle) -> None:
@@ -69,10 +97,13 @@ def attach(optimizer: Any, handle: Handle) -> None:
             if gather is not None:
                 gather.after_step()
         handle.end_step()
+        if gather is not None:
+            gather.end_step()
         return result
 
     handle.replace(optimizer, "step", stepping)
     if gather is not None:
+        handle.on_load(gather.watch.forget)  # all ranks hold the weights of the checkpoint
         dispatcher = _dispatcher(type(optimizer).__module__)
         dispatcher.gathers[id(gather.groups_flat)] = gather
         handle.on_detach(lambda: dispatcher.remove(id(gather.groups_flat)))
@@ -93,6 +124,7 @@ class _Dispatcher:
                 return self.original(groups_flat, *args, **kwargs)
             with gather.handle.timed("weights"):
                 if gather.old_shards is None:
+                    gather.handle.wants_resync = False
                     return self.original(groups_flat, *args, **kwargs)
                 return gather.send()
 

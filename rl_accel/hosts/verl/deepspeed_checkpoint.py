@@ -52,6 +52,8 @@ class DeepSpeedCheckpointManager(BaseCheckpointManager):
         self.ds_engine = ds_engine
         self.comm = comm
         self.layout = {"zero_stage": zero_stage, "world_size": self.world_size}
+        if getattr(ds_engine.optimizer, "round_robin_gradients", False):
+            self.layout["round_robin_gradients"] = True  # another order of the weights in the shards of states
 
     def save_checkpoint(
         self, local_path: str, hdfs_path: str | None = None, global_step: int = 0, max_ckpt_to_keep: int | None = None

@@ -22,9 +22,9 @@ OPTIMIZERS = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SGD", "RMSprop", "Ad
 DTYPES = ("fp32", "float32", "bf16", "bfloat16")
 
 
-def roles_in_use(config: DictConfig) -> list[str]:
+def roles_in_use(config: DictConfig, strategy: str = STRATEGY) -> list[str]:
     """Return the roles that ask for the engine."""
-    return [role for role in ROLES if OmegaConf.select(config, f"{role}.strategy") == STRATEGY]
+    return [role for role in ROLES if OmegaConf.select(config, f"{role}.strategy") == strategy]
 
 
 def check(config: DictConfig, settings: DeepSpeedConfig, asked_for: bool) -> None:
@@ -36,7 +36,7 @@ def check(config: DictConfig, settings: DeepSpeedConfig, asked_for: bool) -> Non
     roles = roles_in_use(config)
     if asked_for and not roles:
         raise ConfigError(
-            "rl_accel.deepspeed or rl_accel.comm is set and no role trains with DeepSpeed: set "
+            "rl_accel.deepspeed is set and no role trains with DeepSpeed: set "
             "actor_rollout_ref.actor.strategy=deepspeed, or take trainer=deepspeed with a recipe"
         )
     if not roles:
@@ -115,8 +115,8 @@ def _check_role(role: str, model: Any, engine: Any, optim: Any, checkpoint: Any,
 
 
 def given(accel: AccelConfig) -> bool:
-    """True if the user set something of `rl_accel.deepspeed`, or switched `rl_accel.comm` on."""
-    return accel.deepspeed != DeepSpeedConfig() or accel.comm.enable
+    """True if the user set something of `rl_accel.deepspeed`."""
+    return accel.deepspeed != DeepSpeedConfig()
 
 
 def check_comm(config: DictConfig, accel: AccelConfig) -> None:
@@ -124,22 +124,38 @@ def check_comm(config: DictConfig, accel: AccelConfig) -> None:
     comm = accel.comm
     if not comm.enable:
         return
-    if "actor_rollout_ref.actor" not in roles_in_use(config):
+    actor = config.actor_rollout_ref.actor.strategy
+    if actor not in (STRATEGY, "fsdp2"):
         raise ConfigError(
-            "rl_accel.comm.enable=true needs the DeepSpeed engine: actor_rollout_ref.actor.strategy=deepspeed, or "
-            "trainer=deepspeed with a recipe"
+            f"rl_accel.comm.enable=true serves actor_rollout_ref.actor.strategy=fsdp2 and deepspeed (trainer=deepspeed "
+            f"with a recipe); it is {actor}"
         )
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     if comm.local_size is not None and ranks % comm.local_size:
         raise ConfigError(f"rl_accel.comm.local_size={comm.local_size} does not divide the {ranks} ranks")
-    if accel.deepspeed.zero_stage == 3:
-        for refused, key in (
-            (not comm.gradients, "gradients=false"),
-            (comm.sharded_weights, "sharded_weights=true"),
-            (comm.check_every > 0, f"check_every={comm.check_every}"),
-        ):
-            if refused:
-                raise ConfigError(
-                    f"rl_accel.comm.{key}: at ZeRO 3 ranks keep no copy of the weights, to send differences to or to "
-                    "compare; use rl_accel.deepspeed.zero_stage=2"
-                )
+    if roles_in_use(config) and accel.deepspeed.zero_stage == 3:
+        _refuse_weights(comm, "at ZeRO 3 ranks keep no copy of the weights", "use rl_accel.deepspeed.zero_stage=2")
+    for role in roles_in_use(config, "fsdp2"):
+        if role == "actor_rollout_ref.ref":
+            continue
+        _refuse_weights(
+            comm, "FSDP2 shards the weights, and verl sends the shards to the rollout engines", "leave it out"
+        )
+        node = OmegaConf.select(config, f"{role}.{ROLES[role]}")
+        if node.get("fsdp_size", -1) not in (-1, ranks):
+            raise ConfigError(
+                f"{role}.{ROLES[role]}.fsdp_size={node.fsdp_size}: 4-bit communication shards over all ranks; leave it "
+                "at -1"
+            )
+        if node.get("offload_policy", False):
+            raise ConfigError(f"{role}.{ROLES[role]}.offload_policy: 4-bit communication does not cover CPU offload")
+
+
+def _refuse_weights(comm: Any, reason: str, instead: str) -> None:
+    for refused, key in (
+        (not comm.gradients, "gradients=false"),
+        (comm.sharded_weights, "sharded_weights=true"),
+        (comm.check_every > 0, f"check_every={comm.check_every}"),
+    ):
+        if refused:
+            raise ConfigError(f"rl_accel.comm.{key}: {reason}, to send differences to or to compare; {instead}")

@@ -7,7 +7,8 @@ waits for a verl module to be imported and costs nothing until then:
 - always: the engines of `strategy=deepspeed`, registered beside verl's own; DeepSpeed is imported when one is built;
 - `VERL_PLATFORM=cpu`: what verl lacks to run without an accelerator (`cpu.py`);
 - `RL_ACCEL_ACTIVE=1`, which `prepare.py` sets for the Ray processes of a run that asked for rl_accel: trainer,
-  file logger, engine server, weight receiver, and the plumbing of the agent loop (`lean_rollout.py`).
+  file logger, engine server, weight receiver, 4-bit communication of FSDP2 (`fsdp2_comm.py`), and the plumbing of the
+  agent loop (`lean_rollout.py`).
 verl swallows exceptions of plug-ins at debug level; the run then stops at the unknown trainer name `rl_accel_sync`.
 """
 
@@ -55,6 +56,12 @@ def _patch(name: str):
     return apply
 
 
+def _attach_to_fsdp2(module) -> None:
+    from rl_accel.hosts.verl.fsdp2_comm import AttachToFSDP2
+
+    AttachToFSDP2.apply(module)
+
+
 def _lean(name: str):
     def apply(module) -> None:
         from rl_accel.hosts.verl import lean_rollout
@@ -75,6 +82,7 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
 
 if os.environ.get(ACTIVE_ENV) == "1":
     register_post_import_hook(_register_trainer, "verl.trainer.ppo.v1.trainer_sync")
+    register_post_import_hook(_attach_to_fsdp2, "verl.workers.engine.fsdp.transformer_impl")
     register_post_import_hook(_patch("AppendFileLogger"), "verl.utils.tracking")
     register_post_import_hook(_patch("WholeCheckpointTracker"), "verl.trainer.ppo.v1.trainer_base")
     register_post_import_hook(_patch("ReturnCollectiveRpc"), "verl.workers.rollout.vllm_rollout.vllm_async_server")

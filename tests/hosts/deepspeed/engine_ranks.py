@@ -6,6 +6,9 @@ importing DeepSpeed takes longer than all of them.
 
 from __future__ import annotations
 
+import argparse
+import base64
+import importlib
 import json
 import logging
 import os
@@ -13,6 +16,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import deepspeed
@@ -22,7 +26,7 @@ import deepspeed.runtime.zero.stage_1_and_2 as stage12_module
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.utils import logger
+from deepspeed.utils import logger, safe_get_full_fp32_param, safe_set_full_fp32_param
 
 from rl_accel.comm import SDP4BitConfig, attach, initialize
 from rl_accel.errors import CommError, ConfigError, NotLiveError, VersionError
@@ -187,6 +191,13 @@ def case_detach_restores() -> None:
         assert handle.stats() == before
         attach(engine, four_bit()).detach()
 
+        engine.backward(loss_of(engine, TEXT.batch(2, dist.get_rank())))
+        handle = attach(engine, four_bit())  # in the middle of a step, whose gradients are reduced already
+        engine.step()
+        train(engine, 2)
+        assert bool(handle.stats()["gradient_values"]) == (dist.get_world_size() > 1)
+        handle.detach()
+
 
 def case_resume_is_bit_equal() -> None:
     """Stochastic rounding, bypass and weights go on where they stopped."""
@@ -229,6 +240,40 @@ def case_a_skipped_step_sends_no_weights() -> None:
             assert not torch.equal(weights_of(engine), before)
             assert same_on_all_ranks(weights_of(engine))
             handle.detach()
+
+
+def case_a_search_for_the_loss_scale_is_no_try() -> None:
+    """Twelve skipped steps in a row, as when a loss scale is searched: no weights were sent, none were timed. DeepSpeed
+    has no fp16 on most CPUs; its skipped step is the same for a bfloat16 gradient that overflows."""
+    if dist.get_world_size() == 1:
+        return
+    engine = make_engine({**ENGINES["stage2"], "bf16": {"enabled": True, "check_grad_overflow": True}})
+    handle = attach(engine, four_bit(bypass="auto"))
+    for step in range(24):
+        train(engine, 1, first=step, spoil=lambda step: float("inf") if step < 12 else 1.0)
+        assert engine.optimizer.overflow == (step < 12)
+        stats = handle.stats()
+        assert ("weights_plain_s" in stats) == (step >= 12 + 5), (step, stats)
+    assert min(stats[f"{what}_{way}_s"] for what in ("gradients", "weights") for way in ("quantised", "plain")) > 0
+    assert same_on_all_ranks(weights_of(engine))
+    handle.detach()
+
+
+def case_a_slow_rank_is_not_a_slow_link() -> None:
+    """Rank 1 comes half a second late to every step. Waiting for it is in no time that decides; it was half of it."""
+    if dist.get_world_size() != 2:
+        return
+    engine = make_engine(ENGINES["stage2"])
+    handle = attach(engine, four_bit(bypass="auto"))
+    for step in range(9):
+        if dist.get_rank() == 1:
+            time.sleep(0.5)
+        train(engine, 1, first=step)
+    stats = handle.stats()
+    for what in ("gradients", "weights"):
+        for way in ("quantised", "plain"):
+            assert 0 < stats[f"{what}_{way}_s"] < 0.15, stats
+    handle.detach()
 
 
 def case_start_step_sends_in_full() -> None:
@@ -328,6 +373,56 @@ def case_ranks_that_disagree() -> None:
     assert_untouched(engine)
 
 
+def case_a_failed_attach_changes_nothing() -> None:
+    """Replicas that differ, and a host on one rank that is not what it should be: an error on all ranks, engines as
+    they were, and the next attach works."""
+    if dist.get_world_size() == 1:
+        return
+    for name in ("stage2", "bf16_optimizer"):
+        engine = make_engine(ENGINES[name])
+        weight = next(engine.module.parameters()).data.view(-1)
+        if dist.get_rank() == 0:
+            weight[3] += 1.0
+        with pytest.raises(CommError, match="different weights"):
+            attach(engine, four_bit())
+        assert_untouched(engine)
+        if dist.get_rank() == 0:
+            weight[3] -= 1.0
+        before = weights_of(engine)
+        dist.broadcast(before, 0)  # 1.0 in bfloat16 takes the last bits along
+        weight.copy_(before[: weight.numel()])
+
+        groups = "parallel_partitioned_bit16_groups" if name == "stage2" else "bf16_partitioned_groups"
+        kept = vars(engine.optimizer)[groups]
+        if dist.get_rank() == 1:
+            delattr(engine.optimizer, groups)
+        with pytest.raises(CommError, match=groups):
+            attach(engine, four_bit())
+        setattr(engine.optimizer, groups, kept)
+        assert_untouched(engine)
+        handle = attach(engine, four_bit())
+        train(engine, 1)
+        handle.detach()
+
+
+def case_a_codec_that_is_not_built_on_one_rank_is_refused_on_all() -> None:
+    if dist.get_world_size() == 1:
+        return
+    engine = make_engine(ENGINES["stage1"])
+    package, name = "rl_accel.kernels.codec", "rl_accel.kernels.codec.cpp"
+    backend = importlib.import_module(name)
+    last = dist.get_world_size() - 1
+    if dist.get_rank() == last:
+        del vars(sys.modules[package])["cpp"]
+        sys.modules[name] = None  # what an import of it finds where it was not built
+    where = "" if dist.get_rank() == last else rf" \(found on rank {last}\)"
+    with pytest.raises(NotLiveError, match=f"codec backend cpp does not load.*{where}$"):
+        attach(engine, four_bit(backend="cpp"))
+    sys.modules[name] = sys.modules[package].cpp = backend
+    assert_untouched(engine)
+    attach(engine, four_bit(backend="cpp")).detach()
+
+
 def case_a_moved_seam_is_refused() -> None:
     """On one rank DeepSpeed looks different: all ranks refuse."""
     engine = make_engine(ENGINES["stage1"])
@@ -343,17 +438,118 @@ def case_a_moved_seam_is_refused() -> None:
 
 
 def case_initialize_with_a_block() -> None:
+    """In every form in which `deepspeed.initialize` takes a configuration; the caller's objects stay as they are."""
     config = {**ENGINES["stage2"], "sdp4bit": {"bypass": "never", "seed": 3}}
-    engine = make_engine(config, build=initialize)
-    handle = engine.optimizer.sdp4bit_handle
-    assert handle.config.seed == 3
-    train(engine, 1)
-    handle.detach()
     path = Path(tempfile.mkdtemp()) / "ds.json"
+    path.write_text(json.dumps(config))
+    text = base64.urlsafe_b64encode(json.dumps(config).encode()).decode()
+    options = argparse.Namespace(deepspeed_config=str(path), local_rank=int(os.environ["LOCAL_RANK"]))
+    forms = {
+        "config": lambda model, optimizer: initialize(model=model, optimizer=optimizer, config=config),
+        "path": lambda model, optimizer: initialize(model=model, optimizer=optimizer, config=str(path)),
+        "base64": lambda model, optimizer: initialize(model=model, optimizer=optimizer, config=text),
+        "config_params": lambda model, optimizer: initialize(model=model, optimizer=optimizer, config_params=config),
+        "args": lambda model, optimizer: initialize(args=options, model=model, optimizer=optimizer),
+        "positions": lambda model, optimizer: initialize(options, model, optimizer),
+    }
+    for name, build in forms.items():
+        torch.manual_seed(0)
+        model = TinyGPT(width=32, layers=1, length=32)
+        engine, *rest = build(model, torch.optim.AdamW(model.parameters(), lr=3e-3))
+        assert len(rest) == 3, name
+        handle = engine.optimizer.sdp4bit_handle
+        assert handle.config.seed == 3, name
+        handle.detach()
+    assert config["sdp4bit"] == {"bypass": "never", "seed": 3}
+    assert options.deepspeed_config == str(path)
+    train(engine, 1)
+
     path.write_text(json.dumps(ENGINES["stage2"]))
     assert_untouched(make_engine(str(path), build=initialize))
+    assert_untouched(initialize(options, TinyGPT(width=32, layers=1, length=32), torch.optim.AdamW)[0])
     with pytest.raises(ConfigError, match=re.escape("Did you mean 'hadamard'")):
         make_engine({**ENGINES["stage2"], "sdp4bit": {"hadamrd": True}}, build=initialize)
+
+
+def case_weights_set_by_hand_go_out_in_full() -> None:
+    """`safe_set_full_fp32_param`, an edit of the master shard by one rank, and one of the held weights by all: after
+    the next step the weights are DeepSpeed's own up to what 4 bits of that step lose, not 4 bits of the edit."""
+
+    def set_by_name(engine) -> None:
+        for parameter in engine.module.parameters():
+            safe_set_full_fp32_param(parameter, 3.0 * safe_get_full_fp32_param(parameter))
+
+    def edit_master(engine) -> None:
+        optimizer = engine.optimizer
+        masters = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
+        if dist.get_rank() == dist.get_world_size() - 1:
+            masters[0].data.mul_(-2.0)
+
+    def edit_held(engine) -> None:
+        with torch.no_grad():
+            for parameter in engine.module.parameters():
+                parameter.data.add_(1.0)
+
+    for name, edit in (
+        ("stage1", set_by_name),
+        ("stage2_accumulates_fp32", edit_master),
+        ("stage2", edit_held),
+        ("bf16_optimizer", set_by_name),
+    ):
+        plain, ours = make_engine(ENGINES[name]), make_engine(ENGINES[name])
+        handle = attach(ours, four_bit(gradients=False))
+        for engine in (plain, ours):
+            train(engine, 2)
+            edit(engine)
+        train(plain, 1, first=2)
+        train(ours, 1, first=2)
+        expected, found = weights_of(plain), weights_of(ours)
+        off = float((found - expected).norm() / expected.norm())
+        assert off < 5e-3, (name, off)
+        assert same_on_all_ranks(found), name
+        resyncs = handle.stats()["weight_resyncs"]
+        assert resyncs == (dist.get_world_size() > 1), (name, resyncs)
+        train(ours, 2, first=3)
+        assert handle.stats()["weight_resyncs"] == resyncs, "once is enough"
+        if dist.get_rank() == 0:
+            handle.resync()
+        train(ours, 2, first=5)
+        assert handle.stats()["weight_resyncs"] == 2 * resyncs, "one rank asks for all"
+        handle.detach()
+
+
+def case_a_state_loaded_on_some_ranks_is_an_error_on_all() -> None:
+    """Rank 0 alone loads a state whose choice is another one: without agreement the ranks enter different collectives
+    and wait for ever. When all have loaded it, training goes on from it."""
+    if dist.get_world_size() == 1:
+        return
+    for name in ("stage2", "bf16_optimizer", "stage3"):
+        engine = make_engine(ENGINES[name])
+        handle = attach(engine, four_bit(bypass="auto"))
+        train(engine, 3)
+        state = handle.state_dict()
+        state["bypass"]["gradients"]["quantised"] = not state["bypass"]["gradients"]["quantised"]
+        state["steps"] = 40
+        if dist.get_rank() == 0:
+            handle.load_state_dict(state)
+        loss = loss_of(engine, TEXT.batch(2, dist.get_rank()))
+        others = ", ".join(map(str, range(1, dist.get_world_size())))
+        with pytest.raises(CommError, match=rf"there is none on ranks {others}\."):
+            engine.backward(loss)
+        handle.detach()
+
+        engine = make_engine(ENGINES[name])
+        handle = attach(engine, four_bit(bypass="auto"))
+        train(engine, 1)
+        handle.load_state_dict(state)
+        assert handle.state_dict()["steps"] == 40
+        train(engine, 1, first=1)
+        assert handle.stats()["steps"] == 41
+        with pytest.raises(CommError, match="not a state"):
+            handle.load_state_dict({"steps": 3})
+        train(engine, 1, first=2)
+        assert handle.stats()["steps"] == 42
+        handle.detach()
 
 
 def case_bypass_decides_alike() -> None:

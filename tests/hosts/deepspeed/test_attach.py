@@ -15,14 +15,20 @@ CASES = [
     "detach_restores",
     "resume_is_bit_equal",
     "a_skipped_step_sends_no_weights",
+    "a_search_for_the_loss_scale_is_no_try",
+    "a_slow_rank_is_not_a_slow_link",
     "start_step_sends_in_full",
     "a_replica_that_drifts_stops_the_run",
     "refusals",
     "gradients_that_go_elsewhere_stop_the_run",
     "ranks_that_disagree",
+    "a_failed_attach_changes_nothing",
+    "a_codec_that_is_not_built_on_one_rank_is_refused_on_all",
     "a_moved_seam_is_refused",
     "initialize_with_a_block",
     "bypass_decides_alike",
+    "weights_set_by_hand_go_out_in_full",
+    "a_state_loaded_on_some_ranks_is_an_error_on_all",
 ]
 
 

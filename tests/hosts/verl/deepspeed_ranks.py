@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 os.environ["VERL_PLATFORM"] = "cpu"
+os.environ["RL_ACCEL_ACTIVE"] = "1"
 
 import torch
 from tensordict import TensorDict
@@ -28,6 +29,7 @@ from verl.workers.utils.losses import sft_loss
 import rl_accel
 from rl_accel.errors import ConfigError
 from rl_accel.hosts.verl.deepspeed_config import DeepSpeedEngineConfig
+from rl_accel.hosts.verl.fsdp2_comm import FSDP2CommConfig
 
 POLICY = str(Path(rl_accel.__file__).parent / "quickstart" / "policy")
 STEPS = 3
@@ -64,7 +66,9 @@ def make_engine(
         "use_dynamic_bsz": False,
         "use_remove_padding": False,
     }
-    if kind == "fsdp2":
+    if kind == "fsdp2" and comm:
+        engine_config = FSDP2CommConfig(comm=comm, **common)
+    elif kind == "fsdp2":
         engine_config = FSDPEngineConfig(strategy="fsdp2", **common)
     else:
         common["comm"] = comm or {}
@@ -325,8 +329,8 @@ def resume():
 def four_bits():
     """4-bit communication in the engine: beside plain communication, and across a checkpoint."""
     settings, results = {"bypass": "never", "check_every": 1}, {}
-    for kind in ("zero1", "zero2", "zero3"):
-        comm = settings if kind != "zero3" else {"bypass": "never"}
+    for kind in ENGINES:
+        comm = settings if kind in ("zero1", "zero2") else {"bypass": "never", "gradient_rounding": "stochastic"}
         root = shared_folder()
         plain, engine = make_engine(kind), make_engine(kind, comm=comm)
         train(plain, 0)
@@ -341,8 +345,12 @@ def four_bits():
             "straight": straight,
             "resumed": [train(fresh, step) for step in (1, 2)],
             "weights": (weights_of(engine), weights_of(fresh)),
-            "stats": engine.comm.stats(),
+            "log_probs": (log_probs(plain), log_probs(engine)),
+            "stats": (engine.fsdp2_comm if kind == "fsdp2" else engine.comm).stats(),
         }
+        with engine.train_mode():
+            metrics = engine.train_batch(make_batch(3, 1), loss_of_lm)["metrics"]
+        results[kind]["metrics"] = {name: value for name, value in metrics.items() if name.startswith("rl_accel/comm/")}
     return results
 
 

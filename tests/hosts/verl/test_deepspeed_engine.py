@@ -176,17 +176,26 @@ def test_checkpoints_have_verls_layout(ranks):
     assert all(torch.equal(exported[name], saved[name].bfloat16()) for name in exported)
 
 
-@pytest.mark.parametrize("kind", ZERO)
+@pytest.mark.parametrize("kind", ("fsdp2", *ZERO))
 def test_4_bit_communication_in_the_engine(ranks, kind):
-    """Beside plain communication after three updates, and equal to the bit after a checkpoint."""
+    """Beside plain communication after three updates, and equal to the bit after a checkpoint; also in verl's own FSDP2
+    engine, gradients only."""
     result = ranks(2)["four_bits"][kind]
     for ours, plain in zip(result["straight"], result["plain"], strict=True):
         assert ours["loss"] == pytest.approx(plain["loss"], rel=0.02)
         assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=0.05)
         assert ours["loss"] != plain["loss"], "nothing was quantised"
+    expected, found = result["log_probs"]
+    assert float((found - expected).abs().mean()) < 0.05
+    assert not torch.equal(found, expected)
     stats = result["stats"]
+    weights = kind in ("zero1", "zero2")
     assert stats["gradients_quantised"] and stats["gradient_intra_bytes"] > 0
-    assert (stats["weight_intra_bytes"] > 0) == (kind != "zero3")
+    assert (stats["weight_intra_bytes"] > 0) == weights
+    assert stats["weight_resyncs"] == 0
+    assert result["metrics"]["rl_accel/comm/gradients_quantised"] == [1.0]
+    assert (result["metrics"]["rl_accel/comm/weight_intra_bytes"][0] > 0) == weights
+    assert result["metrics"]["rl_accel/comm/gradient_intra_bytes"][0] > 0
     assert result["resumed"] == result["straight"]
     assert largest_difference(*result["weights"]) == 0
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
 from rl_accel import recipes
@@ -118,10 +119,28 @@ def test_communication_goes_to_the_roles_that_train(make_config):
     assert ref.fsdp_config.comm == {}
 
 
+def test_communication_goes_into_verls_fsdp2_engine(make_config):
+    config = make_config("rl_accel.comm.enable=true", "rl_accel.comm.bypass=never", trainer="fsdp")
+    prepare(config)
+    actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
+    assert actor.strategy == actor.fsdp_config.strategy == "fsdp2"
+    built = instantiate(actor.fsdp_config)
+    assert type(built).__name__ == "FSDP2CommConfig"
+    assert built.comm["bypass"] == "never"
+    assert "comm" not in ref.fsdp_config
+    off = make_config(trainer="fsdp")
+    prepare(off)
+    assert "comm" not in off.actor_rollout_ref.actor.fsdp_config
+
+
 @pytest.mark.parametrize(
     ("overrides", "trainer", "message"),
     [
-        ((), "fsdp", "no role trains with DeepSpeed"),
+        (("actor_rollout_ref.actor.strategy=fsdp",), "fsdp", "serves actor_rollout_ref.actor.strategy=fsdp2 and deep"),
+        (("rl_accel.comm.sharded_weights=true",), "fsdp", "sends the shards to the rollout engines"),
+        (("rl_accel.comm.gradients=false",), "fsdp", "gradients=false"),
+        (("actor_rollout_ref.actor.fsdp_config.fsdp_size=2", "trainer.n_gpus_per_node=4"), "fsdp", "leave it at -1"),
+        (("actor_rollout_ref.actor.fsdp_config.offload_policy=true",), "fsdp", "CPU offload"),
         (("rl_accel.comm.local_size=3",), "deepspeed", "does not divide the 2 ranks"),
         (("rl_accel.comm.inter_bits=3",), "deepspeed", "4, 8 or 16"),
         (("rl_accel.comm.hadamrd=false",), "deepspeed", "Did you mean 'hadamard'"),

@@ -13,7 +13,7 @@ import threading
 import pytest
 
 from rl_accel.errors import WeightSyncError
-from rl_accel.hosts.verl import patches
+from rl_accel.hosts.verl import fsdp2_comm, patches
 from rl_accel.hosts.verl.watchdog import call_within
 
 
@@ -31,7 +31,7 @@ def in_fresh_process(code, timeout=120, **env):
     return result.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("patch", patches.ALL, ids=lambda patch: patch.__name__)
+@pytest.mark.parametrize("patch", (*patches.ALL, fsdp2_comm.AttachToFSDP2), ids=lambda patch: patch.__name__)
 def test_the_patched_symbol_exists(patch):
     module_name, _, symbol = patch.target.partition(":")
     code = f"""
