@@ -74,6 +74,7 @@ def test_settings_that_ask_for_nothing_install_nothing():
         "is_pooling_model",
         "rl_accel_live",
         "rl_accel_spec_stats",
+        "rl_accel_faults",
     }
     assert runner.rl_accel_spec_stats is None and not any(
         runner.rl_accel_live[k] for k in ("exact_sampling", "spec_stats")
