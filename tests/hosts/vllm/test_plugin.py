@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rl_accel.errors import ConfigError, NotLiveError
+from rl_accel.hosts.verl.worker_extension import AcceleratedWorkerExtension
 from rl_accel.hosts.vllm import plugin
 from rl_accel.hosts.vllm.spec_stats import SpecDecodeCounter
 
@@ -51,6 +52,19 @@ def test_the_v2_runner_is_refused(settings, speculative_config):
     config = SimpleNamespace(additional_config={"rl_accel": settings}, speculative_config=speculative_config)
     with pytest.raises(NotLiveError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
         plugin._refuse_v2(lambda: None, SimpleNamespace(vllm_config=config), (), {})
+
+
+def test_the_v2_runner_runs_where_nothing_of_ours_needs_v1():
+    """And says that it is one; verl's questions to the engine get an answer."""
+    config = SimpleNamespace(additional_config={"rl_accel": {"sampling": {"exact": False}}}, speculative_config=None)
+    runner = SimpleNamespace(vllm_config=config)
+    assert plugin._refuse_v2(lambda: "loaded", runner, (), {}) == "loaded"
+    assert runner.rl_accel_live["model_runner"] == "V2"
+    assert not any(value is True for value in runner.rl_accel_live.values())
+    worker = AcceleratedWorkerExtension()
+    worker.model_runner = runner
+    assert worker.rl_accel_live() == runner.rl_accel_live
+    assert worker.rl_accel_drain_spec_stats() is None and worker.rl_accel_sync_report() == {}
 
 
 def test_a_draft_method_without_speculation_is_refused():
