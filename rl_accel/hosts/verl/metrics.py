@@ -58,14 +58,15 @@ def rollout_metrics(rollouts, spec_counts: Mapping[str, int]) -> dict[str, float
             since the start.
     """
     lengths = rollouts["responses"].offsets().diff().double().numpy()
-    seconds = np.array([_seconds(m) for m in rollouts["metrics"]], dtype=np.float64)
     metrics = {
         "response_length/p50": float(np.percentile(lengths, 50)),
         "response_length/p95": float(np.percentile(lengths, 95)),
         "rollout/num_response_tokens": float(lengths.sum()),
-        "rollout/slowest_request_s": float(seconds.max()),
-        "rollout/median_request_s": float(np.median(seconds)),
     }
+    seconds = [second for second in map(_seconds, rollouts["metrics"]) if second is not None]
+    if seconds:
+        metrics["rollout/slowest_request_s"] = max(seconds)
+        metrics["rollout/median_request_s"] = float(np.median(seconds))
     metrics.update(speculation_metrics(spec_counts))
     metrics.update({name: float(spec_counts.get(count, 0)) for name, count in FAULTS.items()})
     if "rollout_log_probs" in rollouts and "old_log_probs" in rollouts:
@@ -166,6 +167,11 @@ def _unwrap(value: Any) -> Any:
     return getattr(value, "data", value)
 
 
-def _seconds(metrics: Any) -> float:
+def _seconds(metrics: Any) -> float | None:
+    """Seconds of generation that an agent loop measured; one of the user's own may not have."""
     metrics = _unwrap(metrics)
-    return float(metrics["generate_sequences"] if isinstance(metrics, Mapping) else metrics.generate_sequences)
+    if isinstance(metrics, Mapping):
+        seconds = metrics.get("generate_sequences")
+    else:
+        seconds = getattr(metrics, "generate_sequences", None)
+    return None if seconds is None else float(seconds)

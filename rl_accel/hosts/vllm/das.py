@@ -60,6 +60,8 @@ class DASProposer:
         self._last_start: float | None = None
         self._last_ids: list[str] = []
         self._last_drafted = 0
+        self._asked = False
+        """Whether vLLM has asked for drafts since it last took them."""
         self._propose_s, self._passes = 0.0, 0
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -82,8 +84,18 @@ class DASProposer:
         self.drafter = SuffixDrafter(self.config, **self._identity_of_tokenizer())
         self.drafter.totals = _capture_sizes(self.vllm_config)
         take_drafts = runner.take_draft_token_ids
-        # Without drafts the scheduler need not look through its requests for them.
-        runner.take_draft_token_ids = lambda: take_drafts() if self._last_drafted else None
+
+        def take_draft_token_ids() -> Any:
+            """The step's drafts, None without any: the scheduler need not look through its requests for them then."""
+            asked, self._asked = self._asked, False
+            if not asked:
+                # vLLM's own answer would be a draft of zeros as long as can be for every request. And the time to the
+                # next call is not that of a step.
+                self._last_start = None
+                return None
+            return take_drafts() if self._last_drafted else None
+
+        runner.take_draft_token_ids = take_draft_token_ids
 
     def _identity_of_tokenizer(self) -> dict[str, Any]:
         return {
@@ -108,6 +120,7 @@ class DASProposer:
         """
         started = time.perf_counter()
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        self._asked = True
         if self.drafter is None:
             return drafts
         try:

@@ -28,34 +28,41 @@ PROMPTS = [
     "A shop sells pens at 2 dollars each. Ann buys 7 pens. How much does she pay? " * 3,
     "The farmer has 12 cows and 5 pigs. " * 12,
 ]
+WARM = {"temperature": 0.7, "max_tokens": 40}
 KINDS = {
     "greedy": {"temperature": 0.0, "max_tokens": 60},
     "greedy_penalties": {"temperature": 0.0, "max_tokens": 40, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
-    "warm": {"temperature": 1.0, "max_tokens": 50, "seed": 1},
-    "cold": {"temperature": 0.2, "max_tokens": 90, "seed": 2},
-    "nucleus": {"temperature": 0.8, "top_p": 0.9, "max_tokens": 50, "seed": 3},
-    "top_k": {"temperature": 0.7, "top_k": 12, "top_p": 0.95, "max_tokens": 50, "seed": 4},
-    "penalties": {"temperature": 0.7, "presence_penalty": 0.5, "frequency_penalty": 0.4, "max_tokens": 40, "seed": 5},
-    "three": {"temperature": 0.9, "n": 3, "max_tokens": 25, "seed": 6},
-    "logprobs": {"temperature": 0.6, "logprobs": 3, "max_tokens": 25, "seed": 7},
-    "stop_string": {"temperature": 0.3, "stop": ["."], "max_tokens": 60, "seed": 8},
-    "stop_token": {"temperature": 0.5, "stop_token_ids": [14, 15, 16, 17], "min_tokens": 9, "max_tokens": 60, "seed": 9},
-    "allowed": {"temperature": 0.8, "allowed_token_ids": list(range(60, 110)), "max_tokens": 30, "seed": 10},
+    "warm": {**WARM, "temperature": 1.0},
+    "cold": {"temperature": 0.2, "max_tokens": 90},
+    "nucleus": {**WARM, "top_p": 0.9},
+    "top_k": {**WARM, "top_k": 12, "top_p": 0.95},
+    "penalties": {**WARM, "presence_penalty": 0.5, "frequency_penalty": 0.4},
+    "three": {**WARM, "n": 3, "max_tokens": 25},
+    "logprobs": {**WARM, "logprobs": 3, "max_tokens": 25},
+    "stop_string": {**WARM, "temperature": 0.3, "stop": ["."]},
+    "stop_token": {**WARM, "stop_token_ids": [14, 15, 16, 17], "min_tokens": 9},
+    "allowed": {**WARM, "allowed_token_ids": list(range(60, 110))},
     "allowed_greedy": {"temperature": 0.0, "allowed_token_ids": list(range(20, 200, 3)), "max_tokens": 20},
-    "bad_words": {"temperature": 0.3, "bad_words": ["the", "has", "4"], "max_tokens": 40, "seed": 11},
-    "min_tokens": {"temperature": 0.5, "min_tokens": 30, "max_tokens": 45, "seed": 12},
-    "short": {"temperature": 1.0, "max_tokens": 1, "seed": 13},
-    "long": {"temperature": 0.4, "max_tokens": 200, "ignore_eos": True, "seed": 14},
-    "grammar": {"temperature": 0.7, "structured_outputs": {"regex": "[0-9]{3,20} (apples|cows)"}, "max_tokens": 30, "seed": 15},
-}  # fmt: skip
+    "bad_words": {**WARM, "temperature": 0.3, "bad_words": ["the", "has", "4"]},
+    "min_tokens": {**WARM, "min_tokens": 30},
+    "short": {**WARM, "max_tokens": 1},
+    "long": {"temperature": 0.4, "max_tokens": 200, "ignore_eos": True},
+    "grammar": {**WARM, "structured_outputs": {"regex": "[0-9]{3,20} (apples|cows)"}},
+}
 """Parameters that both the completions protocol and `SamplingParams` know."""
+for number, fields in enumerate(KINDS.values()):
+    if fields["temperature"]:
+        fields["seed"] = number
 RUBBISH_HTTP = ["x", "", "1" * (1 << 20), 7, -1, 2.5, [1, 2], ["p", 0, 1], "\u00fc\U0001f600"]
 RUBBISH = [
-    *RUBBISH_HTTP, [IDENTITY], {}, [[]], True, {"problem_id": "p"}, {**IDENTITY, "step": "1"}, {**IDENTITY, "step": None},
-    {**IDENTITY, "sample_index": 1.5}, {**IDENTITY, "problem_id": None}, {**IDENTITY, "validate": 2}, {"a": {"b": [{}]}},
-    {**IDENTITY, "call": True}, {**IDENTITY, "call": "0"}, {**IDENTITY, "problem_id": ["p"]}, {**IDENTITY, "step": (1 << 64) - 1},
-]  # fmt: skip
-UNSENDABLE = [{**IDENTITY, "step": 1 << 80}, {**IDENTITY, "problem_id": "\udc80"}, {**IDENTITY, "step": object()}]
+    *RUBBISH_HTTP,
+    *([IDENTITY], {}, [[]], True, {"problem_id": "p"}, {"a": {"b": [{}]}}),
+    *({**IDENTITY, "step": value} for value in ("1", None, 1.5, (1 << 64) - 1)),
+    *({**IDENTITY, "problem_id": value} for value in (None, ["p"], False)),
+    *({**IDENTITY, "call": value} for value in (True, "0", None)),
+    {**IDENTITY, "validate": 2},
+]
+UNSENDABLE = [{**IDENTITY, "step": 1 << 80}, {**IDENTITY, "problem_id": "\udc80"}]
 """What does not survive the way to the engine core: an error of that request."""
 
 
@@ -168,6 +175,7 @@ async def soak(engine, url: str, factor: float) -> dict:
     result: dict = {"memory": []}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         load = Soak(engine, url, session)
+        await until_it_answers(session, url)
 
         async def all_of(calls, at_once):
             gate = asyncio.Semaphore(at_once)
@@ -193,12 +201,16 @@ async def soak(engine, url: str, factor: float) -> dict:
             for _ in range(int(NUM_REQUESTS * factor / ROUNDS)):
                 kind, prompt = chance.choice(chosen)
                 way = chance.choice(("direct", "http", "stream"))
-                rubbish = chance.choice(RUBBISH if way == "direct" else RUBBISH_HTTP) if chance.random() < 0.15 else None
+                rubbish = (
+                    chance.choice(RUBBISH if way == "direct" else RUBBISH_HTTP) if chance.random() < 0.15 else None
+                )
                 gone = chance.choice(GONE) if chance.random() < 0.15 else ""
                 plan.append((kind, prompt, way, rubbish, gone, chance.expovariate(1.0) + 0.02 if gone else 0.0))
             answers = await all_of((load.send(*call) for call in plan), AT_ONCE)
             for (kind, prompt, way, rubbish, *_), choices in zip(plan, answers, strict=True):
-                if choices is None or (rubbish is not None and "seed" not in KINDS[kind] and KINDS[kind]["temperature"]):
+                if choices is None or (
+                    rubbish is not None and "seed" not in KINDS[kind] and KINDS[kind]["temperature"]
+                ):
                     continue
                 # A request with rubbish is one without identity, as every request over HTTP is.
                 want = calm[kind, prompt, "direct" if way == "direct" and rubbish is None else "http"]
@@ -207,6 +219,8 @@ async def soak(engine, url: str, factor: float) -> dict:
                     different.append([kind, prompt, way, repr(rubbish)[:40], choices, want])
             result["memory"].append(await measure(engine))
         result |= {"seconds": time.monotonic() - started, "different": different, "compared": compared}
+        await asyncio.sleep(0.5)
+        result["front_end"] = len(engine.output_processor.request_states)
         result["unsendable"] = [await load.refuse(load.send("warm", 0, "direct", rubbish)) for rubbish in UNSENDABLE]
         result["pooling"] = await load.refuse(pool(engine))
         result["embedded"] = await embedded(engine)
@@ -215,12 +229,19 @@ async def soak(engine, url: str, factor: float) -> dict:
         result["last"] = [comparable("greedy", c) for c in await load.send("greedy", 0, "http")] == calm.get(
             ("greedy", 0, "http")
         )
-        await asyncio.sleep(0.5)
         result |= {"lost": load.lost, "finished": load.finished, "gone": load.gone, "refused": load.refused}
         result["state"] = (await engine.collective_rpc(state))[0]
-        result["front_end"] = len(engine.output_processor.request_states)
         await engine.check_health()
     return result
+
+
+async def until_it_answers(session, url: str) -> None:
+    for _ in range(600):
+        try:
+            async with session.get(f"{url}/health"):
+                return
+        except aiohttp.ClientError:
+            await asyncio.sleep(0.1)
 
 
 async def pool(engine) -> None:
@@ -269,7 +290,11 @@ def drafter_memory(worker) -> dict:
     proposer = worker.model_runner.drafter
     drafter = proposer.drafter or proposer.parked
     learned = sum(segment["num_tokens"] for segment in drafter.index.segments())
-    return {"drafter": sum(drafter.index.memory_bytes().values()), "learned": learned, "live": drafter.index.live_tokens()}
+    return {
+        "drafter": sum(drafter.index.memory_bytes().values()),
+        "learned": learned,
+        "live": drafter.index.live_tokens(),
+    }
 
 
 def state(worker) -> dict:
@@ -278,7 +303,9 @@ def state(worker) -> dict:
 
     runner = worker.model_runner
     proposer = runner.drafter
+    gc.unfreeze()  # vLLM hides its start-up objects from the collector
     scheduler = next(o for o in gc.get_objects() if isinstance(o, Scheduler))
+    proposer._end_gone()  # as the next call will
     proposer.drafter.index.check_integrity()
     return {
         "requests": len(runner.requests),
@@ -323,17 +350,19 @@ async def serve(factor: float) -> dict:
     validate_parsed_serve_args(args)
     address, sock = setup_server(args, reuse_port=False)
     async with build_async_engine_client(args) as engine:
-        server = await build_and_serve(engine, address, sock, args)
+        server = asyncio.create_task(build_and_serve(engine, address, sock, args))
         try:
             return await soak(engine, f"http://127.0.0.1:{sock.getsockname()[1]}", factor)
         finally:
             server.cancel()
+            await asyncio.wait([server])
 
 
 if __name__ == "__main__":
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else the CPU platform gives the worker a process of its own
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
     }

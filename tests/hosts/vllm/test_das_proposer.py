@@ -211,6 +211,23 @@ def test_a_request_that_goes_back_costs_only_its_own_drafts() -> None:
     assert proposer.close_epoch(1, 2)["num_rollouts"] == 2, "what went back is not learned from"
 
 
+def test_a_step_without_a_call_takes_no_drafts_and_is_not_timed() -> None:
+    """vLLM asks for none while a request is close to the end of the context, and would have every request verify a
+    draft of zeros then; the time over such steps would pass for that of one.
+    """
+    proposer = taught()
+    request = Step(proposer, "r", identity(1))
+    for i in range(4):
+        assert request.gain(TEXT[2 * i : 2 * i + 2]) != []
+        assert proposer.runner.take_draft_token_ids() == "drafts"
+    timed = proposer.drafter.planner.cost._num_passes
+    for _ in range(3):
+        assert proposer.runner.take_draft_token_ids() is None
+    request.gain(TEXT[8:10])
+    assert proposer.drafter.planner.cost._num_passes == timed
+    assert proposer.runner.take_draft_token_ids() == "drafts"
+
+
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_broken_index_turns_drafting_off_and_nothing_else(begun) -> None:
     proposer = taught()
