@@ -31,8 +31,8 @@ from which PyTorch starts threads: in so many small steps their barriers cost mo
 other processes use the same cores. Elsewhere 64 MiB."""
 
 
-def request_key(seed: int, problem_id: str, sample_index: int, step: int, validate: bool) -> int:
-    """Return the 64-bit key of one rollout, the same in every process.
+def request_key(seed: int, problem_id: str, sample_index: int, step: int, validate: bool, call: int = 0) -> int:
+    """Return the 64-bit key of one generation of a rollout, the same in every process.
 
     Args:
         seed: the configured seed of the run.
@@ -40,12 +40,15 @@ def request_key(seed: int, problem_id: str, sample_index: int, step: int, valida
         sample_index: which of the samples of this problem in this step.
         step: training step, so that a problem drawn again gets new noise.
         validate: whether the rollout belongs to validation, which shares step numbers with training.
+        call: which generation of the rollout; 0 is the first (`identity.CallNumbers`).
 
     Returns:
         signed int64, uniform over the arguments (BLAKE2b, 8 bytes).
     """
-    identity = json.dumps([int(seed), str(problem_id), int(sample_index), int(step), bool(validate)])
-    return hash64(identity.encode())
+    identity = [int(seed), str(problem_id), int(sample_index), int(step), bool(validate)]
+    if call:
+        identity.append(int(call))
+    return hash64(json.dumps(identity).encode())
 
 
 def hash64(data: bytes) -> int:

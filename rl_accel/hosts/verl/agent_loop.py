@@ -1,16 +1,16 @@
 """Rollout requests that know which problem, sample and step they are (`agent.agent_loop_manager_class` of verl 0.9.1).
 
-Everything that keys on the identity of a rollout, exact sampling now and history drafting later, reads it in vLLM from
-`SamplingParams.extra_args["rl_accel"]`:
-    {"problem_id": str, "sample_index": int, "step": int, "validate": bool}
-`(problem_id, sample_index, step, validate)` is unique in a run, also when a problem occurs twice in a batch, and it is
-the same in every run of the same data and seed, whatever the order in which requests are served.
+Everything that keys on the identity of a rollout, exact sampling and history drafting, reads it in vLLM from
+`SamplingParams.extra_args["rl_accel"]` (`sampling/identity.py`). `(problem_id, sample_index, step, validate)` names a
+session: unique in a run, also when a problem occurs twice in a batch, and the same in every run of the same data and
+seed, whatever the order in which requests are served. A generation of a session has a number besides (`session.py`).
 
 Host symbols: `AgentLoopManagerTQ.generate_sequences`, `AgentLoopWorkerTQ._run_agent_loop`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import ray
@@ -19,10 +19,11 @@ from verl.utils import tensordict_utils as tu
 
 from rl_accel.hosts.verl import lean_rollout
 from rl_accel.hosts.verl.identity import OCCURRENCE, PROBLEM_ID, problem_id_of
+from rl_accel.hosts.verl.session import SessionClient
 
 
 class IdentifiedAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
-    """Adds the identity of the rollout to the sampling parameters of every agent loop."""
+    """Gives every agent loop a client that names its generations."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -43,9 +44,10 @@ class IdentifiedAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
             "step": int(kwargs["global_steps"]),
             "validate": bool(trajectory["validate"]),
         }
-        extra_args = {**(sampling_params.get("extra_args") or {}), "rl_accel": identity}
-        return await super()._run_agent_loop(
-            lean_rollout.final_output_only({**sampling_params, "extra_args": extra_args}),
+        worker = copy.copy(self)  # verl hands `llm_client` to the loop that it makes in here
+        worker.llm_client = SessionClient(self.llm_client, identity)
+        return await super(IdentifiedAgentLoopWorker, worker)._run_agent_loop(
+            lean_rollout.final_output_only(sampling_params),
             trajectory,
             agent_name=agent_name,
             trace=trace,

@@ -16,6 +16,7 @@ from rl_accel.compare.tokens import save_tokens
 from rl_accel.draft.record import Rollout, append_rollouts
 from rl_accel.errors import MismatchError
 from rl_accel.hosts.verl.identity import OCCURRENCE, PROBLEM_ID
+from rl_accel.hosts.vllm import faults
 
 FIELDS = [
     "metrics",
@@ -29,12 +30,18 @@ FIELDS = [
 ]
 """TransferQueue fields that this module reads; log-prob fields may be absent."""
 
+FAULTS = {
+    "rl_accel/sampling/malformed_identities": faults.MALFORMED,
+    "rl_accel/draft/undrafted_requests": faults.UNDRAFTED,
+    "rl_accel/draft/engines_off": faults.DRAFTING_OFF,
+}
+"""Metric -> the engines' counter."""
 MIN_PEARSON = 0.9
 MAX_PROBS_DIFF = 0.1
 
 
 def sum_counts(counts: Sequence[Mapping[str, int] | None]) -> dict[str, int]:
-    """Add up the counters of the rollout replicas; replicas that do not speculate answer None."""
+    """Add up the counters of the rollout replicas; replicas without any answer None."""
     total: dict[str, int] = {}
     for count in counts:
         for name, value in (count or {}).items():
@@ -47,18 +54,21 @@ def rollout_metrics(rollouts, spec_counts: Mapping[str, int]) -> dict[str, float
 
     Args:
         rollouts: TensorDict of N rollouts with the fields `FIELDS`.
-        spec_counts: num_drafts, num_draft_tokens, num_accepted_tokens of the step; empty without speculation.
+        spec_counts: num_drafts, num_draft_tokens, num_accepted_tokens of the step, absent without speculation; faults
+            since the start.
     """
     lengths = rollouts["responses"].offsets().diff().double().numpy()
-    seconds = np.array([_seconds(m) for m in rollouts["metrics"]], dtype=np.float64)
     metrics = {
         "response_length/p50": float(np.percentile(lengths, 50)),
         "response_length/p95": float(np.percentile(lengths, 95)),
         "rollout/num_response_tokens": float(lengths.sum()),
-        "rollout/slowest_request_s": float(seconds.max()),
-        "rollout/median_request_s": float(np.median(seconds)),
     }
+    seconds = [second for second in map(_seconds, rollouts["metrics"]) if second is not None]
+    if seconds:
+        metrics["rollout/slowest_request_s"] = max(seconds)
+        metrics["rollout/median_request_s"] = float(np.median(seconds))
     metrics.update(speculation_metrics(spec_counts))
+    metrics.update({name: float(spec_counts.get(count, 0)) for name, count in FAULTS.items()})
     if "rollout_log_probs" in rollouts and "old_log_probs" in rollouts:
         mask = rollouts["response_mask"].values().bool()
         difference = (rollouts["rollout_log_probs"].values() - rollouts["old_log_probs"].values()).abs()[mask]
@@ -108,11 +118,15 @@ def check_mismatch(metrics: Mapping[str, float], step: int, truncated: bool) -> 
 
 
 def save_rollout_tokens(path: str, keys: Sequence[str], rollouts) -> None:
-    """Write the token ids of one step for `rl_accel.compare`."""
+    """Write the token ids of one step for `rl_accel.compare`.
+
+    An agent loop may return several outputs a session; those after the first are rows of `PROBLEM [output I]`.
+    """
+    names = row_names(keys, rollouts)
     save_tokens(
         path,
-        problem_ids=[str(_unwrap(value)) for value in rollouts[PROBLEM_ID]],
-        sample_indices=_sample_indices(keys, rollouts),
+        problem_ids=[f"{problem} [output {output}]" if output else problem for problem, _, output in names],
+        sample_indices=[sample for _, sample, _ in names],
         prompt_lengths=rollouts["prompts"].offsets().diff().tolist(),
         responses=[row.tolist() for row in rollouts["responses"].unbind()],
     )
@@ -123,32 +137,41 @@ def record_rollouts(path: str, keys: Sequence[str], rollouts, epoch: int, step: 
     append_rollouts(
         path,
         [
-            Rollout(
-                int(epoch), int(step), str(_unwrap(problem)), sample, tuple(prompt.tolist()), tuple(response.tolist())
-            )
-            for problem, sample, prompt, response in zip(
-                rollouts[PROBLEM_ID],
-                _sample_indices(keys, rollouts),
-                rollouts["prompts"].unbind(),
-                rollouts["responses"].unbind(),
-                strict=True,
+            Rollout(int(epoch), int(step), problem, sample, tuple(prompt.tolist()), tuple(response.tolist()))
+            for (problem, sample, _), prompt, response in zip(
+                row_names(keys, rollouts), rollouts["prompts"].unbind(), rollouts["responses"].unbind(), strict=True
             )
         ],
     )
 
 
-def _sample_indices(keys: Sequence[str], rollouts) -> list[int]:
-    """Number the responses of a problem, also where it occurs more than once in a batch."""
-    samples = [int(key.rsplit("_", 2)[1]) for key in keys]
-    occurrences = [int(_unwrap(value)) for value in rollouts[OCCURRENCE]]
-    width = max(samples) + 1
-    return [occurrence * width + sample for occurrence, sample in zip(occurrences, samples, strict=True)]
+def split_key(key: str) -> tuple[str, int, int]:
+    """Split a TransferQueue key `{uid}_{session}_{output}`; the tuples sort as the rollouts should."""
+    uid, session, output = key.rsplit("_", 2)
+    return uid, int(session), int(output)
+
+
+def row_names(keys: Sequence[str], rollouts) -> list[tuple[str, int, int]]:
+    """Return problem, sample and output of every rollout; samples count on where a problem occurs again in a batch."""
+    sessions = [split_key(key)[1:] for key in keys]
+    width = max((session for session, _ in sessions), default=0) + 1
+    return [
+        (str(_unwrap(problem)), int(_unwrap(occurrence)) * width + session, output)
+        for problem, occurrence, (session, output) in zip(
+            rollouts[PROBLEM_ID], rollouts[OCCURRENCE], sessions, strict=True
+        )
+    ]
 
 
 def _unwrap(value: Any) -> Any:
     return getattr(value, "data", value)
 
 
-def _seconds(metrics: Any) -> float:
+def _seconds(metrics: Any) -> float | None:
+    """Seconds of generation that an agent loop measured; one of the user's own may not have."""
     metrics = _unwrap(metrics)
-    return float(metrics["generate_sequences"] if isinstance(metrics, Mapping) else metrics.generate_sequences)
+    if isinstance(metrics, Mapping):
+        seconds = metrics.get("generate_sequences")
+    else:
+        seconds = getattr(metrics, "generate_sequences", None)
+    return None if seconds is None else float(seconds)

@@ -10,6 +10,7 @@ has been started by then.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +21,8 @@ from rl_accel.config import AccelConfig, CommConfig, DeepSpeedConfig
 from rl_accel.errors import ConfigError
 from rl_accel.hosts import versions
 from rl_accel.hosts.verl import checks, deepspeed_checks, deepspeed_settings, model_files
+
+logger = logging.getLogger(__name__)
 
 TRAINER_NAME = "rl_accel_sync"
 BLOCK = "actor_rollout_ref.rollout.custom.rl_accel"
@@ -118,7 +121,7 @@ def prepare(config: DictConfig) -> AccelConfig | None:
         _use_our_classes(config)
         _train_in_the_dtype_asked_for(config)
         _pass_settings_to_vllm(config, accel)
-        _set_worker_environment(config)
+        _set_worker_environment(config, accel)
     return accel
 
 
@@ -194,7 +197,14 @@ def speculative_config(accel: AccelConfig) -> dict[str, Any] | None:
     return common
 
 
-def _set_worker_environment(config: DictConfig) -> None:
+def _needs_v1_runner(config: DictConfig, accel: AccelConfig) -> bool:
+    """Our sampler, and the counters and self-test of whatever speculates, fit vLLM's V1 model runner only."""
+    mtp = OmegaConf.select(config, "actor_rollout_ref.model.mtp") or {}
+    speculates = config.actor_rollout_ref.rollout.engine_kwargs.vllm.get("speculative_config")
+    return accel.sampling.exact or bool(speculates) or bool(mtp.get("enable") and mtp.get("enable_rollout"))
+
+
+def _set_worker_environment(config: DictConfig, accel: AccelConfig) -> None:
     """Ray processes of this run load the hooks (`plugin.py`), also on the nodes of an existing cluster."""
     forwarded = {
         name: os.environ[name]
@@ -210,10 +220,13 @@ def _set_worker_environment(config: DictConfig) -> None:
     }
     ray_init = config.ray_kwargs.ray_init
     runtime_env = OmegaConf.to_container(ray_init.get("runtime_env") or OmegaConf.create({}), resolve=True)
-    ours = {
-        "RL_ACCEL_ACTIVE": "1",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",  # our samplers fit the V1 runner; V2 is the default of dense models on a GPU
-    }
+    ours = {"RL_ACCEL_ACTIVE": "1"}
+    if _needs_v1_runner(config, accel):
+        ours["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        logger.info(
+            "rollouts run on vLLM's V1 model runner, which exact sampling and drafting need; this gives up V2, vLLM's "
+            "default for dense models on a GPU"
+        )
     runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **forwarded, **ours}
     ray_init.runtime_env = runtime_env
 

@@ -86,7 +86,7 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         return batch
 
     def _balance_batch(self, batch, metrics, **kwargs):
-        order = sorted(range(len(batch.keys)), key=lambda i: _group_sample_output(batch.keys[i]))
+        order = sorted(range(len(batch.keys)), key=lambda i: rollout_metrics.split_key(batch.keys[i]))
         batch.reorder(order)
         return super()._balance_batch(batch, metrics, **kwargs)
 
@@ -131,9 +131,3 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         self._sync_report = {
             f"rl_accel/sync/{name}": max(report[name] for report in reports) for name in (reports[0] if reports else {})
         }
-
-
-def _group_sample_output(key: str) -> tuple[str, int, int]:
-    """Split a TransferQueue key `{uid}_{session}_{output}` into a sortable tuple."""
-    uid, session, output = key.rsplit("_", 2)
-    return uid, int(session), int(output)

@@ -31,9 +31,15 @@ class AcceleratedWorkerExtension(vLLMColocateWorkerExtension):
         return dict(getattr(self.model_runner, "rl_accel_live", {}))
 
     def rl_accel_drain_spec_stats(self) -> dict[str, int] | None:
-        """Return and reset the speculation counters; None where nothing speculates."""
+        """Return and reset the speculation counters; beside them the faults since the start, which are not reset.
+
+        None on a runner where rl_accel did nothing: vLLM's V2.
+        """
         stats = getattr(self.model_runner, "rl_accel_spec_stats", None)
-        return stats.drain() if stats is not None else None
+        faults = getattr(self.model_runner, "rl_accel_faults", None)
+        if faults is None:
+            return None
+        return {**(stats.drain() if stats is not None else {}), **faults.counts}
 
     def rl_accel_draft_metrics(self) -> dict[str, float]:
         """Return and reset the drafter's numbers; empty on ranks that do not draft."""

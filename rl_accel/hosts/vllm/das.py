@@ -29,6 +29,8 @@ import numpy as np
 from rl_accel.config import AccelConfig, DraftConfig
 from rl_accel.draft.drafter import SuffixDrafter
 from rl_accel.errors import DraftError, NotLiveError
+from rl_accel.hosts.vllm.faults import DRAFTING_OFF, UNDRAFTED, Faults
+from rl_accel.hosts.vllm.row_identity import identity_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,24 +54,48 @@ class DASProposer:
         self._keep: dict[str, bool] = {}
         self._foreign: set[str] = set()
         self._foreign_tokens = 0
+        self._undrafted: set[str] = set()
+        """Live requests without drafts; they are not in `_keep`."""
+        self.faults = Faults()
         self._last_start: float | None = None
         self._last_ids: list[str] = []
         self._last_drafted = 0
+        self._asked = False
+        """Whether vLLM has asked for drafts since it last took them."""
         self._propose_s, self._passes = 0.0, 0
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """There is no draft model; vLLM's CPU runner calls this in any case."""
+        """There is no draft model, but this is where vLLM would load it: `attach` has been called by then, or never is.
+
+        Raises:
+            NotLiveError: if rl_accel's plug-in did not run in this process.
+        """
+        if self.runner is None:
+            raise NotLiveError(
+                "the DAS proposer was not attached to its model runner; rl_accel's plug-in of the group "
+                "vllm.general_plugins must be installed and not filtered by VLLM_PLUGINS"
+            )
 
     def attach(self, runner: Any) -> None:
         """Bind to the model runner; only the rank whose drafts vLLM uses gets an index."""
-        self.runner = runner
+        self.runner, self.faults = runner, runner.rl_accel_faults
         if not _is_output_rank(self.vllm_config):
             return
         self.drafter = SuffixDrafter(self.config, **self._identity_of_tokenizer())
         self.drafter.totals = _capture_sizes(self.vllm_config)
         take_drafts = runner.take_draft_token_ids
-        # Without drafts the scheduler need not look through its requests for them.
-        runner.take_draft_token_ids = lambda: take_drafts() if self._last_drafted else None
+
+        def take_draft_token_ids() -> Any:
+            """The step's drafts, None without any: the scheduler need not look through its requests for them then."""
+            asked, self._asked = self._asked, False
+            if not asked:
+                # vLLM's own answer would be a draft of zeros as long as can be for every request. And the time to the
+                # next call is not that of a step.
+                self._last_start = None
+                return None
+            return take_drafts() if self._last_drafted else None
+
+        runner.take_draft_token_ids = take_draft_token_ids
 
     def _identity_of_tokenizer(self) -> dict[str, Any]:
         return {
@@ -94,51 +120,97 @@ class DASProposer:
         """
         started = time.perf_counter()
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        self._asked = True
         if self.drafter is None:
-            if self.runner is None:
-                raise NotLiveError(
-                    "the DAS proposer was not attached to its model runner; rl_accel's plug-in of the group "
-                    "vllm.general_plugins must be installed and not filtered by VLLM_PLUGINS"
-                )
             return drafts
+        try:
+            self._draft_into(drafts, started, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+        except Exception as error:  # whatever fails in here, the engine's tokens do not need it
+            self._turn_off(error)
+            drafts = [[] for _ in sampled_token_ids]
+        return drafts
+
+    def _draft_into(
+        self,
+        drafts: list[list[int]],
+        started: float,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: np.ndarray,
+        token_ids_cpu: np.ndarray,
+    ) -> None:
         batch = self.runner.input_batch
         ids = batch.req_ids[: len(sampled_token_ids)]
         self._end_gone()
-        rows = [row for row, sampled in enumerate(sampled_token_ids) if sampled]
-        row_ids = [ids[row] for row in rows]
-        fresh = [row for row, name in zip(rows, row_ids, strict=True) if name not in self._keep]
+        sampled = [row for row, tokens in enumerate(sampled_token_ids) if tokens]
+        fresh = [row for row in sampled if ids[row] not in self._keep and ids[row] not in self._undrafted]
         for row in fresh:
             self._begin(ids[row], token_ids_cpu[row, : batch.num_prompt_tokens[row]])
+        rows = [row for row in sampled if ids[row] in self._keep]
+        row_ids = [ids[row] for row in rows]
         self._time_pass(started, row_ids, steady=not fresh and len(rows) == len(sampled_token_ids))
         if rows:
             where = np.array(rows, np.uint32)
-            found = self.drafter.propose_rows(
-                row_ids, token_ids_cpu, where, np.ascontiguousarray(num_tokens_no_spec[where], np.uint32)
-            )
-            for row, draft in zip(rows, found, strict=True):
+            lengths = np.ascontiguousarray(num_tokens_no_spec[where], np.uint32)
+            for row, draft in zip(rows, self._ask(row_ids, token_ids_cpu, where, lengths), strict=True):
                 drafts[row] = draft
         self._last_drafted = sum(map(len, drafts))
         self._last_start, self._last_ids = started, row_ids
         self._propose_s += time.perf_counter() - started
         self._passes += 1
-        return drafts
+
+    def _ask(
+        self, names: list[str], token_ids: np.ndarray, rows: np.ndarray, num_tokens: np.ndarray
+    ) -> list[list[int]]:
+        """Return a draft per row. The index refuses a call as a whole: then each row by itself, to find which."""
+        assert self.drafter is not None
+        try:
+            return self.drafter.propose_rows(names, token_ids, rows, num_tokens)
+        except DraftError as error:
+            if len(names) == 1:
+                self._leave_out(names[0], error)
+                return [[]]
+        return [self._ask([name], token_ids, rows[i : i + 1], num_tokens[i : i + 1])[0] for i, name in enumerate(names)]
 
     def _begin(self, name: str, prompt_token_ids: np.ndarray) -> None:
+        """Start drafting for a request, or leave it out: its text is not all tokens, or the drafter refuses it."""
         assert self.drafter is not None
-        params = self.runner.requests[name].sampling_params
-        identity = (params.extra_args or {}).get("rl_accel") if params is not None else None
+        request = self.runner.requests[name]
+        if request.prompt_token_ids is None or request.prompt_is_token_ids is not None:
+            self._undrafted.add(name)  # embeddings
+            return
+        params, identity = request.sampling_params, identity_of(request, self.faults)
         if identity is None:
             problem, keep = "prompt/" + hashlib.blake2b(prompt_token_ids.tobytes(), digest_size=12).hexdigest(), True
         else:
             # Validation that is not kept has texts of its own, out of reach of a training rollout.
-            keep = not identity.get("validate") or self.config.learn_from_validation
-            problem = ("problem/" if keep else "validation/") + str(identity["problem_id"])
+            keep = not identity.validate or self.config.learn_from_validation
+            problem = ("problem/" if keep else "validation/") + identity.problem_id
         room = self.max_model_len - len(prompt_token_ids)
         max_tokens = room if params is None or params.max_tokens is None else min(params.max_tokens, room)
-        self.drafter.begin(name, problem, prompt_token_ids, max_tokens)
+        try:
+            self.drafter.begin(name, problem, prompt_token_ids, max_tokens)
+        except DraftError as error:
+            self._leave_out(name, error)
+            return
         self._keep[name] = keep
         if identity is None:
             self._foreign.add(name)
+
+    def _leave_out(self, name: str, error: DraftError) -> None:
+        """Go on without drafts for one request, and forget what it said."""
+        assert self.drafter is not None
+        self.faults.note(UNDRAFTED, "request %.60s goes on without drafts", ascii(name), error=error)
+        self._undrafted.add(name)
+        self._keep.pop(name, None)
+        self._foreign.discard(name)
+        if name in self.drafter:
+            self.drafter.end(name, keep=False)
+
+    def _turn_off(self, error: Exception) -> None:
+        """The drafter itself is broken: plain decoding from now on, which samples the same tokens."""
+        self.faults.note(DRAFTING_OFF, "the drafter failed, the engine goes on without drafts", error=error)
+        self.drafter, self._last_drafted = None, 0
+        self._keep, self._foreign, self._undrafted = {}, set(), set()
 
     def _end_gone(self) -> None:
         """End what the runner no longer knows."""
@@ -147,6 +219,8 @@ class DASProposer:
             gone = self._keep.keys() - self.runner.requests.keys()
             for name in sorted(gone):  # a set has no order, and history should not depend on hashing
                 self._end(name)
+        if self._undrafted:
+            self._undrafted &= self.runner.requests.keys()
         if self._foreign_tokens >= FOREIGN_EPOCH_TOKENS:
             self._foreign_tokens = 0
             self.drafter.close_epoch(self.drafter.epoch)

@@ -20,6 +20,7 @@ from typing import Any
 import wrapt
 
 from rl_accel.errors import ConfigError, NotLiveError
+from rl_accel.hosts.vllm.faults import Faults
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,16 @@ _RUNNERS = {
     "vllm.v1.worker.gpu_model_runner": "GPUModelRunner",
     "vllm.v1.worker.cpu_model_runner": "CPUModelRunner",
 }
+NOTHING_LIVE = {
+    "model_runner": "V1",
+    "exact_sampling": False,
+    "cpu_repair": False,
+    "mask_repair": False,
+    "spec_stats": False,
+    "das": False,
+    "self_test": "not needed",
+}
+"""What came up in an engine, before anything has."""
 _V2_RUNNER = ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner")
 _registered = False
 
@@ -50,8 +61,8 @@ def register() -> None:
 def install(runner: Any, config: Mapping[str, Any]) -> None:
     """Bring up what the settings ask for on one V1 model runner.
 
-    Sets on the runner: `rl_accel_spec_stats` (a `SpecDecodeCounter`, or None without speculation) and
-    `rl_accel_live`, a dict that says what came up.
+    Sets on the runner: `rl_accel_spec_stats` (a `SpecDecodeCounter`, or None without speculation),
+    `rl_accel_faults` (`Faults`) and `rl_accel_live`, a dict that says what came up.
 
     Args:
         runner: a constructed GPUModelRunner or subclass, before its model is loaded.
@@ -71,8 +82,12 @@ def install(runner: Any, config: Mapping[str, Any]) -> None:
             "pass one, or set rl_accel.draft.method=none"
         )
     verifies = hasattr(runner, "rejection_sampler")  # only on the last pipeline rank
-    live = {"exact_sampling": False, "cpu_repair": False, "spec_stats": False, "das": False, "self_test": "not needed"}
-    runner.rl_accel_spec_stats = None
+    live = dict(NOTHING_LIVE)
+    runner.rl_accel_spec_stats, runner.rl_accel_faults = None, Faults()
+    if verifies or (exact and not runner.is_pooling_model):
+        from rl_accel.hosts.vllm import mask_repair
+
+        live["mask_repair"] = mask_repair.repair_if_needed()
     if verifies:
         from rl_accel.hosts.vllm import cpu_repair
 
@@ -137,6 +152,7 @@ def _refuse_v2(load_model: Callable[..., Any], runner: Any, args: tuple, kwargs:
                 "default for dense models on GPU; set VLLM_USE_V2_MODEL_RUNNER=0 in the environment of the "
                 "engine"
             )
+        runner.rl_accel_live = {**NOTHING_LIVE, "model_runner": "V2"}
     return load_model(*args, **kwargs)
 
 

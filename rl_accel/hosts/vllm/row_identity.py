@@ -26,7 +26,12 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from rl_accel.errors import RLAccelError
+from rl_accel.hosts.vllm.faults import MALFORMED, Faults
+from rl_accel.sampling.identity import FIELD, RolloutIdentity
 from rl_accel.sampling.noise import hash64, request_key
+
+MAX_CHILD_DIGITS = 5
+"""Of the index of a child; vLLM bounds n at 16,384 (`VLLM_MAX_N_SEQUENCES`)."""
 
 
 @dataclass(frozen=True)
@@ -63,56 +68,77 @@ class RowSource:
         return self.step
 
 
-def key_of(request: Any, seed: int) -> int:
+def identity_of(request: Any, faults: Faults) -> RolloutIdentity | None:
+    """Return which rollout a vLLM request (`CachedRequestState`) is, read once and kept on it.
+
+    None for anonymous requests, and for those whose identity cannot be read: a front end does not look into
+    `extra_args`, and in here a refusal would end the engine for everybody. `faults` counts them.
+    """
+    try:
+        return request.rl_accel_identity
+    except AttributeError:
+        identity = request.rl_accel_identity = _read(request, faults)
+        return identity
+
+
+def _read(request: Any, faults: Faults) -> RolloutIdentity | None:
+    extra_args = getattr(request.sampling_params, "extra_args", None)
+    value = extra_args.get(FIELD) if isinstance(extra_args, dict) else None
+    if value is None:
+        return None
+    try:
+        return RolloutIdentity.read(value)
+    except ValueError as error:
+        faults.note(
+            MALFORMED, "request %.60s is served as anonymous: its extra_args[%r] is malformed: %s",
+            ascii(request.req_id), FIELD, error,
+        )  # fmt: skip
+        return None
+
+
+def key_of(request: Any, seed: int, faults: Faults) -> int:
     """Return the key of a vLLM request (`CachedRequestState`), computed once and kept on it.
 
-    Our requests carry `sampling_params.extra_args["rl_accel"]` with the arguments of `request_key`; child i
-    of a request with n > 1 is sample `sample_index + i`. Foreign requests are named by their own seed and
-    prompt if they have a seed (vLLM gives child i the seed + i), else by their id, which vLLM makes unique:
-    equal prompts without a seed must get independent samples, as in stock vLLM, and so are not repeatable
-    either.
-
-    Raises:
-        RLAccelError: if the identity in `extra_args` is not complete.
+    Our requests carry an identity (`sampling/identity.py`); child i of a request with n > 1 is sample
+    `sample_index + i`. Anonymous requests are named by their own seed and prompt if they have a seed (vLLM gives
+    child i the seed + i), else by their id, which vLLM makes unique: equal prompts without a seed must get
+    independent samples, as in stock vLLM, and so are not repeatable either.
     """
-    key = getattr(request, "rl_accel_key", None)
-    if key is None:
-        key = request.rl_accel_key = _new_key(request, seed)
-    return key
-
-
-def _new_key(request: Any, seed: int) -> int:
-    params = request.sampling_params
-    identity = (params.extra_args or {}).get("rl_accel")
-    if identity is None:
-        name = f"{seed}/id/{request.req_id}" if params.seed is None else f"{seed}/seed/{params.seed}"
-        prompt = np.asarray(request.prompt_token_ids or [], dtype=np.int64)
-        return hash64(name.encode() + b"\0" + prompt.tobytes())
     try:
+        return request.rl_accel_key
+    except AttributeError:
+        key = request.rl_accel_key = _new_key(request, seed, faults)
+        return key
+
+
+def _new_key(request: Any, seed: int, faults: Faults) -> int:
+    identity = identity_of(request, faults)
+    if identity is not None:
         return request_key(
             seed,
-            identity["problem_id"],
-            identity["sample_index"] + _child_index(request.req_id),
-            identity["step"],
-            identity.get("validate", False),
+            identity.problem_id,
+            identity.sample_index + _child_index(request.req_id),
+            identity.step,
+            identity.validate,
+            identity.call,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RLAccelError(
-            f"request {request.req_id}: extra_args['rl_accel'] must hold problem_id, sample_index, step and "
-            f"validate; got {identity!r}"
-        ) from error
+    own_seed = request.sampling_params.seed
+    name = f"{seed}/id/{request.req_id}" if own_seed is None else f"{seed}/seed/{own_seed}"
+    prompt = np.asarray(request.prompt_token_ids or [], dtype=np.int64)
+    return hash64(name.encode(errors="surrogatepass") + b"\0" + prompt.tobytes())
 
 
 def _child_index(req_id: str) -> int:
     """Return i for the id `i_parent` that v1/engine/parallel_sampling.py gives to child i, else 0."""
     prefix, underscore, _ = req_id.partition("_")
-    return int(prefix) if underscore and prefix.isdecimal() else 0
+    return int(prefix) if underscore and len(prefix) <= MAX_CHILD_DIGITS and prefix.isdecimal() else 0
 
 
 def rows_of_step(runner: Any, metadata: SpecDecodeMetadata | None, seed: int) -> StepRows:
     """Name the rows that `runner._sample` is about to sample; logits at position i sample token i + 1."""
     batch = runner.input_batch
-    keys_B = np.array([key_of(runner.requests[rid], seed) for rid in batch.req_ids[: batch.num_reqs]], np.int64)
+    requests, faults = runner.requests, runner.rl_accel_faults
+    keys_B = np.array([key_of(requests[rid], seed, faults) for rid in batch.req_ids[: batch.num_reqs]], np.int64)
     if metadata is None:
         logits_indices_B = runner.query_start_loc.gpu[1 : batch.num_reqs + 1] - 1
         return StepRows(async_tensor_h2d(keys_B, runner.device), runner.positions[logits_indices_B] + 1)

@@ -3,10 +3,22 @@
 import math
 
 import pytest
+import torch
+from tensordict import NonTensorStack, TensorDict
 
+from rl_accel.compare.tokens import load_tokens
+from rl_accel.draft.record import read_rollouts
 from rl_accel.errors import MismatchError
-from rl_accel.hosts.verl.identity import problem_id_of
-from rl_accel.hosts.verl.metrics import check_mismatch, speculation_metrics, sum_counts
+from rl_accel.hosts.verl.identity import OCCURRENCE, PROBLEM_ID, problem_id_of
+from rl_accel.hosts.verl.metrics import (
+    check_mismatch,
+    record_rollouts,
+    rollout_metrics,
+    save_rollout_tokens,
+    speculation_metrics,
+    split_key,
+    sum_counts,
+)
 
 
 def test_acceptance_over_replicas():
@@ -59,3 +71,69 @@ def test_a_problem_has_one_name_everywhere():
     assert problem_id_of({"split": "train", "index": 3}, "a", prompt) == "a/train/3"
     assert problem_id_of(None, "a", prompt) == problem_id_of({"index": 3}, "b", list(prompt))
     assert problem_id_of(None, "a", prompt) != problem_id_of(None, "a", [{"role": "user", "content": "2+3?"}])
+
+
+def rollouts(*rows, metrics=None):
+    """Keys and fields of a step as verl's TransferQueue returns them; a row is (key, problem, occurrence, response)."""
+
+    def ragged(values):
+        return torch.nested.as_nested_tensor([torch.tensor(value) for value in values], layout=torch.jagged)
+
+    keys, problems, occurrences, responses = zip(*rows, strict=True)
+    fields = {
+        "prompts": ragged([[1, 2, 3]] * len(rows)),
+        "responses": ragged(responses),
+        "metrics": NonTensorStack(*(metrics or [{"generate_sequences": 0.5}] * len(rows))),
+        PROBLEM_ID: NonTensorStack(*problems),
+        OCCURRENCE: NonTensorStack(*occurrences),
+    }
+    return list(keys), TensorDict(fields, batch_size=[len(rows)])
+
+
+def test_every_output_of_a_session_is_a_row(tmp_path):
+    """Names of first outputs are those of loops with a single one, also where a problem occurs twice in a batch."""
+    keys, step = rollouts(
+        ("step00000001group000000_0_0", "p", 0, [5]),
+        ("step00000001group000000_0_1", "p", 0, [6, 6]),
+        ("step00000001group000000_1_0", "p", 0, [7]),
+        ("step00000001group000001_0_0", "p", 1, [8]),
+        ("step00000001group000001_1_0", "p", 1, [9]),
+        ("step00000001group000001_1_10", "p", 1, [9, 9]),
+        ("step00000001group000002_0_0", "q_0_1", 0, [4]),
+    )
+    save_rollout_tokens(tmp_path / "1.npz", keys, step)
+    assert {name: row.token_ids.tolist() for name, row in load_tokens(tmp_path / "1.npz").items()} == {
+        ("p", 0): [5],
+        ("p [output 1]", 0): [6, 6],
+        ("p", 1): [7],
+        ("p", 2): [8],
+        ("p", 3): [9],
+        ("p [output 10]", 3): [9, 9],
+        ("q_0_1", 0): [4],
+    }
+    record_rollouts(tmp_path / "rollouts.jsonl", keys, step, epoch=0, step=1)
+    recorded = list(read_rollouts(tmp_path / "rollouts.jsonl"))
+    assert [r.problem for r in recorded] == ["p"] * 6 + ["q_0_1"], "outputs are history of their problem"
+    assert [r.token_ids for r in recorded] == [(5,), (6, 6), (7,), (8,), (9,), (9, 9), (4,)]
+
+
+def test_keys_sort_by_group_session_and_output():
+    keys = ["a_b_10_0", "a_b_2_11", "a_b_2_2", "a_a_3_0"]
+    assert sorted(keys, key=split_key) == ["a_a_3_0", "a_b_2_2", "a_b_2_11", "a_b_10_0"]
+
+
+def test_a_loop_that_measures_no_times_is_measured_otherwise():
+    rows = (("g_0_0", "p", 0, [5, 6]), ("g_1_0", "p", 0, [7]))
+    _, untimed = rollouts(*rows, metrics=[{}, {"num_preempted": 1}])
+    found = rollout_metrics(untimed, {})
+    assert found["rollout/num_response_tokens"] == 3 and "rollout/slowest_request_s" not in found
+    _, half_timed = rollouts(*rows, metrics=[{}, {"generate_sequences": 0.25}])
+    assert rollout_metrics(half_timed, {})["rollout/median_request_s"] == 0.25
+
+
+def test_faults_of_the_engines_are_metrics():
+    counts = sum_counts([{"num_malformed_identities": 2, "num_drafts": 1}, {"num_malformed_identities": 1}, None])
+    _, step = rollouts(("g_0_0", "p", 0, [5]))
+    found = rollout_metrics(step, counts | {"num_engines_drafting_off": 1})
+    assert found["rl_accel/sampling/malformed_identities"] == 3
+    assert found["rl_accel/draft/undrafted_requests"] == 0 and found["rl_accel/draft/engines_off"] == 1

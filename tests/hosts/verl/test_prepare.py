@@ -69,6 +69,27 @@ def test_das_names_its_proposer_and_passes_its_settings(make_config):
     assert (rollout.max_model_len, rollout.engine_kwargs.vllm.max_model_len) == (640, 640 + 16)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "forced"),
+    [
+        ([], False),
+        (["rl_accel.sampling.exact=true"], True),
+        (["rl_accel.draft.method=das"], True),
+        (["+actor_rollout_ref.rollout.engine_kwargs.vllm.speculative_config={model: m}"], True),
+        (["actor_rollout_ref.model.mtp.enable=true"], False),
+        ([f"actor_rollout_ref.model.mtp.{name}=true" for name in ("enable", "enable_rollout")], True),
+    ],
+)
+def test_vllms_default_runner_is_given_up_only_where_something_needs_it(make_config, caplog, overrides, forced):
+    config = make_config("rl_accel.sampling.exact=false", *overrides)
+    with caplog.at_level("INFO", "rl_accel"):
+        prepare(config)
+    environment = config.ray_kwargs.ray_init.runtime_env.env_vars
+    assert environment.RL_ACCEL_ACTIVE == "1"
+    assert environment.get("VLLM_USE_V2_MODEL_RUNNER") == ("0" if forced else None)
+    assert ("gives up V2" in caplog.text) == forced
+
+
 def test_float32_means_float32(make_config):
     roles = ("actor", "ref")
     config = make_config(*(f"~actor_rollout_ref.{role}.fsdp_config.mixed_precision" for role in roles))

@@ -281,7 +281,7 @@ def test_a_custom_class_without_the_plugin_is_refused() -> None:
         model_config=SimpleNamespace(max_model_len=64),
     )
     with pytest.raises(NotLiveError, match=r"vllm\.general_plugins"):
-        DASProposer(config).propose([[1]], None, None)
+        DASProposer(config).load_model()
 
 
 if __name__ == "__main__":

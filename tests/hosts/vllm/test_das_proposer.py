@@ -10,9 +10,11 @@ import pytest
 
 from rl_accel.hosts.vllm import das as das_module
 from rl_accel.hosts.vllm.das import DASProposer
+from rl_accel.hosts.vllm.faults import Faults
 
 PROMPT = [5, 6, 7]
 TEXT = list(range(10, 50))
+NO_FAULTS = Faults().counts
 
 
 def model_config():
@@ -40,6 +42,7 @@ def new_proposer() -> DASProposer:
         requests={},
         input_batch=SimpleNamespace(req_ids=[], num_prompt_tokens=[]),
         take_draft_token_ids=lambda: "drafts",
+        rl_accel_faults=Faults(),
     )
     proposer.attach(runner)
     return proposer
@@ -52,7 +55,13 @@ class Step:
         self.proposer, self.name = proposer, name
         extra = {"rl_accel": identity} if identity else None
         params = SimpleNamespace(extra_args=extra, max_tokens=64, ignore_eos=False)
-        proposer.runner.requests[name] = SimpleNamespace(sampling_params=params, output_token_ids=[])
+        proposer.runner.requests[name] = SimpleNamespace(
+            req_id=name,
+            sampling_params=params,
+            output_token_ids=[],
+            prompt_token_ids=list(PROMPT),
+            prompt_is_token_ids=None,
+        )
         self.table = np.zeros((1, 128), np.int32)
         self.table[0, : len(PROMPT)] = PROMPT
         self.length = len(PROMPT)
@@ -142,3 +151,116 @@ def test_steps_without_a_call_are_caught_up(calls_missed) -> None:
     request.length += len(missed)
     after = 2 + calls_missed
     assert request.gain([TEXT[after]]) == TEXT[after + 1 : after + 9]
+
+
+class Batch:
+    """Several requests of a runner, a row each; `step` lets every one of them gain tokens."""
+
+    def __init__(self, proposer: DASProposer, names: list[str]):
+        self.proposer, self.requests = (
+            proposer,
+            {name: Step(proposer, name, identity(i)) for i, name in enumerate(names)},
+        )
+
+    def step(self, tokens: list[int]) -> dict[str, list[int]]:
+        batch, names = self.proposer.runner.input_batch, list(self.requests)
+        batch.req_ids, batch.num_prompt_tokens = names, [len(PROMPT)] * len(names)
+        for request in self.requests.values():
+            request.table[0, request.length : request.length + len(tokens)] = tokens
+            request.length += len(tokens)
+        table = np.concatenate([request.table for request in self.requests.values()])
+        lengths = np.array([request.length for request in self.requests.values()])
+        return dict(zip(names, self.proposer.propose([tokens] * len(names), lengths, table), strict=True))
+
+
+def taught() -> DASProposer:
+    proposer = new_proposer()
+    teach(proposer)
+    proposer.close_epoch(0, 1)
+    return proposer
+
+
+def test_a_request_that_the_drafter_refuses_costs_only_its_own_drafts() -> None:
+    """Its prompt holds a negative token, which a real front end does not let through."""
+    proposer = taught()
+    batch = Batch(proposer, ["a", "bad", "c"])
+    batch.requests["bad"].table[0, 1] = -7
+    for i in (0, 2, 4):
+        drafts = batch.step(TEXT[i : i + 2])
+        assert drafts["bad"] == [] and drafts["a"][0] == drafts["c"][0] == TEXT[i + 2]
+    assert proposer.faults.counts == {**NO_FAULTS, "num_undrafted_requests": 1}
+    for request in batch.requests.values():
+        request.finish()
+    Step(proposer, "next", identity(9)).gain([1])
+    assert len(proposer.drafter) == 1 and not proposer._undrafted, "nothing is kept of requests that are gone"
+
+
+def test_a_request_that_goes_back_costs_only_its_own_drafts() -> None:
+    """A streaming session drops its last token; a name that is used again begins anew. The index knows neither."""
+    proposer = taught()
+    batch = Batch(proposer, ["a", "back", "c"])
+    batch.step(TEXT[:4])
+    batch.requests["back"].length -= 4
+    drafts = batch.step(TEXT[4:6])
+    assert drafts["back"] == [] and drafts["a"][0] == drafts["c"][0] == TEXT[6]
+    assert batch.step(TEXT[6:7])["a"][0] == TEXT[7]
+    assert proposer.faults.counts == {**NO_FAULTS, "num_undrafted_requests": 1}
+    assert proposer.close_epoch(1, 2)["num_rollouts"] == 0
+    for request in batch.requests.values():
+        request.finish()
+    assert proposer.close_epoch(1, 2)["num_rollouts"] == 2, "what went back is not learned from"
+
+
+def test_a_step_without_a_call_takes_no_drafts_and_is_not_timed() -> None:
+    """vLLM asks for none while a request is close to the end of the context, and would have every request verify a
+    draft of zeros then; the time over such steps would pass for that of one.
+    """
+    proposer = taught()
+    request = Step(proposer, "r", identity(1))
+    for i in range(4):
+        assert request.gain(TEXT[2 * i : 2 * i + 2]) != []
+        assert proposer.runner.take_draft_token_ids() == "drafts"
+    timed = proposer.drafter.planner.cost._num_passes
+    for _ in range(3):
+        assert proposer.runner.take_draft_token_ids() is None
+    request.gain(TEXT[8:10])
+    assert proposer.drafter.planner.cost._num_passes == timed
+    assert proposer.runner.take_draft_token_ids() == "drafts"
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_broken_index_turns_drafting_off_and_nothing_else(begun) -> None:
+    proposer = taught()
+    batch = Batch(proposer, ["a", "b"])
+    if begun:
+        assert batch.step(TEXT[:2])["a"] != []
+    proposer.drafter.index._index = None
+    for _ in range(3):
+        assert batch.step(TEXT[2:4]) == {"a": [], "b": []}
+    assert proposer.faults.counts == {**NO_FAULTS, "num_engines_drafting_off": 1}
+    assert proposer.runner.take_draft_token_ids() is None
+    assert proposer.close_epoch(1, 2) == {} and proposer.drain_metrics() == {}
+    assert proposer.save("/nowhere") is False and proposer.read_segments(["/nowhere"]) == 0
+
+
+@pytest.mark.parametrize("prompt_is_token_ids", [None, [True, False, True]])
+def test_a_prompt_of_embeddings_is_not_drafted_for(prompt_is_token_ids) -> None:
+    """Its row of the token table holds what another request left there."""
+    proposer = taught()
+    request = Step(proposer, "embedded", identity(1))
+    state = proposer.runner.requests["embedded"]
+    state.prompt_token_ids, state.prompt_is_token_ids = prompt_is_token_ids and list(PROMPT), prompt_is_token_ids
+    assert request.gain(TEXT[:2]) == [] and request.gain(TEXT[2:4]) == []
+    assert len(proposer.drafter) == 0 and proposer.faults.counts == NO_FAULTS
+    request.finish()
+    assert Step(proposer, "next", identity(2)).gain(TEXT[:2]) == TEXT[2:10] and not proposer._undrafted
+
+
+@pytest.mark.parametrize("malformed", ["x", {"problem_id": "p"}, {**identity(0), "problem_id": "\udc80"}])
+def test_a_malformed_identity_is_drafted_for_by_its_prompt(malformed) -> None:
+    proposer = new_proposer()
+    teacher = Step(proposer, "teacher", None)
+    teacher.gain(TEXT)
+    teacher.finish()
+    assert Step(proposer, "malformed", malformed).gain(TEXT[:2]) == TEXT[2:10]
+    assert proposer.faults.counts == {**NO_FAULTS, "num_malformed_identities": 1}

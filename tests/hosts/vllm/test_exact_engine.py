@@ -8,6 +8,7 @@ itself and ngram drafts are accepted.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from rl_accel.hosts.verl.session import SessionClient
 
 VOCAB_SIZE = 300
 NUM_REQUESTS = 48
@@ -93,6 +96,95 @@ def generate(llm, cold: bool, order: list[int]) -> dict:
     return {"tokens": tokens, "logprobs": logprobs}
 
 
+def ask_ten_times(llm, backwards: bool) -> list[list[int]]:
+    """What an agent loop gets that asks eight times for one prompt at temperature 1, then goes on with two texts.
+
+    It asks in one order and waits in the same or the opposite one.
+    """
+    from vllm import SamplingParams
+
+    class Client:
+        """Stands for verl's client: sends what waits to this engine, in one batch."""
+
+        def __init__(self):
+            self.waiting: list = []
+
+        async def generate(self, request_id, *, prompt_ids, sampling_params):
+            text = asyncio.get_running_loop().create_future()
+            self.waiting.append((prompt_ids, sampling_params, text))
+            await asyncio.sleep(0)
+            asked, self.waiting = self.waiting, []
+            if asked:
+                inputs = [{"prompt_token_ids": prompt} for prompt, _, _ in asked]
+                params = [SamplingParams(max_tokens=12, ignore_eos=True, detokenize=False, **p) for _, p, _ in asked]
+                for (*_, future), output in zip(asked, llm.generate(inputs, params, use_tqdm=False), strict=True):
+                    future.set_result(list(output.outputs[0].token_ids))
+            return await text
+
+    async def session(client):
+        async def all_of(prompts):
+            calls = [
+                client.generate("r", prompt_ids=p, sampling_params={"temperature": 1.0, "top_p": 0.95}) for p in prompts
+            ]
+            texts = await asyncio.gather(*(reversed(calls) if backwards else calls))
+            return texts[::-1] if backwards else texts
+
+        first = await all_of([prompts()[0]] * 8)
+        return first + await all_of([prompts()[0] + text for text in first[:2]])
+
+    identity = {"problem_id": "p0", "sample_index": 0, "step": 3, "validate": False}
+    return asyncio.run(session(SessionClient(Client(), identity)))
+
+
+def neighbour_of_masked(llm) -> dict:
+    """Greedy tokens of a request alone, and in the row that one with `allowed_token_ids` has just left.
+
+    Rows: 0 ends after a token, so 2 moves there; its row goes to the newcomer while row 1 keeps the mask in use.
+    """
+    from vllm import SamplingParams
+
+    def params(length: int, allowed: list[int] | None = None):
+        return SamplingParams(
+            temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False, allowed_token_ids=allowed
+        )
+
+    engine, tokens = llm.llm_engine, {}
+    alone = llm.generate([{"prompt_token_ids": prompts()[3]}], [params(8)], use_tqdm=False)[0].outputs[0].token_ids
+    for name, wanted in (("short", params(1)), ("long", params(24, [7])), ("moves", params(24, [9]))):
+        engine.add_request(name, {"prompt_token_ids": prompts()[0]}, wanted)
+    for step in range(60):
+        if step == 4:
+            engine.add_request("newcomer", {"prompt_token_ids": prompts()[3]}, params(8))
+        for output in engine.step():
+            if output.finished:
+                tokens[output.request_id] = list(output.outputs[0].token_ids)
+    return {"alone": list(alone), **tokens}
+
+
+def generate_malformed(llm) -> dict:
+    """Requests whose identity cannot be read, and a good one among them that was sampled before."""
+    from vllm import SamplingParams
+
+    identities = [
+        "x",
+        1,
+        [1, 2],
+        {},
+        {"problem_id": "p"},
+        {**sampling_params(1, False).extra_args["rl_accel"], "step": "3"},
+    ]
+    malformed = [
+        SamplingParams(max_tokens=6, seed=i, detokenize=False, extra_args={"rl_accel": identity})
+        for i, identity in enumerate(identities)
+    ]
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompts()[1]}] * (len(malformed) + 1),
+        [*malformed, sampling_params(1, False)],
+        use_tqdm=False,
+    )
+    return {"finished": [o.outputs[0].finish_reason for o in outputs], "good": list(outputs[-1].outputs[0].token_ids)}
+
+
 def model_runner(llm):
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
@@ -133,6 +225,10 @@ def run_engine(model: str, mode: str) -> dict:
         for metric in llm.get_metrics()
         if "spec_decode" in metric.name and hasattr(metric, "value")
     }
+    result["session"] = [ask_ten_times(llm, backwards) for backwards in (False, True)]
+    result["masked"] = neighbour_of_masked(llm)
+    result["malformed"] = generate_malformed(llm)
+    result["faults"] = getattr(runner, "rl_accel_faults", None) and runner.rl_accel_faults.counts
     llm.llm_engine.engine_core.shutdown()
     del llm, runner
     cleanup_dist_env_and_memory()
@@ -149,6 +245,7 @@ def engines(tmp_path_factory):
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     out = folder / "results.json"
@@ -220,13 +317,43 @@ def test_logprobs_and_greedy_tokens_equal_a_rescore(engines, mode):
                 assert float(gap.max()) < 1e-4
 
 
+@pytest.mark.parametrize("mode", ["plain", "ngram"])
+def test_generations_of_a_session_are_independent_and_repeat(engines, mode):
+    """The first is that of a session of one generation. Without numbers, all eight of one prompt are one text."""
+    _, results = engines
+    forwards, backwards = results[mode]["session"]
+    assert forwards == backwards == results["plain"]["session"][0]
+    assert len({tuple(text) for text in forwards}) == 10
+    assert forwards[0] == results["plain"]["warm"]["tokens"][0][:12]
+
+
+@pytest.mark.parametrize("mode", ["plain", "ngram"])
+def test_a_request_keeps_its_own_allowed_tokens(engines, mode):
+    """Stock vLLM, as the control, lets the newcomer sample from the tokens of the request that had its row."""
+    _, results = engines
+    assert results["stock"]["masked"]["newcomer"] != results["stock"]["masked"]["alone"]
+    masked = results[mode]["masked"]
+    assert masked["newcomer"] == masked["alone"] == results["stock"]["masked"]["alone"]
+    assert set(masked["long"]) == {7} and set(masked["moves"]) == {9}
+
+
+@pytest.mark.parametrize("mode", ["plain", "ngram"])
+def test_malformed_identities_harm_nobody(engines, mode):
+    _, results = engines
+    assert results[mode]["malformed"]["finished"] == ["length"] * 7
+    assert results[mode]["malformed"]["good"] == results["plain"]["warm"]["tokens"][1]
+    assert results[mode]["faults"]["num_malformed_identities"] == 6
+
+
 def test_off_means_off_and_on_means_live(engines):
     _, results = engines
     assert results["stock"]["sampler"] == "vllm.v1.sample.sampler.Sampler"
     assert results["stock"]["live"] is None and results["stock"]["wrapped"] == []
     assert results["plain"]["live"] == {
+        "model_runner": "V1",
         "exact_sampling": True,
         "cpu_repair": False,
+        "mask_repair": True,
         "spec_stats": False,
         "das": False,
         "self_test": "not needed",

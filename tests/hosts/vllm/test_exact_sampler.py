@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from rl_accel.errors import RLAccelError
 from rl_accel.hosts.vllm import cpu_repair, row_identity
 from rl_accel.hosts.vllm.exact_sampler import ExactRejectionSampler, ExactSampler
+from rl_accel.hosts.vllm.faults import Faults
 from rl_accel.hosts.vllm.row_identity import RowSource, StepRows
 from rl_accel.hosts.vllm.self_test import sampling_metadata
 from rl_accel.sampling.noise import request_key
@@ -125,33 +126,62 @@ def request(req_id: str = "a-1", prompt=(1, 2), seed=None, identity=None) -> Cac
     return CachedRequestState(req_id, list(prompt), [], params, None, ([],), 0, [])
 
 
+def key_of(asked: CachedRequestState, faults: Faults | None = None) -> int:
+    return row_identity.key_of(asked, 5, faults or Faults())
+
+
 def test_key_of_our_requests_is_their_identity():
     identity = {"problem_id": "p", "sample_index": 2, "step": 9, "validate": True}
-    assert row_identity.key_of(request(identity=identity), 5) == request_key(5, "p", 2, 9, True)
-    assert row_identity.key_of(request("b-2", (9,), 3, identity), 5) == request_key(5, "p", 2, 9, True)
-    assert row_identity.key_of(request("3_c-1", identity=identity), 5) == request_key(5, "p", 5, 9, True)
+    assert key_of(request(identity=identity)) == request_key(5, "p", 2, 9, True)
+    assert key_of(request("b-2", (9,), 3, identity)) == request_key(5, "p", 2, 9, True)
+    assert key_of(request("3_c-1", identity=identity)) == request_key(5, "p", 5, 9, True)
+    assert key_of(request(identity={**identity, "call": 4})) == request_key(5, "p", 2, 9, True, 4)
 
 
-def test_key_of_foreign_requests():
+def test_key_of_anonymous_requests():
     keys = [
-        row_identity.key_of(request(*arguments), 5)
+        key_of(request(*arguments))
         for arguments in (("a-1", (1, 2), 3), ("b-1", (1, 2), 3), ("a-1", (1, 2), 4), ("a-1", (1, 3), 3))
     ]
     assert keys[0] == keys[1] and len(set(keys)) == 3, "named by seed and prompt"
-    assert row_identity.key_of(request("a-1"), 5) != row_identity.key_of(request("a-2"), 5), "no seed: independent"
+    assert key_of(request("a-1")) != key_of(request("a-2")), "no seed: independent"
 
 
 def test_key_is_computed_once_and_goes_with_the_request():
     first = request(seed=1)
-    key = row_identity.key_of(first, 5)
+    key = key_of(first)
     first.sampling_params.seed = 2
-    assert row_identity.key_of(first, 5) == key
-    assert row_identity.key_of(request(seed=2), 5) != key, "a new request of the same id gets its own key"
+    assert key_of(first) == key
+    assert key_of(request(seed=2)) != key, "a new request of the same id gets its own key"
 
 
-def test_incomplete_identity_is_an_error():
-    with pytest.raises(RLAccelError, match="must hold problem_id"):
-        row_identity.key_of(request(identity={"problem_id": "p", "step": 1}), 5)
+@pytest.mark.parametrize(
+    "identity", ["x", 7, [1], {"problem_id": "p", "step": 1}, {"problem_id": "p", "sample_index": 1 << 99, "step": 1}]
+)
+def test_a_malformed_identity_is_served_as_anonymous_and_counted_once(identity):
+    faults = Faults()
+    asked = request(seed=3, identity=identity)
+    assert key_of(asked, faults) == key_of(asked, faults) == key_of(request(seed=3))
+    assert row_identity.identity_of(asked, faults) is None
+    assert faults.counts["num_malformed_identities"] == 1
+
+
+@pytest.mark.parametrize("name", ["9" * 5000 + "_x", "\udc80", "", "_", "\u0663_x", "-1_x", "1" * 6 + "_x"])
+def test_any_request_id_has_a_key(name):
+    identity = {"problem_id": "p", "sample_index": 0, "step": 1, "validate": False}
+    assert isinstance(key_of(request(name)), int)
+    assert isinstance(key_of(request(name, identity=identity)), int)
+
+
+def test_what_a_request_carries_beside_an_identity_does_not_matter():
+    for extra_args in (None, {}, {"rl_accel": None}, {"other": 1}, "x"):
+        asked, faults = request(seed=3), Faults()
+        asked.sampling_params.extra_args = extra_args
+        assert key_of(asked, faults) == key_of(request(seed=3))
+        assert not any(faults.counts.values())
+    embedded = request(seed=3)
+    embedded.prompt_token_ids = None
+    assert isinstance(key_of(embedded), int)
 
 
 def test_rows_of_a_speculating_step():
@@ -162,9 +192,10 @@ def test_rows_of_a_speculating_step():
         requests=requests,
         input_batch=SimpleNamespace(req_ids=["x", "y", "z"], num_reqs=3),
         positions=torch.tensor([10, 11, 12, 20, 21, 22, 30, 31, -9]),
+        rl_accel_faults=Faults(),
         query_start_loc=SimpleNamespace(gpu=torch.tensor([0, 3, 6, 8, 8], dtype=torch.int32)),
     )
-    keys = [row_identity.key_of(requests[name], 0) for name in "xyz"]
+    keys = [row_identity.key_of(requests[name], 0, Faults()) for name in "xyz"]
     plain = row_identity.rows_of_step(runner, None, 0)
     assert plain.keys_B.tolist() == keys and plain.positions_B.tolist() == [13, 23, 32]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rl_accel.errors import ConfigError, NotLiveError
+from rl_accel.hosts.verl.worker_extension import AcceleratedWorkerExtension
 from rl_accel.hosts.vllm import plugin
 from rl_accel.hosts.vllm.spec_stats import SpecDecodeCounter
 
@@ -53,6 +54,19 @@ def test_the_v2_runner_is_refused(settings, speculative_config):
         plugin._refuse_v2(lambda: None, SimpleNamespace(vllm_config=config), (), {})
 
 
+def test_the_v2_runner_runs_where_nothing_of_ours_needs_v1():
+    """And says that it is one; verl's questions to the engine get an answer."""
+    config = SimpleNamespace(additional_config={"rl_accel": {"sampling": {"exact": False}}}, speculative_config=None)
+    runner = SimpleNamespace(vllm_config=config)
+    assert plugin._refuse_v2(lambda: "loaded", runner, (), {}) == "loaded"
+    assert runner.rl_accel_live["model_runner"] == "V2"
+    assert not any(value is True for value in runner.rl_accel_live.values())
+    worker = AcceleratedWorkerExtension()
+    worker.model_runner = runner
+    assert worker.rl_accel_live() == runner.rl_accel_live
+    assert worker.rl_accel_drain_spec_stats() is None and worker.rl_accel_sync_report() == {}
+
+
 def test_a_draft_method_without_speculation_is_refused():
     with pytest.raises(NotLiveError, match="without speculative_config"):
         plugin.install(SimpleNamespace(speculative_config=None), {"draft": {"method": "suffix"}})
@@ -74,6 +88,7 @@ def test_settings_that_ask_for_nothing_install_nothing():
         "is_pooling_model",
         "rl_accel_live",
         "rl_accel_spec_stats",
+        "rl_accel_faults",
     }
     assert runner.rl_accel_spec_stats is None and not any(
         runner.rl_accel_live[k] for k in ("exact_sampling", "spec_stats")
