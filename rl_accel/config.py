@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
@@ -222,6 +222,15 @@ def _convert(expected: Any, value: Any, name: str) -> Any:
     if not isinstance(value, expected):
         raise ConfigError(f"{name} must be {getattr(expected, '__name__', expected)}; got {value!r}")
     return value
+
+
+def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of nested mappings with its full name; an empty group counts as one."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _check_seed(name: str, seed: int) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from rl_accel.config import leaves
 from rl_accel.errors import ConfigError
 
+_MAX_BYTES = 2**22
+"""Of config.yaml, which has about 30 KB."""
 _FREE = (
     "trainer.total_training_steps",
     "trainer.total_epochs",
@@ -56,17 +59,15 @@ def changes(path: Path, config: DictConfig) -> list[tuple[str, bool]]:
         ConfigError: if the file cannot be read.
     """
     try:
-        before = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
+        before = read_config(path)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"{path} is damaged ({error}); remove it to resume without a check of the settings"
+            f"{path} is damaged ({reason}); remove it to resume without a check of the settings"
         ) from error
-    if not isinstance(before, dict):
-        raise ConfigError(f"{path} is damaged (no mapping); remove it to resume without a check of the settings")
-    old = _flat(before, _run_dir(before))
+    old = _movable(before)
     # Through YAML as well: it writes some numbers so that they are read as text.
-    now = yaml.load(as_yaml(config), yaml.CSafeLoader)
-    new = _flat(now, _run_dir(now))
+    new = _movable(dict(leaves(yaml.load(as_yaml(config), yaml.CSafeLoader))))
     found = []
     for name in [*new, *(name for name in old if name not in new)]:
         if old.get(name) != new.get(name) and not _within(name, _SILENT):
@@ -74,25 +75,36 @@ def changes(path: Path, config: DictConfig) -> list[tuple[str, bool]]:
     return found
 
 
-def _run_dir(config: Mapping[str, Any]) -> str:
-    block = config.get("rl_accel")
-    return str(block.get("run_dir")) if isinstance(block, dict) and block.get("run_dir") else "\0"
+def read_config(path: Path) -> dict[str, Any]:
+    """Read config.yaml as full name -> value.
+
+    Raises:
+        OSError, ValueError, RecursionError, yaml.YAMLError: it is not such a file.
+    """
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"it has {path.stat().st_size} bytes")
+    tree = yaml.load(path.read_bytes(), _Loader)
+    if not isinstance(tree, dict):
+        raise ValueError("it holds no mapping")
+    return dict(leaves(tree))
 
 
-def _flat(tree: Mapping[Any, Any], run_dir: str, prefix: str = "") -> dict[str, Any]:
-    """Settings by full name; paths in the run folder do not depend on where it stands."""
-    flat: dict[str, Any] = {}
-    for name, value in _leaves(tree, prefix):
-        flat[name] = value.replace(run_dir, "<run_dir>") if isinstance(value, str) else value
-    return flat
+class _Loader(yaml.SafeLoader):
+    """Not the one in C, which follows deep nesting until its stack ends; and without aliases, which can stand for more
+    than fits into memory."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it has aliases")
+        return super().compose_node(parent, index)
 
 
-def _leaves(tree: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _movable(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings in which paths in the run folder do not depend on where it stands."""
+    run_dir = str(values.get("rl_accel.run_dir") or "\0")
+    return {
+        name: value.replace(run_dir, "<run_dir>") if isinstance(value, str) else value for name, value in values.items()
+    }
 
 
 def _within(name: str, groups: tuple[str, ...]) -> bool:

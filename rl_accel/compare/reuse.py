@@ -7,17 +7,17 @@ two seconds for a folder that holds a run, for composing the configuration anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rl_accel.compare.reading import read_json_object, reading
+from rl_accel.config import leaves
 from rl_accel.errors import CompareError
+from rl_accel.resuming import read_config
 
 _RECORDS = ("metrics.jsonl", "tokens", "checkpoints", "config.yaml")
 """What a run leaves in its folder once its settings matter."""
-_MAX_BYTES = 2**22
-"""Of config.yaml, which has about 30 KB."""
 _SHOWN = 4
 _PROGRAM = "rl_accel.train"
 
@@ -51,8 +51,9 @@ def check_same_settings(run_dir: Path, settings: Sequence[str]) -> None:
 
 
 def _config_changes(run_dir: Path, settings: Sequence[str]) -> str:
-    was = read_config(run_dir / "config.yaml")
-    now = dict(_leaves(_resolve(settings, run_dir, was)))
+    with reading(run_dir / "config.yaml", "a configuration"):
+        was = read_config(run_dir / "config.yaml")
+    now = dict(leaves(_resolve(settings, run_dir, was)))
     changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
     if not changed:
         return ""
@@ -93,32 +94,3 @@ def _resolve(settings: Sequence[str], run_dir: Path, was: dict[str, Any]) -> dic
                 OmegaConf.update(config, key, was.get(key))
         resolved: Any = OmegaConf.to_container(config, resolve=True)
         return resolved
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read config.yaml as dotted key -> value.
-
-    Raises:
-        CompareError: it is not such a file.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # not the one in C, which follows deep nesting until its stack ends
-        def compose_node(self, parent, index):
-            if self.check_event(yaml.AliasEvent):
-                raise ValueError("it has aliases, which can stand for more than fits into memory")
-            return super().compose_node(parent, index)
-
-    with reading(path, "a configuration"):
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has {path.stat().st_size} bytes")
-        return dict(_leaves(yaml.load(path.read_bytes(), Loader)))
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of all that is no mapping."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from rl_accel.config import MAX_SEED
+from rl_accel.config import MAX_SEED, leaves
 from rl_accel.errors import ConfigError
 
 FLATTENED = "_generated_ppo_trainer.yaml"
@@ -194,7 +194,7 @@ def check(config: DictConfig, verl_config_dir: Path) -> None:
     Args:
         verl_config_dir: folder of verl's own configuration; without the flattened file in it types are not checked.
     """
-    values = dict(_leaves(OmegaConf.to_container(config, resolve=True)))
+    values = dict(leaves(OmegaConf.to_container(config, resolve=True)))
     groups = {group for name in values for group in _groups_of(name)}
     for name, allowed in RANGES.items():
         if name in groups:
@@ -212,7 +212,7 @@ def check(config: DictConfig, verl_config_dir: Path) -> None:
 def _defaults(flattened: Path) -> tuple[tuple[str, Any], ...]:
     if not flattened.is_file():
         return ()
-    return tuple(_leaves(yaml.load(flattened.read_bytes(), yaml.CSafeLoader)))
+    return tuple(leaves(yaml.load(flattened.read_bytes(), yaml.CSafeLoader)))
 
 
 def _check_type(name: str, default: Any, values: Mapping[str, Any], groups: set[str]) -> None:
@@ -253,16 +253,6 @@ def _kind(name: str, default: Any) -> tuple[tuple[type, ...], str] | None:
     if default is None and name.endswith(_TEXT_ENDS):
         return (str,), "a text"
     return None
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting with its full name; a group without settings counts as one."""
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{name}.")
-        else:
-            yield name, value
 
 
 def _shown(value: Any) -> str:

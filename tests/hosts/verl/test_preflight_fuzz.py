@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf, open_dict
 
 from rl_accel import recipes
+from rl_accel.config import leaves
 from rl_accel.errors import ConfigError
 from rl_accel.hosts.verl import checks, prepare, ranges
 
@@ -21,7 +22,7 @@ DEFAULTS = yaml.load((recipes.verl_config_dir() / ranges.FLATTENED).read_bytes()
 OURS = [f"rl_accel.{name}" for name in ("draft.method", "draft.window", "draft.history_gib", "sync.timeout_s", "seed")]
 OURS += [f"rl_accel.{name}" for name in ("draft", "sampling.exact", "comm.enable", "deepspeed.zero_stage", "trace")]
 IN_USE = ("actor_rollout_ref.actor", "actor_rollout_ref.rollout", "algorithm", "data", "trainer", "ray_kwargs.ray_init")
-NAMES = sorted({*ranges.RANGES, *OURS, *(name for name, _ in ranges._leaves(DEFAULTS) if name.startswith(IN_USE))})
+NAMES = sorted({*ranges.RANGES, *OURS, *(name for name, _ in leaves(DEFAULTS) if name.startswith(IN_USE))})
 NAMES = [name for name in NAMES if not name.endswith("_target_") and "profiler" not in name]
 NUMBERS = st.sampled_from([-8, -1, 0, 1, 2, 3, 4, 8, 15, 16, 64, 577, 10**9, 10**23])
 VALUES = st.one_of(
