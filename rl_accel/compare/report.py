@@ -55,7 +55,7 @@ _SPEED_NAMES = {"rollout_s": "rollout", "step_s": "step"}
 
 
 def sentence(comparison: Comparison) -> str:
-    """The verdict in a line; brackets hold the 95 % interval of a speed."""
+    """The verdict in a line; brackets hold the 97.5 % interval of a speed."""
     word = comparison.word
     if word == "identical":
         steps = min(identity.steps for identity in comparison.identities)
@@ -282,7 +282,7 @@ def _speed_lines(comparison: Comparison) -> list[str]:
         if s.interval is None:
             judged = "one pair of runs, whose steps say nothing about the next run: no claim"
         else:
-            judged = f"95 % t interval over {s.pairs} pairs {s.interval[0]:.3f} to {s.interval[1]:.3f}: {s.word}"
+            judged = f"97.5 % t interval over {s.pairs} pairs {s.interval[0]:.3f} to {s.interval[1]:.3f}: {s.word}"
         q1, q3 = s.quartiles
         lines.append(
             f"- {_SPEED_NAMES[s.quantity]}: {s.ratio:.3f}, quartiles of {s.steps} steps {q1:.3f} to {q3:.3f}, {judged}"

@@ -3,8 +3,9 @@
 Steps of one run share the state of the machine it met, so that they say nothing about the next run: a pair counts
 once, by the median of its steps, and the interval is Student's t over pairs. One pair claims nothing.
 
-Leaves out: corrections over several arms and over the two timings, each of which is wrong in 5 % of null
-comparisons; and drift of the machine that falls on one arm in all pairs (interleave the runs).
+Each of the two timings is judged at 2.5 %, so that equal arms are told apart in 5 % of comparisons at most, by either.
+Leaves out: a correction over several arms; and drift of the machine that falls on one arm in all pairs (interleave
+the runs).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ WARMUP_STEPS = 2
 """First steps that no timing counts: compilation, caches, an empty draft index."""
 CLOCK_S = 1e-9
 """A time shorter than a tick of the clock is no measurement."""
-ALPHA = 0.05
+ALPHA = 0.05 / len(TIMED)
+"""Of one timing."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Speed:
     quartiles: tuple[float, float]
     """Over the steps of all pairs."""
     interval: tuple[float, float] | None
-    """95 %, Student's t over pairs; None for one pair."""
+    """97.5 %, Student's t over pairs; None for one pair."""
     pairs: int
     steps: int
     word: str
