@@ -354,7 +354,7 @@ def peak_of(read: Callable[[], object]) -> int:
 
 
 def test_an_announced_size_is_not_believed(folders):
-    """A header of 10^12 elements, a directory that announces 3 GB, and one that hides 50 MB behind 200 bytes."""
+    """A header of 10^12 elements, a directory that announces 3 GB, and one that announces 256 B for 50 MB."""
     whole, path = token_file(7), folders / "1.npz"
     path.write_bytes(change_member(whole, "token_ids.npy", lambda data: data.replace(b"(32,)", b"(10**12,)")))
     assert peak_of(lambda: load_tokens(path)) < 2**21
