@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rl_accel.compare.__main__ import main
 from rl_accel.compare.arms import parse_arms
 from rl_accel.compare.plot import plot_runs
 from rl_accel.compare.runs import Run, load_run
@@ -89,6 +90,12 @@ def compare(*arguments: object, cwd: Path, **environment: str) -> subprocess.Com
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=180)
 
 
+def refusal(capsys, *arguments: object) -> str:
+    """What the command line says when it refuses, in this process."""
+    assert main([str(argument) for argument in arguments]) == 1
+    return capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
@@ -129,20 +136,20 @@ def test_report_of_three_arms(runs, tmp_path):
     assert result["arms"]["ngram"]["accuracy, final"] == {"mean": 1.0, "std": None}
 
 
-def test_json_on_stdout_and_exit_codes(runs, tmp_path):
-    alike = compare(runs["none"], runs["ngram"], "--json", "--fail-on-difference", cwd=tmp_path)
-    assert alike.returncode == 0, alike.stderr
-    assert json.loads(alike.stdout)["baseline"] == "none"
+def test_json_on_stdout_and_exit_codes(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(runs["none"]), str(runs["ngram"]), "--json", "--fail-on-difference"]) == 0
+    assert json.loads(capsys.readouterr().out)["baseline"] == "none"
     assert (tmp_path / "outputs" / "compare" / "compare.md").is_file()
-    assert compare(runs["none"], runs["broken"], "--fail-on-difference", cwd=tmp_path).returncode == 3
-    missing = compare(runs["none"], "nowhere", cwd=tmp_path)
-    assert (missing.returncode, missing.stdout) == (1, "")
-    assert missing.stderr == (
+    assert main([str(runs["none"]), str(runs["broken"]), "--fail-on-difference"]) == 3
+    capsys.readouterr()
+    assert refusal(capsys, runs["none"], "nowhere") == (
         "rl_accel.compare: nowhere: no such run folder (and not a wandb run, which is entity/project/run_id)\n"
     )
-    assert compare(runs["none"], cwd=tmp_path).returncode == 1
-    assert compare(cwd=tmp_path).returncode == 2
-    assert compare(runs["none"], "--seeds", "0", cwd=tmp_path).returncode == 2
+    assert "give two runs or more" in refusal(capsys, runs["none"])
+    for usage in ([], [str(runs["none"]), "--seeds", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(usage)
 
 
 def test_wandb_report_is_an_offline_run(runs, tmp_path):
@@ -227,15 +234,14 @@ def trained(tmp_path_factory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("trained")
     (folder / "trainer.py").write_text(TRAINER)
     launcher = ["--launcher", shlex.join([sys.executable, str(folder / "trainer.py")])]
-    done = compare("--arms", "none,ngram", "recipe=r", "--out", folder / "out", *launcher, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    assert main(["--arms", "none,ngram", "recipe=r", "--out", str(folder / "out"), *launcher]) == 0
     return folder / "out", launcher
 
 
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("log", ["kept", "lost"])
-def test_a_folder_of_other_settings_is_neither_resumed_nor_reused(trained, tmp_path, finished, log):
-    """None of the arms may start: also the first, whose folder is gone, waits for the second's to be right."""
+def test_a_folder_of_other_settings_is_neither_resumed_nor_reused(trained, tmp_path, capsys, finished, log):
+    """None of the arms may start: the first one, whose folder is gone, waits until the second's is seen to be right."""
     out = Path(shutil.copytree(trained[0], tmp_path / "out"))
     info = json.loads((out / "ngram-seed0" / "run.json").read_text())
     (out / "ngram-seed0" / "run.json").write_text(json.dumps({**info, "finished": finished}))
@@ -243,30 +249,26 @@ def test_a_folder_of_other_settings_is_neither_resumed_nor_reused(trained, tmp_p
     if log == "lost":
         (out / "ngram-seed0.log").unlink()
     before = (out / "order").read_text()
-    done = compare("--arms", "none,ngram", "recipe=r", "lr=2", "--out", out, *trained[1], cwd=tmp_path)
-    assert done.returncode == 1
-    assert "ngram-seed0 holds a run with other settings. It ran recipe=r" in done.stderr
-    assert "asked for is recipe=r lr=2 rl_accel.draft.method=ngram rl_accel.seed=0" in done.stderr
-    assert (out / "order").read_text() == before
+    said = refusal(capsys, "--arms", "none,ngram", "recipe=r", "lr=2", "--out", out, *trained[1])
+    assert "ngram-seed0 holds a run with other settings. It ran recipe=r rl_accel.draft.method=ngram" in said
+    assert "asked for is recipe=r lr=2 rl_accel.draft.method=ngram rl_accel.seed=0" in said
     (out / "ngram-seed0" / "run.json").unlink()
-    done = compare("--arms", "none,ngram", "recipe=r", "--out", out, *trained[1], cwd=tmp_path)
-    assert (done.returncode, "does not say how it was started" in done.stderr) == (1, True)
+    said = refusal(capsys, "--arms", "none,ngram", "recipe=r", "--out", out, *trained[1])
+    assert "does not say how it was started" in said
+    assert (out / "order").read_text() == before
 
 
-def test_arms_need_a_folder_of_their_own(launcher, tmp_path):
+def test_arms_need_a_folder_of_their_own(launcher, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     arguments = ["--arms", "none,ngram", "recipe=r", "--out", out, *launcher]
     with (out / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = compare(*arguments, cwd=tmp_path)
-    assert (done.returncode, "another comparison trains in" in done.stderr) == (1, True)
-    assert not (out / "order").exists()
-    done = compare(*arguments, "++rl_accel.seed=3", cwd=tmp_path)
-    assert (done.returncode, "set by --seeds and --out" in done.stderr) == (1, True)
+        assert "another comparison trains in" in refusal(capsys, *arguments)
+    assert "set by --seeds and --out" in refusal(capsys, *arguments, "++rl_accel.seed=3")
     (tmp_path / "file").touch()
-    done = compare(*arguments, "--out", tmp_path / "file", cwd=tmp_path)
-    assert (done.returncode, "cannot be written" in done.stderr) == (1, True)
+    assert "cannot be written" in refusal(capsys, *arguments, "--out", tmp_path / "file")
+    assert not (out / "order").exists()
 
 
 def test_arms_with_equal_draft_method_stay_apart(launcher, tmp_path):
