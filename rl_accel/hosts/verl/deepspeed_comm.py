@@ -11,6 +11,7 @@ _COUNTED = (
     "weight_inter_bytes",
     "gradients_s",
     "weights_s",
+    "weight_resyncs",
 )
 
 
