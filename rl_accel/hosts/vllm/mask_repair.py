@@ -97,14 +97,14 @@ PATCHES = (ClearReusedMaskPatch, SwapMasksPatch)
 _applied: list[str] = []
 
 
-def repair_if_needed() -> bool:
-    """Apply, in this process, the patches whose probe finds the bug; return whether a repair is in place."""
+def repair_if_needed() -> list[str]:
+    """Apply, in this process, the patches whose probe finds the bug; return the symbols that are repaired."""
     for patch in PATCHES:
         if patch.is_broken():
             patch.apply()
             _applied.append(patch.symbol)
-            logger.info("rl_accel replaced %s (%s)", patch.symbol, patch.issue)
-    return bool(_applied)
+            logger.info("rl_accel repaired %s (%s)", patch.symbol, patch.issue)
+    return list(_applied)
 
 
 def _request(name: str, allowed: list[int] | None = None) -> CachedRequestState:

@@ -36,7 +36,7 @@ NOTHING_LIVE = {
     "model_runner": "V1",
     "exact_sampling": False,
     "cpu_repair": False,
-    "mask_repair": False,
+    "repairs": [],
     "spec_stats": False,
     "das": False,
     "self_test": "not needed",
@@ -82,12 +82,12 @@ def install(runner: Any, config: Mapping[str, Any]) -> None:
             "pass one, or set rl_accel.draft.method=none"
         )
     verifies = hasattr(runner, "rejection_sampler")  # only on the last pipeline rank
-    live = dict(NOTHING_LIVE)
+    live: dict[str, Any] = dict(NOTHING_LIVE)
     runner.rl_accel_spec_stats, runner.rl_accel_faults = None, Faults()
     if verifies or (exact and not runner.is_pooling_model):
-        from rl_accel.hosts.vllm import mask_repair
+        from rl_accel.hosts.vllm import mask_repair, runner_repair
 
-        live["mask_repair"] = mask_repair.repair_if_needed()
+        live["repairs"] = mask_repair.repair_if_needed() + runner_repair.repair_if_needed(runner)
     if verifies:
         from rl_accel.hosts.vllm import cpu_repair
 

@@ -173,7 +173,7 @@ async def soak(engine, url: str, factor: float) -> dict:
     chance = random.Random(0)
     names = [(kind, prompt) for kind in KINDS for prompt in range(len(PROMPTS))]
     result: dict = {"memory": []}
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
         load = Soak(engine, url, session)
         await until_it_answers(session, url)
 

@@ -23,6 +23,7 @@ VOCAB_SIZE = 300
 NUM_REQUESTS = 48
 MAX_TOKENS = 64
 MODES = ("stock", "plain", "plain7", "plain_seed8", "ngram")
+MASKS = [f"vllm.v1.worker.gpu_input_batch.InputBatch.{name}" for name in ("add_request", "swap_states")]
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
@@ -185,6 +186,23 @@ def generate_malformed(llm) -> dict:
     return {"finished": [o.outputs[0].finish_reason for o in outputs], "good": list(outputs[-1].outputs[0].token_ids)}
 
 
+def generate_what_ends_stock_vllm(llm) -> dict:
+    """Prompts with a seed that do not fit into one step, and `logprob_token_ids` beside log-probs and drafts."""
+    from vllm import SamplingParams
+
+    long = SamplingParams(max_tokens=4, seed=3, temperature=0.05, ignore_eos=True, detokenize=False)
+    asking = SamplingParams(max_tokens=24, seed=3, temperature=0.05, logprob_token_ids=[5, 6], detokenize=False)
+    prompt = [token for i in range(10) for token in prompts()[i]]
+    inputs = [{"prompt_token_ids": prompt[i : i + 240]} for i in range(4)] + [{"prompt_token_ids": prompts()[1]}] * 2
+    outputs = llm.generate(inputs, [*[long] * 4, asking, sampling_params(1, True)], use_tqdm=False)
+    again = llm.generate(inputs[:1], [long], use_tqdm=False)
+    return {
+        "finished": [output.outputs[0].finish_reason for output in outputs],
+        "alone": list(again[0].outputs[0].token_ids) == list(outputs[0].outputs[0].token_ids),
+        "good": list(outputs[-1].outputs[0].token_ids),
+    }
+
+
 def model_runner(llm):
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
@@ -227,7 +245,9 @@ def run_engine(model: str, mode: str) -> dict:
     }
     result["session"] = [ask_ten_times(llm, backwards) for backwards in (False, True)]
     result["masked"] = neighbour_of_masked(llm)
-    result["malformed"] = generate_malformed(llm)
+    if mode != "stock":
+        result["malformed"] = generate_malformed(llm)
+        result["fatal"] = generate_what_ends_stock_vllm(llm)
     result["faults"] = getattr(runner, "rl_accel_faults", None) and runner.rl_accel_faults.counts
     llm.llm_engine.engine_core.shutdown()
     del llm, runner
@@ -345,6 +365,15 @@ def test_malformed_identities_harm_nobody(engines, mode):
     assert results[mode]["faults"]["num_malformed_identities"] == 6
 
 
+@pytest.mark.parametrize("mode", ["plain", "ngram"])
+def test_requests_that_end_stock_vllm_harm_nobody(engines, mode):
+    """Stock vLLM 0.28.0 ends with `CPU Generator does not use offset` and with a shape mismatch in its sampler."""
+    _, results = engines
+    fatal = results[mode]["fatal"]
+    assert set(fatal["finished"]) <= {"length", "stop"} and fatal["alone"]
+    assert fatal["good"] == results["plain"]["cold"]["tokens"][1]
+
+
 def test_off_means_off_and_on_means_live(engines):
     _, results = engines
     assert results["stock"]["sampler"] == "vllm.v1.sample.sampler.Sampler"
@@ -353,12 +382,13 @@ def test_off_means_off_and_on_means_live(engines):
         "model_runner": "V1",
         "exact_sampling": True,
         "cpu_repair": False,
-        "mask_repair": True,
+        "repairs": [*MASKS, "vllm.v1.worker.gpu_model_runner.GPUModelRunner._bookkeeping_sync"],
         "spec_stats": False,
         "das": False,
         "self_test": "not needed",
     }
     assert results["ngram"]["live"]["exact_sampling"] and results["ngram"]["live"]["self_test"] == "passed"
+    assert results["ngram"]["live"]["repairs"][-1] == "vllm.v1.sample.rejection_sampler.RejectionSampler.forward"
     assert results["ngram"]["live"]["cpu_repair"] and results["ngram"]["live"]["spec_stats"]
 
 
