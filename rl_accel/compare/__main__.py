@@ -63,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fail-on-difference", action="store_true", help="exit 3 unless every arm is identical or alike"
     )
-    parser.add_argument("--launcher", default=f"{sys.executable} -m rl_accel.train", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--launcher", default=f"{shlex.quote(sys.executable)} -m rl_accel.train", help=argparse.SUPPRESS
+    )
     return parser
 
 
