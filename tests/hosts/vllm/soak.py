@@ -73,7 +73,6 @@ class Soak:
         self.engine, self.url, self.session = engine, url, session
         self.lost: list[str] = []
         self.refused = 0
-        self.scored: dict[int, int] = {}
         self.finished = self.gone = 0
 
     async def send(self, kind: str, prompt: int, way: str, rubbish=None, gone: str = "", wait: float = 0.0):
@@ -154,18 +153,6 @@ class Soak:
                 whole[2] = choice["finish_reason"] or whole[2]
         return choices
 
-    async def score(self) -> None:
-        """Ask for the log-probs of certain tokens, which vLLM does not do beside drafts: whatever comes of it."""
-        body = {
-            "model": "m",
-            "prompt": PROMPTS[0],
-            "max_tokens": 20,
-            "logprob_token_ids": [5, 6, 7],
-            "temperature": 0.2,
-        }
-        async with self.session.post(f"{self.url}/v1/completions", json=body) as answer:
-            self.scored[answer.status] = self.scored.get(answer.status, 0) + 1
-
     async def refuse(self, what) -> str:
         """Send what must fail alone; returns the kind of error."""
         try:
@@ -219,8 +206,7 @@ async def soak(engine, url: str, factor: float) -> dict:
                 )
                 gone = chance.choice(GONE) if chance.random() < 0.15 else ""
                 plan.append((kind, prompt, way, rubbish, gone, chance.expovariate(1.0) + 0.02 if gone else 0.0))
-            odd = [load.score() for _ in range(3)]
-            answers = (await all_of([*odd, *(load.send(*call) for call in plan)], AT_ONCE))[len(odd) :]
+            answers = await all_of((load.send(*call) for call in plan), AT_ONCE)
             for (kind, prompt, way, rubbish, *_), choices in zip(plan, answers, strict=True):
                 if choices is None or (
                     rubbish is not None and "seed" not in KINDS[kind] and KINDS[kind]["temperature"]
@@ -243,13 +229,7 @@ async def soak(engine, url: str, factor: float) -> dict:
         result["last"] = [comparable("greedy", c) for c in await load.send("greedy", 0, "http")] == calm.get(
             ("greedy", 0, "http")
         )
-        result |= {
-            "lost": load.lost,
-            "finished": load.finished,
-            "gone": load.gone,
-            "refused": load.refused,
-            "scored": load.scored,
-        }
+        result |= {"lost": load.lost, "finished": load.finished, "gone": load.gone, "refused": load.refused}
         result["state"] = (await engine.collective_rpc(state))[0]
         await engine.check_health()
     return result
@@ -360,7 +340,7 @@ async def serve(factor: float) -> dict:
         [
             "--model", str(Path(rl_accel.__file__).parent / "quickstart" / "policy"), "--served-model-name", "m",
             "--dtype", "float32", "--enforce-eager", "--max-model-len", "640", "--max-num-seqs", str(AT_ONCE),
-            "--max-num-batched-tokens", "256", "--block-size", "16", "--num-gpu-blocks-override", "700",
+            "--max-num-batched-tokens", "512", "--block-size", "16", "--num-gpu-blocks-override", "700",
             "--distributed-executor-backend", "uni", "--enable-prompt-embeds", "--disable-uvicorn-access-log",
             "--uvicorn-log-level", "warning", "--host", "127.0.0.1", "--port", "0", "--generation-config", "vllm",
             "--speculative-config", json.dumps(speculative_config(accel)),
