@@ -383,7 +383,7 @@ def bench(repeats: int, with_arctic: bool) -> list[dict]:
 
 
 def open_ms(index: SuffixIndex, repeats: int) -> float:
-    """Time to map and check the closed epoch's file, milliseconds; it is in the page cache."""
+    """Time to read and check the closed epoch's file, milliseconds; it is in the page cache."""
     times = []
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "segment")

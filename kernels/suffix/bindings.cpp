@@ -30,7 +30,8 @@ nb::list rows_of(const Drafts& drafts) {
   return out;
 }
 
-nb::dict info_of(const SegmentInfo& info) {
+// Of one segment; of all that a close has packed, without what tells segments apart.
+nb::dict info_of(const SegmentInfo& info, bool one) {
   nb::dict out;
   out["epoch"] = info.epoch;
   out["policy_version"] = info.policy_version;
@@ -38,6 +39,11 @@ nb::dict info_of(const SegmentInfo& info) {
   out["num_rollouts"] = info.num_rollouts;
   out["num_tokens"] = info.num_tokens;
   out["num_bytes"] = info.num_bytes;
+  if (one) {
+    out["checksum"] = info.checksum;
+    out["foreign"] = info.foreign;
+    out["shared"] = info.shared;
+  }
   return out;
 }
 
@@ -59,12 +65,12 @@ NB_MODULE(_suffix, m) {
       .def(
           "__init__",
           [](SuffixIndex* self, u64 tokenizer, u32 max_draft, u32 max_closed, float min_probability,
-             std::vector<Token> stop_tokens, u32 cross_tokens) {
+             std::vector<Token> stop_tokens, u32 cross_tokens, u64 max_bytes) {
             new (self) SuffixIndex(IndexOptions{tokenizer, std::min(max_draft, kMaxDraft), std::min(max_closed, kMaxClosed), min_probability,
-                                                std::move(stop_tokens), cross_tokens});
+                                                std::move(stop_tokens), cross_tokens, max_bytes});
           },
           nb::kw_only(), nb::arg("tokenizer"), nb::arg("max_draft"), nb::arg("max_closed"), nb::arg("min_probability"),
-          nb::arg("stop_tokens"), nb::arg("cross_tokens"))
+          nb::arg("stop_tokens"), nb::arg("cross_tokens"), nb::arg("max_bytes"))
       .def(
           "begin",
           [](SuffixIndex& self, u64 problem, const Array<Token>& prompt) {
@@ -116,29 +122,58 @@ NB_MODULE(_suffix, m) {
               nb::gil_scoped_release release;
               info = self.close_epoch(epoch, policy_version);
             }
-            return info_of(info);
+            return info_of(info, false);
           },
           nb::arg("epoch"), nb::arg("policy_version"))
+      .def("pack",
+           [](SuffixIndex& self) {
+             SegmentInfo info;
+             {
+               nb::gil_scoped_release release;
+               info = self.pack();
+             }
+             return info_of(info, false);
+           })
+      .def("begin_epoch", &SuffixIndex::begin_epoch, nb::arg("epoch"))
       .def("drop_before", &SuffixIndex::drop_before, nb::arg("epoch"), nb::call_guard<nb::gil_scoped_release>())
       .def("segments",
            [](const SuffixIndex& self) {
              nb::list out;
-             for (const SegmentInfo& info : self.segments()) out.append(info_of(info));
+             for (const SegmentInfo& info : self.segments()) out.append(info_of(info, true));
              return out;
            })
       .def("write_segment", &SuffixIndex::write_segment, nb::arg("number"), nb::arg("path"),
            nb::call_guard<nb::gil_scoped_release>())
       .def(
           "open_segment",
-          [](SuffixIndex& self, const std::string& path) {
+          [](SuffixIndex& self, const std::string& path, bool foreign, bool shared) {
             SegmentInfo info;
             {
               nb::gil_scoped_release release;
-              info = self.open_segment(path);
+              info = self.open_segment(path, foreign, shared);
             }
-            return info_of(info);
+            return info_of(info, true);
           },
-          nb::arg("path"))
+          nb::arg("path"), nb::arg("foreign"), nb::arg("shared"))
+      .def(
+          "add_segment",
+          [](SuffixIndex& self, const nb::bytes& segment) {
+            const std::span bytes(static_cast<const unsigned char*>(segment.data()), segment.size());
+            SegmentInfo info;
+            {
+              nb::gil_scoped_release release;
+              info = self.add_segment(bytes);
+            }
+            return info_of(info, true);
+          },
+          nb::arg("segment"))
+      .def("take_unshared",
+           [](SuffixIndex& self) {
+             const auto segment = self.take_unshared();
+             const auto bytes = segment ? segment->bytes() : std::span<const unsigned char>();
+             return nb::bytes(bytes.data(), bytes.size());
+           })
+      .def("share_with_nobody", &SuffixIndex::share_with_nobody)
       .def("live_bytes", &SuffixIndex::live_bytes)
       .def("closed_bytes", &SuffixIndex::closed_bytes)
       .def("cross_bytes", &SuffixIndex::cross_bytes)
@@ -173,6 +208,10 @@ NB_MODULE(_suffix, m) {
              out["candidates"] = stats.candidates;
              out["expected_first"] = stats.expected_first;
              out["expected_all"] = stats.expected_all;
+             out["problems_renewed"] = stats.problems_renewed;
+             out["requests_let_go"] = stats.requests_let_go;
+             out["segments_dropped"] = stats.segments_dropped;
+             out["rollouts_lost"] = stats.rollouts_lost;
              return out;
            })
       .def("scoring_state",

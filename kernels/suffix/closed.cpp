@@ -1,7 +1,6 @@
 #include "closed.hpp"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -88,6 +87,25 @@ struct ByReversedContext {
 
 [[noreturn]] void fail(const std::string& path, const std::string& why) {
   throw SuffixError("history " + path + ": " + why);
+}
+
+void read_all(int file, unsigned char* out, std::size_t size) {
+  std::size_t done = 0;
+  while (done < size) {
+    const ssize_t n = ::read(file, out + done, size - done);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) throw SuffixError(std::strerror(errno));
+    if (n == 0) throw SuffixError("truncated while it was read");
+    done += static_cast<std::size_t>(n);
+  }
+}
+
+void check_header(const Header& header, std::size_t size) {
+  if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) throw SuffixError("not a segment (wrong magic)");
+  if (header.version != kVersion || header.byte_order != kLittleEndian)
+    throw SuffixError("format version " + std::to_string(header.version) + ", this build reads " + std::to_string(kVersion));
+  if (header.size != size)
+    throw SuffixError("truncated: " + std::to_string(size) + " of " + std::to_string(header.size) + " bytes");
 }
 
 }  // namespace
@@ -211,6 +229,9 @@ bool advance(ClosedCursor& cursor, const ClosedProblem& problem, Token token) {
   return kept > 0 && !(sampled && kept < ClosedCursor::kFollow / 2);
 }
 
+Segment::Segment(std::size_t size)
+    : size_(size), words_(new u64[(size + 7) / 8]), data_(reinterpret_cast<unsigned char*>(words_.get())) {}
+
 std::shared_ptr<const Segment> Segment::build(i64 epoch, i64 policy_version, u64 tokenizer,
                                               std::vector<ProblemTexts> problems) {
   std::sort(problems.begin(), problems.end(),
@@ -229,11 +250,8 @@ std::shared_ptr<const Segment> Segment::build(i64 epoch, i64 policy_version, u64
     table.push_back({problem.problem, words, words + text, static_cast<u32>(text), static_cast<u32>(order)});
     words += text + order;
   }
-  std::shared_ptr<Segment> segment(new Segment);
-  segment->size_ = sizeof(Header) + table.size() * sizeof(Entry) + words * sizeof(u32);
-  segment->owned_.resize((segment->size_ + 7) / 8);
-  auto* data = reinterpret_cast<unsigned char*>(segment->owned_.data());
-  segment->data_ = data;
+  std::shared_ptr<Segment> segment(new Segment(sizeof(Header) + table.size() * sizeof(Entry) + words * sizeof(u32)));
+  unsigned char* data = segment->data_;
   Header header{{}, kVersion, kLittleEndian, segment->size_, 0, tokenizer, epoch, policy_version,
                 table.size(), rollouts, tokens};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
@@ -259,41 +277,54 @@ std::shared_ptr<const Segment> Segment::build(i64 epoch, i64 policy_version, u64
 }
 
 std::shared_ptr<const Segment> Segment::open(const std::string& path, u64 tokenizer) {
-  const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer would wait for one
   if (file < 0) fail(path, std::strerror(errno));
-  struct stat info {};
-  if (::fstat(file, &info) != 0) {
-    const std::string why = std::strerror(errno);
-    ::close(file);
-    fail(path, why);
-  }
-  const auto size = static_cast<std::size_t>(info.st_size);
-  if (size < sizeof(Header)) {
-    ::close(file);
-    fail(path, "too short to be a segment (" + std::to_string(size) + " bytes)");
-  }
-  void* mapped = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, file, 0);
-  const std::string why = std::strerror(errno);
-  ::close(file);
-  if (mapped == MAP_FAILED) fail(path, why);
-  std::shared_ptr<Segment> segment(new Segment);
-  segment->data_ = static_cast<const unsigned char*>(mapped);
-  segment->size_ = size;
-  segment->mapped_ = true;
-  const Header& header = header_of(segment->data_);
-  if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) fail(path, "not a segment (wrong magic)");
-  if (header.version != kVersion || header.byte_order != kLittleEndian)
-    fail(path, "format version " + std::to_string(header.version) + ", this build reads " + std::to_string(kVersion));
-  if (header.size != size)
-    fail(path, "truncated: " + std::to_string(size) + " of " + std::to_string(header.size) + " bytes");
-  if (checksum_of_file(segment->data_, size) != header.checksum) fail(path, "damaged (checksum differs)");
-  if (header.tokenizer != tokenizer) fail(path, "written with another tokenizer");
+  std::shared_ptr<Segment> segment;
   try {
-    segment->check_integrity();
+    struct stat info {};
+    if (::fstat(file, &info) != 0) throw SuffixError(std::strerror(errno));
+    if (!S_ISREG(info.st_mode)) throw SuffixError("not a file");
+    Header header{};
+    const auto size = static_cast<std::size_t>(info.st_size);
+    if (size < sizeof header) throw SuffixError("too short to be a segment (" + std::to_string(size) + " bytes)");
+    read_all(file, reinterpret_cast<unsigned char*>(&header), sizeof header);
+    check_header(header, size);  // before memory is taken for what may be any file
+    segment.reset(new Segment(size));
+    std::memcpy(segment->data_, &header, sizeof header);
+    read_all(file, segment->data_ + sizeof header, size - sizeof header);
+    segment->validate(tokenizer);
   } catch (const SuffixError& error) {
+    ::close(file);
     fail(path, error.what());
+  } catch (...) {
+    ::close(file);
+    throw;
   }
+  ::close(file);
   return segment;
+}
+
+std::shared_ptr<const Segment> Segment::copy(std::span<const unsigned char> bytes, u64 tokenizer, const std::string& origin) {
+  try {
+    if (bytes.size() < sizeof(Header)) throw SuffixError("too short to be a segment (" + std::to_string(bytes.size()) + " bytes)");
+    Header header;
+    std::memcpy(&header, bytes.data(), sizeof header);
+    check_header(header, bytes.size());
+    std::shared_ptr<Segment> segment(new Segment(bytes.size()));
+    std::memcpy(segment->data_, bytes.data(), bytes.size());
+    segment->validate(tokenizer);
+    return segment;
+  } catch (const SuffixError& error) {
+    fail(origin, error.what());
+  }
+}
+
+void Segment::validate(u64 tokenizer) const {
+  const Header& header = header_of(data_);
+  check_header(header, size_);  // again: the file may have changed since
+  if (checksum_of_file(data_, size_) != header.checksum) throw SuffixError("damaged (checksum differs)");
+  if (header.tokenizer != tokenizer) throw SuffixError("written with another tokenizer");
+  check_integrity();
 }
 
 void Segment::write(const std::string& path) const {
@@ -320,15 +351,16 @@ void Segment::write(const std::string& path) const {
   }
 }
 
-Segment::~Segment() {
-  if (mapped_) ::munmap(const_cast<unsigned char*>(data_), size_);
-}
-
 i64 Segment::epoch() const { return header_of(data_).epoch; }
 i64 Segment::policy_version() const { return header_of(data_).policy_version; }
 u64 Segment::num_tokens() const { return header_of(data_).num_tokens; }
 u64 Segment::num_rollouts() const { return header_of(data_).num_rollouts; }
 u64 Segment::num_problems() const { return header_of(data_).num_problems; }
+u64 Segment::checksum() const { return header_of(data_).checksum; }
+
+std::size_t Segment::size_of(std::size_t num_problems, u64 num_rollouts, u64 num_tokens) {
+  return sizeof(Header) + num_problems * sizeof(Entry) + (num_rollouts + 2 * num_tokens) * sizeof(u32);
+}
 
 bool Segment::find(u64 problem, ClosedProblem& out) const {
   const Entry* table = table_of(data_);

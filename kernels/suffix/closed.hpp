@@ -4,7 +4,8 @@
 // ends there, read backwards ("reversed-context suffix array"). Narrowing an interval by one context token after the
 // other gives the longest match and the number of occurrences at every shorter length. 8 bytes a token.
 //
-// Immutable after construction, so any number of threads and (through mmap) processes may read it.
+// Immutable after construction, so any number of threads may read it. A file is read, not mapped: a mapped file that another
+// node removes or cuts, as file systems of several nodes allow, would end the process.
 #pragma once
 
 #include <array>
@@ -80,12 +81,16 @@ class Segment {
   // Sorts and packs; costs 0.1 to 0.2 us a token.
   static std::shared_ptr<const Segment> build(i64 epoch, i64 policy_version, u64 tokenizer,
                                               std::vector<ProblemTexts> problems);
-  // Maps a file. Throws SuffixError if it is damaged, of another format, or of another tokenizer.
+  // Reads a file. Throws SuffixError if it is damaged, of another format, or of another tokenizer.
   static std::shared_ptr<const Segment> open(const std::string& path, u64 tokenizer);
+  // Copies what `bytes` of another segment returned; `origin` is named in errors. Throws SuffixError as `open`.
+  static std::shared_ptr<const Segment> copy(std::span<const unsigned char> bytes, u64 tokenizer, const std::string& origin);
   // Writes to a temporary file beside `path`, syncs and renames it. Throws SuffixError.
   void write(const std::string& path) const;
+  std::span<const unsigned char> bytes() const { return {data_, size_}; }
+  // Bytes of a segment with these problems.
+  static std::size_t size_of(std::size_t num_problems, u64 num_rollouts, u64 num_tokens);
 
-  ~Segment();
   Segment(const Segment&) = delete;
   Segment& operator=(const Segment&) = delete;
 
@@ -94,17 +99,19 @@ class Segment {
   u64 num_tokens() const;
   u64 num_rollouts() const;
   u64 num_problems() const;
+  u64 checksum() const;  // of all of it: what tells segments apart
   std::size_t memory_bytes() const { return size_; }
   bool find(u64 problem, ClosedProblem& out) const;
   // Throws SuffixError if a text, an order or the table is not as it must be.
   void check_integrity() const;
 
  private:
-  Segment() = default;
-  const unsigned char* data_ = nullptr;
-  std::size_t size_ = 0;
-  bool mapped_ = false;
-  std::vector<u64> owned_;
+  explicit Segment(std::size_t size);
+  void validate(u64 tokenizer) const;
+
+  std::size_t size_;
+  std::unique_ptr<u64[]> words_;  // for the alignment
+  unsigned char* data_;
 };
 
 }  // namespace rl_accel::suffix

@@ -27,10 +27,9 @@ void SuffixIndex::start(Reading& reading, Request& r, u32 cap, float floor) cons
   reading.live = Reader(problem.automaton, state, problem.automaton.state(state).len);
   reading.num_closed = 0;
   for (std::size_t i = 0; i < r.cursors.size(); ++i) {
-    const i64 epoch = problem.closed[i].segment->epoch();
-    if (r.cursors[i].num == 0 || epoch < min_epoch_) continue;
-    reading.closed[reading.num_closed++] =
-        ClosedReader(r.cursors[i], problem.closed[i].problem.text, past_source(newest_epoch_ + 1 - epoch));
+    if (r.cursors[i].num == 0) continue;
+    reading.closed[reading.num_closed++] = ClosedReader(r.cursors[i], problem.closed[i].problem.text,
+                                                        past_source(epoch_ - problem.closed[i].segment->epoch()));
   }
   for (u32 g = 0; g < 2; ++g)
     reading.cross[g] = cross_[g] && r.cross[g].generation == cross_[g]->generation && r.cross[g].len > 0

@@ -8,7 +8,9 @@ namespace {
 
 constexpr u32 kCrossSlice = 64;   // more tokens than a step takes are fed to the index over all problems
 constexpr u32 kCrossContext = 32; // tokens matched again when that index was renewed
+constexpr std::size_t kQueuedBytes = 64;  // of a rollout that waits for it, beside its tokens
 constexpr float kMinProbability = 1e-6f;
+constexpr std::size_t kMinCross = 64 << 10;  // bytes; in less, a generation is over before it is of use
 
 void require_tokens(std::span<const Token> tokens) {
   for (const Token token : tokens)
@@ -44,6 +46,8 @@ std::span<const Token> SuffixIndex::text_at(const Cross& cross, u32 end) { retur
 SuffixIndex::SuffixIndex(IndexOptions options) : options_(std::move(options)) {
   // Above zero, so that no path probability that is compared has underflowed.
   if (!(options_.min_probability >= kMinProbability)) options_.min_probability = kMinProbability;
+  if (max_cross() < kMinCross) options_.cross_tokens = 0;
+  limbo_.sequences.emplace_back();
   new_cross();
 }
 
@@ -55,30 +59,39 @@ SuffixIndex::Request& SuffixIndex::request(i64 handle) {
   return *requests_[slot];
 }
 
-SuffixIndex::Problem& SuffixIndex::problem_of(u64 key, std::span<const Token> prompt) {
+SuffixIndex::Problem& SuffixIndex::new_problem(u64 key, std::span<const Token> prompt) {
   std::unique_ptr<Problem>& slot = problems_[key];
-  if (slot) return *slot;
   slot = std::make_unique<Problem>();
   Problem& problem = *slot;
   problem.key = key;
-  problem.prompt.assign(prompt.begin(), prompt.end());
   problem.sequences.emplace_back();  // stands for the prompt
-  problem.prompt_state = append_prompt(problem.automaton, prompt);
-  for (const auto& segment : segments_) {
+  problem.no_prompt = !takes_prompt(prompt);
+  if (!problem.no_prompt) {
+    problem.prompt.assign(prompt.begin(), prompt.end());
+    problem.prompt_state = append_prompt(problem.automaton, prompt);
+  }
+  attach_segments(problem);
+  return problem;
+}
+
+void SuffixIndex::attach_segments(Problem& problem) {
+  problem.closed.clear();
+  problem.heads_bytes = 0;
+  for (const Held& held : segments_) {
     if (problem.closed.size() == options_.max_closed) break;
     ClosedProblem found;
-    if (!segment->find(key, found)) continue;
+    if (!held.segment->find(problem.key, found)) continue;
     std::vector<Token> heads = heads_of(found);
     found.heads = heads;
-    problem.closed.push_back({segment, found, std::move(heads)});
+    problem.heads_bytes += heads.capacity() * sizeof(Token);
+    problem.closed.push_back({held.segment, found, std::move(heads)});
   }
-  return problem;
 }
 
 i64 SuffixIndex::begin(u64 key, std::span<const Token> prompt) {
   const std::lock_guard lock(mutex_);
   require_tokens(prompt);
-  Problem& problem = problem_of(key, prompt);
+  Problem& problem = place_for(key, prompt);
   u32 slot;
   if (free_.empty()) {
     slot = static_cast<u32>(requests_.size());
@@ -89,23 +102,40 @@ i64 SuffixIndex::begin(u64 key, std::span<const Token> prompt) {
   }
   Request& r = *requests_[slot];
   r.problem = &problem;
-  r.sequence = static_cast<u32>(problem.sequences.size());
-  problem.sequences.emplace_back();
-  problem.sequences.back().tokens.push_back(kStart);
   ++problem.num_live;
+  r.sequence = 0;
+  r.last = LiveAutomaton::kRoot;
   r.num_consumed = static_cast<u32>(prompt.size());
   r.num_fresh = 0;
-  if (std::equal(prompt.begin(), prompt.end(), problem.prompt.begin(), problem.prompt.end())) {
-    r.last = problem.prompt_state;
-  } else {  // the problem was asked in other words: this prompt is a text of its own
-    r.last = append_prompt(problem.automaton, prompt);
-  }
   r.cursors.clear();
-  for (const Attached& closed : problem.closed)
-    r.cursors.push_back(search(closed.problem, problem.sequences.back().tokens));
   for (u32 g = 0; g < 2; ++g) r.cross[g] = CrossCursor{};
   forget_draft(r);
+  if (&problem != &limbo_) {
+    enter(r, prompt);
+    count(problem);
+    settle();
+  }
   return static_cast<i64>(r.handle_generation) << 32 | slot;
+}
+
+// Gives a new request its place among the texts of its problem.
+void SuffixIndex::enter(Request& r, std::span<const Token> prompt) {
+  Problem& problem = *r.problem;
+  r.sequence = static_cast<u32>(problem.sequences.size());
+  std::vector<Token>& text = problem.sequences.emplace_back().tokens;
+  text.push_back(kStart);
+  problem.text_bytes += text.capacity() * sizeof(Token);
+  if (std::equal(prompt.begin(), prompt.end(), problem.prompt.begin(), problem.prompt.end())) {
+    r.last = problem.prompt_state;
+  } else if (takes_prompt(prompt)) {
+    r.last = append_prompt(problem.automaton, prompt);
+    if (problem.no_prompt) {  // it was given up, and is there again
+      problem.prompt.assign(prompt.begin(), prompt.end());
+      problem.prompt_state = r.last;
+      problem.no_prompt = false;
+    }  // else the problem was asked in other words: this prompt is a text of its own
+  }
+  for (const Attached& closed : problem.closed) r.cursors.push_back(search(closed.problem, text));
 }
 
 void SuffixIndex::end(i64 handle, bool keep) {
@@ -113,6 +143,11 @@ void SuffixIndex::end(i64 handle, bool keep) {
   Request& r = request(handle);
   Problem& problem = *r.problem;
   Sequence& sequence = problem.sequences[r.sequence];
+  r.problem = nullptr;
+  r.handle_generation = (r.handle_generation + 1) & 0x7fffffff;
+  free_.push_back(static_cast<u32>(static_cast<u64>(handle) & 0xffffffffu));
+  --problem.num_live;
+  if (&problem == &limbo_) return;
   sequence.ended = true;
   // The engine cuts what was accepted behind a stop token only after the drafter has seen it.
   for (std::size_t i = sequence.tokens.size() - std::min<std::size_t>(sequence.tokens.size() - 1, r.num_fresh); i + 1 < sequence.tokens.size(); ++i)
@@ -121,15 +156,26 @@ void SuffixIndex::end(i64 handle, bool keep) {
       break;
     }
   sequence.kept = keep && sequence.tokens.size() > 1;
-  if (sequence.kept && options_.cross_tokens > 0)
-    cross_queue_.emplace_back(sequence.tokens.begin() + 1, sequence.tokens.end());
-  r.problem = nullptr;
-  r.handle_generation = (r.handle_generation + 1) & 0x7fffffff;
-  free_.push_back(static_cast<u32>(static_cast<u64>(handle) & 0xffffffffu));
-  --problem.num_live;
-  const auto waits = [](const Sequence& s) { return s.kept && !s.archived; };
-  if (problem.num_live == 0 && std::none_of(problem.sequences.begin(), problem.sequences.end(), waits))
-    problems_.erase(problem.key);
+  if (sequence.kept) queue_cross(std::span<const Token>(sequence.tokens).subspan(1));
+  forget_if_idle(problem);
+  settle();
+}
+
+// A problem without requests and without rollouts to pack is forgotten.
+void SuffixIndex::forget_if_idle(Problem& problem) {
+  if (problem.num_live > 0) return;
+  if (std::none_of(problem.sequences.begin(), problem.sequences.end(), waits)) {
+    erase(problem);
+  } else if (!problem.idle) {
+    problem.idle = true;
+    idle_ += problem.counted;
+  }
+}
+
+void SuffixIndex::erase(Problem& problem) {
+  live_ -= problem.counted;
+  if (problem.idle) idle_ -= problem.counted;
+  problems_.erase(u64{problem.key});  // a copy: the key lies in what is erased
 }
 
 void SuffixIndex::learn(Request& r, std::span<const Token> tokens) {
@@ -156,11 +202,18 @@ void SuffixIndex::learn(Request& r, std::span<const Token> tokens) {
 void SuffixIndex::forget_draft(Request& r) { r.num_candidates = r.num_votes = r.num_admitted = 0; }
 
 void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
+  r.num_consumed += static_cast<u32>(tokens.size());
+  r.num_fresh = static_cast<u32>(tokens.size());
+  if (r.problem == &limbo_) return;
   Problem& problem = *r.problem;
   std::vector<Token>& text = problem.sequences[r.sequence].tokens;
   const u32 name = std::min(r.sequence, End::kMaxSeqs - 1);
   for (const Token& token : tokens) {
-    if (text.size() == text.capacity()) text.reserve(text.size() + text.size() / 4 + 32);
+    if (text.size() == text.capacity()) {
+      problem.text_bytes -= text.capacity() * sizeof(Token);
+      text.reserve(text.size() + text.size() / 4 + 32);
+      problem.text_bytes += text.capacity() * sizeof(Token);
+    }
     text.push_back(token);
     const u32 position = std::min(static_cast<u32>(text.size() - 1), End::kMaxLen);
     r.last = problem.automaton.append(r.last, token, End::pack(name, position));
@@ -171,8 +224,6 @@ void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
       else r.cursors[i] = search(closed, tail(text, kMaxContext));
     }
   }
-  r.num_consumed += static_cast<u32>(tokens.size());
-  r.num_fresh = static_cast<u32>(tokens.size());
   if (options_.cross_tokens == 0) return;
   for (const u32 g : {1u, 0u}) {  // the old generation first: it may take over the cursor of the young one
     if (!cross_[g]) continue;
@@ -258,6 +309,21 @@ void SuffixIndex::finish_searches() {
   unsearched_.clear();
 }
 
+// Makes place for the new tokens of a batch. A request is let go where its own do not fit.
+template <typename F>
+void SuffixIndex::make_place(F&& fresh_of) {
+  const auto need_of = [&](std::size_t i) { return batch_[i]->problem == &limbo_ ? 0 : kBytesPerToken * fresh_of(i).size(); };
+  std::size_t need = 0;
+  for (std::size_t i = 0; i < batch_.size(); ++i) need += need_of(i);
+  if (live_ + need <= max_live()) return;
+  give_up(std::min(need, max_live() / 4));
+  std::size_t left = max_live() - std::min(live_, max_live());
+  for (std::size_t i = 0; i < batch_.size(); ++i) {
+    if (need_of(i) > left) let_go(*batch_[i]);
+    else left -= need_of(i);
+  }
+}
+
 // Some tens of requests are taken together, and all requests of one problem that follow each other: all of them append, then
 // all of them draft, so that siblings see each other's newest tokens while the problem is still in the cache.
 template <typename F>
@@ -274,6 +340,7 @@ Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<co
     require_tokens(fresh_of(i));  // before anything changes
     num_taken += static_cast<u32>(fresh_of(i).size());
   }
+  if (live_ + kBytesPerToken * num_taken > max_live()) make_place(fresh_of);
   for (std::size_t first = 0, last = 0; first < n; first = last) {
     last = std::min(n, first + kTogether);
     while (last < n && batch_[last]->problem == batch_[last - 1]->problem) ++last;
@@ -292,6 +359,10 @@ Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<co
   }
   admit(batch_, thresholds, totals, fee);
   feed_cross(num_taken + kCrossSlice);
+  const Problem* counted = &limbo_;
+  for (const Request* r : batch_)
+    if (r->problem != counted && r->problem != &limbo_) count(*r->problem), counted = r->problem;
+  settle();
   return emit(batch_);
 }
 
@@ -333,23 +404,40 @@ void SuffixIndex::new_cross() {
   cross_[0]->generation = ++cross_generation_;
 }
 
+// A rollout on its way into the index over all problems; the oldest ones go where there are too many.
+void SuffixIndex::queue_cross(std::span<const Token> tokens) {
+  const std::size_t bytes = tokens.size_bytes() + kQueuedBytes;
+  if (options_.cross_tokens == 0 || bytes > max_cross()) return;
+  while (cross_queue_bytes_ + bytes > max_cross()) pop_cross();
+  cross_queue_.emplace_back(tokens.begin(), tokens.end());
+  cross_queue_bytes_ += bytes;
+}
+
+void SuffixIndex::pop_cross() {
+  cross_queue_bytes_ -= cross_queue_.front().size() * sizeof(Token) + kQueuedBytes;
+  cross_queue_.pop_front();
+  cross_queue_at_ = 0;
+}
+
 void SuffixIndex::feed_cross(u32 budget) {
   while (budget > 0 && !cross_queue_.empty()) {
     const std::vector<Token>& tokens = cross_queue_.front();
-    if (cross_queue_at_ == 0) {
-      if (cross_[0]->text.size() + tokens.size() > options_.cross_tokens && !cross_[0]->text.empty()) new_cross();
+    const bool begins = cross_queue_at_ == 0, some = !cross_[0]->text.empty();
+    const bool full = cross_[0]->memory_bytes() > max_cross() ||
+                      (begins && some && cross_[0]->text.size() + tokens.size() > options_.cross_tokens);
+    if (full) new_cross();
+    if (full || begins) {
       cross_[0]->text.push_back(kStart);
       cross_last_ = LiveAutomaton::kRoot;
     }
-    while (budget > 0 && cross_queue_at_ < tokens.size()) {
-      const auto end = static_cast<u32>(cross_[0]->text.size());
-      cross_[0]->text.push_back(tokens[cross_queue_at_]);
-      cross_last_ = cross_[0]->automaton.append(cross_last_, tokens[cross_queue_at_++], end);
+    Cross& cross = *cross_[0];
+    while (budget > 0 && cross_queue_at_ < tokens.size() && cross.memory_bytes() <= max_cross()) {
+      const auto end = static_cast<u32>(cross.text.size());
+      cross.text.push_back(tokens[cross_queue_at_]);
+      cross_last_ = cross.automaton.append(cross_last_, tokens[cross_queue_at_++], end);
       --budget;
     }
-    if (cross_queue_at_ < tokens.size()) return;
-    cross_queue_.pop_front();
-    cross_queue_at_ = 0;
+    if (cross_queue_at_ == tokens.size()) pop_cross();
   }
 }
 

@@ -35,6 +35,7 @@ struct IndexOptions {
   float min_probability = .001f;  // a draft ends where its path is less likely than this
   std::vector<Token> stop_tokens;  // nothing is drafted behind these
   u32 cross_tokens = 1u << 18;  // size of each of the two generations of the index over all problems; 0: none
+  u64 max_bytes = u64{1} << 62;  // of everything that the index holds, see budget.cpp
 };
 
 // What a batch of drafts looks like; row i is [offsets[i], offsets[i + 1]).
@@ -48,6 +49,9 @@ struct SegmentInfo {
   i64 epoch;
   i64 policy_version;
   u64 num_problems, num_rollouts, num_tokens, num_bytes;
+  u64 checksum = 0;
+  bool foreign = false;  // made by another engine
+  bool shared = false;   // nobody else has to be given it
 };
 
 // Drafted and accepted tokens by source and match length of a draft's first token.
@@ -61,6 +65,8 @@ struct IndexStats {
   u64 candidates = 0;        // tokens that could have been drafted
   double expected_first = 0; // sum of the probabilities of first candidates
   double expected_all = 0;   // sum of the probabilities of all candidate paths
+  // What the memory had no place for; see budget.cpp.
+  u64 problems_renewed = 0, requests_let_go = 0, segments_dropped = 0, rollouts_lost = 0;
 };
 
 struct Inspection {
@@ -89,12 +95,22 @@ class SuffixIndex {
                       std::span<const u32> rows, std::span<const u32> num_tokens, std::span<const u32> caps,
                       std::span<const float> thresholds, std::span<const u32> totals, float fee = 0);
 
-  // Packs the kept rollouts that ended since the last close into an immutable segment.
+  // Packs the kept rollouts that ended into immutable segments of the running epoch; describes them as one.
+  SegmentInfo pack();
+  // The same under this epoch's number; the next one is running then.
   SegmentInfo close_epoch(i64 epoch, i64 policy_version);
+  // Says which epoch is running; the ages of past ones count from it.
+  void begin_epoch(i64 epoch);
   void drop_before(i64 epoch);
   std::vector<SegmentInfo> segments() const;
   void write_segment(std::size_t i, const std::string& path) const;
-  SegmentInfo open_segment(const std::string& path);
+  // Both take a segment unless it is held already; where memory is short older ones go, or this one.
+  SegmentInfo open_segment(const std::string& path, bool foreign = false, bool shared = true);
+  SegmentInfo add_segment(std::span<const unsigned char> bytes);
+  // Returns a segment that other engines have not been given yet, or none; it counts as given then.
+  std::shared_ptr<const Segment> take_unshared();
+  // Counts all segments as given: there is nobody to give them to.
+  void share_with_nobody();
 
   std::size_t live_bytes() const;
   std::size_t closed_bytes() const;
@@ -127,11 +143,22 @@ class SuffixIndex {
     std::vector<Sequence> sequences;
     std::vector<Attached> closed;
     u32 num_live = 0;
+    bool no_prompt = false;      // it had one that was given up
+    bool idle = false;           // without requests; waits to be packed
+    bool leaving = false;        // its requests are being let go
+    std::size_t text_bytes = 0, heads_bytes = 0;  // of all sequences, of `closed`
+    std::size_t counted = 0;     // its part of `live_`
+    std::vector<u32> renamed;    // while it is renewed: the new numbers of its sequences
+  };
+  struct Held {
+    std::shared_ptr<const Segment> segment;
+    bool foreign, shared;
   };
   struct Cross {
     LiveAutomaton automaton;
     std::vector<Token> text;  // every rollout behind a kStart; ends in the automaton are places in it
     u64 generation = 0;
+    std::size_t memory_bytes() const { return automaton.memory_bytes() + text.capacity() * sizeof(Token); }
   };
   struct CrossCursor {
     u64 generation = 0;
@@ -173,11 +200,18 @@ class SuffixIndex {
 
   static constexpr u32 kWalk = 8;       // suffix links that are fetched ahead
 
+  void check_requests() const;
+  void check_sums() const;
   static std::span<const Token> text_at(const Problem& problem, u32 end);
   static std::span<const Token> text_at(const Cross& cross, u32 end);
   Request& request(i64 handle);
   const Request& request(i64 handle) const { return const_cast<SuffixIndex*>(this)->request(handle); }
-  Problem& problem_of(u64 key, std::span<const Token> prompt);
+  Problem& new_problem(u64 key, std::span<const Token> prompt);
+  void attach_segments(Problem& problem);
+  void enter(Request& request, std::span<const Token> prompt);
+  void forget_if_idle(Problem& problem);
+  void erase(Problem& problem);
+  static bool waits(const Sequence& s) { return s.kept && s.ended && !s.archived; }
   void learn(Request& request, std::span<const Token> tokens);
   void take(Request& request, std::span<const Token> tokens);
   void start(Reading& reading, Request& request, u32 cap, float floor) const;
@@ -195,6 +229,36 @@ class SuffixIndex {
              std::span<const u32> totals, float fee);
   void new_cross();
   void feed_cross(u32 budget);
+  void queue_cross(std::span<const Token> tokens);
+  void pop_cross();
+
+  SegmentInfo pack_ended(i64 epoch, i64 policy_version);
+  void pack_texts(SegmentInfo& all, std::vector<ProblemTexts>& texts);
+  SegmentInfo add(std::shared_ptr<const Segment> segment, bool foreign, bool shared);
+  static SegmentInfo describe(const Segment& segment, bool foreign, bool shared);
+
+  // The memory bound; budget.cpp.
+  static constexpr std::size_t kBytesPerToken = 160;  // more than a new token of the live tier takes
+  std::size_t max_live() const;
+  std::size_t max_cross() const { return options_.max_bytes / 32; }  // of a generation, and of the queue
+  std::size_t max_slice() const;
+  std::size_t cross_size() const;
+  std::size_t closed_room() const;
+  std::size_t bytes_of(const Problem& problem) const;
+  bool takes_prompt(std::span<const Token> prompt) const;
+  Problem& place_for(u64 key, std::span<const Token> prompt);
+  void count(Problem& problem);
+  template <typename F>
+  void make_place(F&& fresh_of);
+  void settle();
+  void give_up(std::size_t need);
+  std::vector<Problem*> largest_first() const;
+  void begin_renewal(Problem& problem);
+  void finish_renewals();
+  void let_go(Request& request);
+  std::list<Held>::iterator oldest();
+  void drop(std::list<Held>::iterator held);
+
   bool is_stop(Token token) const {
     return std::find(options_.stop_tokens.begin(), options_.stop_tokens.end(), token) != options_.stop_tokens.end();
   }
@@ -205,13 +269,17 @@ class SuffixIndex {
   std::unordered_map<u64, std::unique_ptr<Problem>> problems_;
   std::vector<std::unique_ptr<Request>> requests_;
   std::vector<u32> free_;
-  std::list<std::shared_ptr<const Segment>> segments_;  // newest epoch first
-  i64 min_epoch_ = INT64_MIN;
-  i64 newest_epoch_ = 0;
+  std::list<Held> segments_;  // newest epoch first
+  i64 epoch_ = 0;             // the running one
+  i64 policy_version_ = 0;    // at the last close
+  Problem limbo_;             // of requests that are no longer followed
+  std::size_t live_ = 0;      // bytes of all problems
+  std::size_t idle_ = 0;      // of them, those that packing frees
+  std::size_t closed_ = 0;    // bytes of all segments
   std::unique_ptr<Cross> cross_[2];  // young, old
   u64 cross_generation_ = 0;
   std::list<std::vector<Token>> cross_queue_;  // ended rollouts on their way into the young generation
-  std::size_t cross_queue_at_ = 0;
+  std::size_t cross_queue_at_ = 0, cross_queue_bytes_ = 0;
   u32 cross_last_ = LiveAutomaton::kRoot;
   IndexStats stats_;
   std::vector<Request*> batch_;

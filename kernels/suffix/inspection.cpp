@@ -8,12 +8,7 @@ namespace rl_accel::suffix {
 
 std::size_t SuffixIndex::live_bytes() const {
   const std::lock_guard lock(mutex_);
-  std::size_t bytes = 0;
-  for (const auto& [key, problem] : problems_) {
-    bytes += sizeof(Problem) + 64 + problem->automaton.memory_bytes() + problem->prompt.capacity() * sizeof(Token);
-    for (const Attached& closed : problem->closed) bytes += closed.heads.capacity() * sizeof(Token);
-    for (const Sequence& s : problem->sequences) bytes += sizeof(Sequence) + s.tokens.capacity() * sizeof(Token);
-  }
+  std::size_t bytes = live_;
   for (const auto& r : requests_)
     bytes += sizeof(Request) + r->cursors.capacity() * sizeof(ClosedCursor);
   return bytes;
@@ -21,17 +16,12 @@ std::size_t SuffixIndex::live_bytes() const {
 
 std::size_t SuffixIndex::closed_bytes() const {
   const std::lock_guard lock(mutex_);
-  return std::accumulate(segments_.begin(), segments_.end(), std::size_t{0},
-                         [](std::size_t sum, const auto& s) { return sum + s->memory_bytes(); });
+  return closed_;
 }
 
 std::size_t SuffixIndex::cross_bytes() const {
   const std::lock_guard lock(mutex_);
-  std::size_t bytes = 0;
-  for (const auto& cross : cross_)
-    if (cross) bytes += cross->automaton.memory_bytes() + cross->text.capacity() * sizeof(Token);
-  for (const auto& tokens : cross_queue_) bytes += tokens.capacity() * sizeof(Token);
-  return bytes;
+  return cross_size();
 }
 
 u64 SuffixIndex::live_tokens() const {
@@ -47,14 +37,50 @@ u64 SuffixIndex::live_tokens() const {
 void SuffixIndex::check_integrity() const {
   const std::lock_guard lock(mutex_);
   for (const auto& [key, problem] : problems_) problem->automaton.check_integrity();
-  for (const auto& segment : segments_) segment->check_integrity();
+  for (const Held& held : segments_) held.segment->check_integrity();
   for (const auto& cross : cross_)
     if (cross) cross->automaton.check_integrity();
+  check_requests();
+  check_sums();
+}
+
+void SuffixIndex::check_requests() const {
   std::unordered_map<const Problem*, u32> live;
-  for (const auto& r : requests_)
-    if (r->problem != nullptr) ++live[r->problem];
-  for (const auto& [key, problem] : problems_)
+  for (const auto& r : requests_) {
+    if (r->problem == nullptr) continue;
+    ++live[r->problem];
+    if (r->sequence >= r->problem->sequences.size() || r->last >= r->problem->automaton.num_states())
+      throw SuffixError("index: a request stands where its problem has nothing");
+    if (r->cursors.size() != r->problem->closed.size()) throw SuffixError("index: a request follows other segments than its problem");
+  }
+  for (const auto& [key, problem] : problems_) {
+    const bool pending = std::any_of(problem->sequences.begin(), problem->sequences.end(), waits);
     if (live[problem.get()] != problem->num_live) throw SuffixError("index: a problem miscounts its live requests");
+    if (problem->key != key || problem->idle != (problem->num_live == 0) || (problem->idle && !pending))
+      throw SuffixError("index: a problem that nobody needs");
+    for (const Attached& closed : problem->closed)
+      if (std::none_of(segments_.begin(), segments_.end(), [&](const Held& held) { return held.segment == closed.segment; }))
+        throw SuffixError("index: a problem looks into a segment that was dropped");
+  }
+  if (live[&limbo_] != limbo_.num_live) throw SuffixError("index: limbo miscounts its requests");
+}
+
+void SuffixIndex::check_sums() const {
+  std::size_t all = 0, idle = 0, closed = 0, queued = 0;
+  for (const auto& [key, problem] : problems_) {
+    std::size_t texts = 0, heads = 0;
+    for (const Sequence& s : problem->sequences) texts += s.tokens.capacity() * sizeof(Token);
+    for (const Attached& a : problem->closed) heads += a.heads.capacity() * sizeof(Token);
+    if (texts != problem->text_bytes || heads != problem->heads_bytes || problem->counted != bytes_of(*problem))
+      throw SuffixError("index: a problem miscounts its bytes");
+    all += problem->counted;
+    if (problem->idle) idle += problem->counted;
+  }
+  for (const Held& held : segments_) closed += held.segment->memory_bytes();
+  for (const auto& tokens : cross_queue_) queued += tokens.size() * sizeof(Token);
+  if (all != live_ || idle != idle_ || closed != closed_ || queued > cross_queue_bytes_)
+    throw SuffixError("index: the bytes of all problems or segments are miscounted");
+  if (live_ + closed_ + cross_size() > options_.max_bytes) throw SuffixError("index: more memory than max_bytes");
 }
 
 Inspection SuffixIndex::inspect(i64 handle) const {

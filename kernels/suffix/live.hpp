@@ -50,6 +50,17 @@ class LiveAutomaton {
     std::free(old_.slots);
   }
 
+  // Forgets all texts and gives their memory back.
+  void clear() {
+    ChunkedArray<State, 9> root;
+    root.push_back(State{});
+    states_ = std::move(root);
+    edges_ = ChunkedArray<Edge, 8>();
+    std::free(table_.slots);
+    std::free(old_.slots);
+    table_ = old_ = Table{};
+  }
+
   const State& state(u32 s) const { return states_[s]; }
   u32 num_states() const { return states_.size(); }
   void prefetch(u32 s) const { fetch(&states_[s]); }

@@ -22,14 +22,17 @@ import numpy.typing as npt
 
 from rl_accel.config import DraftConfig
 from rl_accel.draft import history
-from rl_accel.draft.index import MATCH_LENGTHS, MAX_DRAFT, NO_TOTALS, SOURCES, SuffixIndex, problem_key
+from rl_accel.draft.index import MATCH_LENGTHS, MAX_DRAFT, NO_TOTALS, SOURCES, UNBOUNDED, SuffixIndex, problem_key
+from rl_accel.draft.lengths import BYTES_PER_PROBLEM, MAX_PROBLEMS
 from rl_accel.draft.planner import PLAN_EVERY, Planner
 from rl_accel.errors import DraftError
 
 NO_LIMIT = 1 << 30
 CROSS_TOKENS = 1 << 18
-MAX_LIVE_SHARE = 0.5
-"""Of the memory for history; beyond it finished rollouts are packed before the epoch ends."""
+LENGTHS_SHARE = 1 / 16
+"""Of the memory for history, at most: response lengths by problem. The index keeps to the rest by itself."""
+GIVEN_UP = ("problems_renewed", "requests_let_go", "segments_dropped", "rollouts_lost")
+"""Counters of what the index had no memory for, see `kernels/suffix/budget.cpp`."""
 FALLING = 0.85
 """Of the last epoch's probability that a first token is accepted; below it the window is halved."""
 SLEEP_AFTER, SLEEP_CALLS, WAKE_CALLS = 16, 8, 4
@@ -61,13 +64,16 @@ class SuffixDrafter:
         self.max_draft = self.config.num_speculative_tokens or MAX_DRAFT
         if self.config.method == "das":
             self.max_draft = self.config.max_draft
+        limit = int(min(self.config.history_gib * 2**30, UNBOUNDED))
+        max_problems = min(max(int(LENGTHS_SHARE * limit) // BYTES_PER_PROBLEM, 1), MAX_PROBLEMS)
         self.index = SuffixIndex(
             tokenizer=tokenizer,
             max_draft=self.max_draft,
             stop_token_ids=stop_token_ids,
             cross_tokens=CROSS_TOKENS if self.config.cross_problems else 0,
+            max_bytes=max(limit - max_problems * BYTES_PER_PROBLEM, 1),
         )
-        self.planner = Planner(self.config.policy, self.max_draft, seed)
+        self.planner = Planner(self.config.policy, self.max_draft, seed, max_problems)
         self.epoch = 0
         self.window = self.config.window
         self.totals: npt.NDArray[np.uint32] = NO_TOTALS
@@ -88,6 +94,8 @@ class SuffixDrafter:
         self._expected, self._passes = 0.0, 0
         self._last_rate = 0.0
         self._by_source: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
+        self._given_up = dict.fromkeys(GIVEN_UP, 0)
+        self._files: dict[int, str] = {}  # of segments that were read or saved, by checksum
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -242,7 +250,7 @@ class SuffixDrafter:
         self._adapt_window()
         self.epoch = max(self.epoch, epoch + 1)
         self.drop_before(self.epoch - self.window)
-        self.bound_memory()
+        self.index.begin_epoch(self.epoch)
         return info
 
     def _adapt_window(self) -> None:
@@ -263,18 +271,12 @@ class SuffixDrafter:
         """Forget closed epochs before this one."""
         self.index.drop_before(epoch)
 
-    def bound_memory(self) -> None:
-        """Keep within `history_gib`: pack finished rollouts of the running epoch, then drop the oldest epochs."""
-        limit = self.config.history_gib * 2**30
-        if self.index.memory_bytes()["live"] > MAX_LIVE_SHARE * limit:
-            self.index.close_epoch(self.epoch)
-        segments = self.index.segments()
-        total = sum(segment["num_bytes"] for segment in segments)
-        while len(segments) > 1 and total > limit:
-            oldest = segments[-1]["epoch"]
-            self.index.drop_before(oldest + 1)
-            segments = self.index.segments()
-            total = sum(segment["num_bytes"] for segment in segments)
+    def memory_bytes(self) -> dict[str, int]:
+        """Return bytes of the `live` and the `closed` tier, the index over all problems (`cross`), and `lengths`.
+
+        Together they stay within `history_gib`, and 2 KB for each request that ran at once.
+        """
+        return {**self.index.memory_bytes(), "lengths": self.planner.lengths.memory_bytes()}
 
     def collect(self) -> dict[str, Any]:
         """Take the index's counters into account; returns them (see `SuffixIndex.take_stats`)."""
@@ -285,7 +287,15 @@ class SuffixDrafter:
         for source, length, drafts, drafted, accepted in stats["by_source"]:
             key = (SOURCES[source], MATCH_LENGTHS[length])
             self._by_source[key] = self._by_source.get(key, 0) + np.array([drafts, drafted, accepted])
+        for name in GIVEN_UP:
+            self._given_up[name] += stats[name]
         return stats
+
+    def take_given_up(self) -> dict[str, int]:
+        """Return and reset how often memory was short, by `GIVEN_UP`."""
+        self.collect()
+        found, self._given_up = self._given_up, dict.fromkeys(GIVEN_UP, 0)
+        return found
 
     def take_source_stats(self) -> dict[tuple[str, str], npt.NDArray[np.int64]]:
         """Return and reset (source, match length) of a draft's first token -> int64 [drafts, drafted, accepted]."""
@@ -296,21 +306,17 @@ class SuffixDrafter:
     def save(self, path: str | os.PathLike) -> None:
         """Write a snapshot to a folder: closed epochs, finished rollouts of the running one, what was learned.
 
+        Segments that an earlier snapshot on the same file system holds are linked, not written again.
+
         Raises:
-            DraftError: if it cannot be written.
+            DraftError: if it cannot be written; a snapshot that was there before is there still.
         """
         self.collect()
-        self.index.close_epoch(self.epoch)
-        history.save_snapshot(
-            path,
-            self.index,
-            {
-                "tokenizer": self.tokenizer,
-                "epoch": self.epoch,
-                "window": self.window,
-                "planner": self.planner.state_dict(),
-            },
-        )
+        self.index.pack()
+        planner = self.planner.state_dict()
+        lengths = planner.pop("lengths")
+        manifest = {"tokenizer": self.tokenizer, "epoch": self.epoch, "window": self.window, "planner": planner}
+        self._files = history.save_snapshot(path, self.index, manifest, lengths, self._files)
 
     @classmethod
     def open(
@@ -329,11 +335,13 @@ class SuffixDrafter:
         """
         drafter = cls(config, tokenizer=tokenizer, stop_token_ids=stop_token_ids, seed=seed)
         manifest = history.read_manifest(path, tokenizer)
-        history.load_segments(path, drafter.index, manifest)
-        drafter.planner.load_state_dict(manifest["planner"])
+        lengths = history.load_learned(path, drafter.index)
+        drafter.planner.load_state_dict({**manifest["planner"], "lengths": lengths})
+        drafter._files = history.load_segments(path, drafter.index, manifest)
         drafter.epoch = manifest["epoch"]
         drafter.window = min(max(manifest["window"], 1), drafter.config.window)
         drafter.drop_before(drafter.epoch - drafter.window)
+        drafter.index.begin_epoch(drafter.epoch)
         return drafter
 
     def _slots_of(self, request_ids: Sequence[str]) -> npt.NDArray[np.int64]:

@@ -30,6 +30,7 @@ MATCH_LENGTHS: tuple[str, ...] = _suffix.MATCH_LENGTHS if _suffix else ()
 MAX_DRAFT = 128
 """vLLM verifies no longer drafts (`MAX_SPEC_LEN`)."""
 NO_TOTALS = np.zeros(0, np.uint32)
+UNBOUNDED = 1 << 62
 
 
 def problem_key(problem: str | int | bytes | Sequence[int]) -> int:
@@ -66,6 +67,8 @@ class SuffixIndex:
         min_probability: a draft ends where its path becomes less likely than this.
         stop_token_ids: nothing is drafted behind these.
         cross_tokens: tokens in each of two generations of the index over all problems; 0: none.
+        max_bytes: of all that is held together, whenever a call returns, without 2 KB for each request that ran at
+            once. What goes first is said in `kernels/suffix/budget.cpp` and counted by `take_stats`.
 
     Raises:
         NotLiveError: if the C++ extension is not built.
@@ -80,6 +83,7 @@ class SuffixIndex:
         min_probability: float = 0.001,
         stop_token_ids: Sequence[int] = (),
         cross_tokens: int = 1 << 18,
+        max_bytes: int = UNBOUNDED,
     ):
         if _suffix is None:
             raise NotLiveError(
@@ -94,6 +98,7 @@ class SuffixIndex:
             min_probability=min_probability,
             stop_tokens=list(stop_token_ids),
             cross_tokens=cross_tokens,
+            max_bytes=min(max_bytes, UNBOUNDED),
         )
 
     @_draft_errors
@@ -157,19 +162,32 @@ class SuffixIndex:
         return self._index.propose_rows(handles, token_ids, rows, num_tokens, caps, thresholds, totals, fee)
 
     @_draft_errors
-    def close_epoch(self, epoch: int, policy_version: int = 0) -> dict[str, int]:
-        """Pack the kept rollouts that ended since the last close; returns the new segment's description.
+    def pack(self) -> dict[str, int]:
+        """Pack the kept rollouts that ended into segments of the running epoch; describes them as one.
 
-        About 0.2 us a token. Requests may be live; their own tokens wait for the next close.
+        About 0.2 us a token. Requests may be live; their own tokens wait for the next time.
         """
+        return self._index.pack()
+
+    @_draft_errors
+    def close_epoch(self, epoch: int, policy_version: int = 0) -> dict[str, int]:
+        """`pack` under this epoch's number; the next one is running then."""
         return self._index.close_epoch(epoch, policy_version)
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Say which epoch is running; predictions from past ones are weighed by their age."""
+        self._index.begin_epoch(epoch)
+
     def drop_before(self, epoch: int) -> None:
-        """Forget the segments of older epochs, O(1) each."""
+        """Forget the segments of older epochs, also for requests that look into them."""
         self._index.drop_before(epoch)
 
-    def segments(self) -> list[dict[str, int]]:
-        """Return the closed segments, newest first: epoch, policy_version, num_{problems,rollouts,tokens,bytes}."""
+    def segments(self) -> list[dict[str, Any]]:
+        """Return the closed segments, newest first.
+
+        Each with epoch, policy_version, num_{problems,rollouts,tokens,bytes}, checksum (what tells segments apart),
+        foreign (made by another engine), shared (nobody else has to be given it).
+        """
         return self._index.segments()
 
     @_draft_errors
@@ -178,13 +196,26 @@ class SuffixIndex:
         self._index.write_segment(number, path)
 
     @_draft_errors
-    def open_segment(self, path: str) -> dict[str, int]:
-        """Map a segment's file, which other processes may map as well, after checking all of it.
+    def open_segment(self, path: str, foreign: bool = False, shared: bool = True) -> dict[str, Any]:
+        """Read a segment's file, and keep it after checking all of it, unless it is held already.
 
         Raises:
             DraftError: if it is truncated, damaged, of another format or of another tokenizer.
         """
-        return self._index.open_segment(path)
+        return self._index.open_segment(path, foreign, shared)
+
+    def take_unshared(self) -> bytes:
+        """Return a segment that other engines have not been given yet, b"" if none; it counts as given then."""
+        return self._index.take_unshared()
+
+    def share_with_nobody(self) -> None:
+        """Count all segments as given: there is nobody to give them to."""
+        self._index.share_with_nobody()
+
+    @_draft_errors
+    def add_segment(self, segment: bytes) -> dict[str, Any]:
+        """Keep what `take_unshared` of another engine returned, as `open_segment` does."""
+        return self._index.add_segment(segment)
 
     def memory_bytes(self) -> dict[str, int]:
         """Return bytes of the `live` tier, the `closed` tier, and the index over all problems (`cross`)."""
@@ -209,7 +240,11 @@ class SuffixIndex:
         return self._index.inspect(handle)
 
     def take_stats(self) -> dict[str, Any]:
-        """Return and reset the counters: `passes`, `candidates`, `expected_first`, `expected_all`, `by_source`."""
+        """Return and reset the counters.
+
+        `passes`, `candidates`, `expected_first`, `expected_all`, `by_source`, and what memory had no place for:
+        `problems_renewed`, `requests_let_go`, `segments_dropped`, `rollouts_lost`.
+        """
         return self._index.take_stats()
 
     def reliability(self) -> dict[str, float]:

@@ -41,16 +41,18 @@ STALE = 64
 NO_LENGTH = np.iinfo(np.int32).max
 """Pads the sorted rows; no length reaches it."""
 FIRST_ROWS = 256
+MAX_PROBLEMS, BYTES_PER_PROBLEM = 100_000, 500
+"""Problems that are kept, and what one takes at most, its key included."""
 
 
 class LengthModel:
     """History of response lengths by problem. Not thread-safe; a problem is an int64 key."""
 
-    def __init__(self, max_problems: int = 100_000) -> None:
+    def __init__(self, max_problems: int = MAX_PROBLEMS) -> None:
         """Keep at most `max_problems` problems; the one observed least recently goes first."""
         if max_problems < 1:
             raise DraftError(f"expected max_problems >= 1, got {max_problems}")
-        self._max_problems = max_problems
+        self.max_problems = max_problems
         self._rows: OrderedDict[int, int] = OrderedDict()
         self._lengths = np.full((1, HISTORY), NO_LENGTH, np.int32)  # sorted; row 0 stays empty: unknown problems
         self._ages = np.zeros((1, HISTORY), np.uint8)  # number of the observation, modulo 256
@@ -159,49 +161,76 @@ class LengthModel:
         lengths = own if len(own) else self._sorted
         return float(np.median(lengths)) if len(lengths) else float("nan")
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all records in plain lists, the oldest first."""
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return all records.
+
+        `problems` int64 [P], the one observed least recently first; `counts` uint8 [P], lengths kept of each, and
+        `lengths` int32 [sum of them], `pool` int32 and `pool_class` int8 [M], the oldest first.
+        """
         size = min(self._pool_count, POOL)
         oldest_first = (np.arange(size) + self._pool_count - size) % POOL
+        rows_P = np.fromiter(self._rows.values(), np.int64, len(self._rows))
+        counts_P = np.minimum(self._counts[rows_P], HISTORY)
+        used_PH = np.arange(HISTORY) < counts_P[:, None]
+        first_P = self._counts[rows_P] - counts_P
+        ages_PH = np.where(used_PH, (self._ages[rows_P].astype(np.int64) - first_P[:, None]) % 256, 256)
+        by_age_PH = np.take_along_axis(self._lengths[rows_P], ages_PH.argsort(axis=1, kind="stable"), axis=1)
         return {
-            "problems": [[key, self._by_age(row).tolist()] for key, row in self._rows.items()],
-            "pool": self._pool[oldest_first].tolist(),
-            "pool_class": self._pool_class[oldest_first].tolist(),
+            "problems": np.fromiter(self._rows, np.int64, len(self._rows)),
+            "counts": counts_P.astype(np.uint8),
+            "lengths": by_age_PH[used_PH],
+            "pool": self._pool[oldest_first],
+            "pool_class": self._pool_class[oldest_first],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over saved records; of more problems than this model may keep, the latest.
 
         Raises:
             DraftError: if the content is not a state of this class; the present records are kept then.
         """
-        loaded = LengthModel(self._max_problems)
+        loaded = LengthModel(self.max_problems)
         try:
-            if set(state) != {"problems", "pool", "pool_class"}:
+            if set(state) != {"problems", "counts", "lengths", "pool", "pool_class"}:
                 raise ValueError(f"keys {sorted(state)}")
-            for key, lengths in state["problems"][-self._max_problems :]:
-                if not isinstance(key, int) or key in loaded._rows or not 1 <= len(lengths) <= HISTORY:
-                    raise ValueError(f"problem {key!r} with {len(lengths)} lengths")
-                row, order = loaded._row(key), np.argsort(lengths, kind="stable")
-                loaded._lengths[row, : len(lengths)] = _integers("lengths", lengths, len(lengths), 1)[order]
-                loaded._ages[row, : len(lengths)] = order
-                loaded._counts[row] = len(lengths)
+            loaded._load_problems(state["problems"], state["counts"], state["lengths"])
             size = len(state["pool"])
+            if size > POOL:
+                raise ValueError(f"a pool of {size} lengths")
             loaded._pool[:size] = _integers("pool", state["pool"], size, 1)
             loaded._pool_class[:size] = _integers("pool_class", state["pool_class"], size, SHORT, LONG)
             loaded._pool_count = size
             loaded._renew()
             loaded.check_integrity()
-        except (TypeError, ValueError, OverflowError, DraftError) as err:
+        except (TypeError, ValueError, OverflowError, AttributeError, DraftError) as err:
             raise DraftError(f"not a saved state of LengthModel ({err}); delete it to learn lengths anew") from err
         self.__dict__.update(loaded.__dict__)
+
+    def _load_problems(self, problems: Any, counts: Any, lengths: Any) -> None:
+        keys_P = _integers("problems", problems, len(problems), np.iinfo(np.int64).min, np.iinfo(np.int64).max)
+        counts_P = _integers("counts", counts, len(keys_P), 1, HISTORY).astype(np.int64)
+        lengths = _integers("lengths", lengths, int(counts_P.sum()), 1)
+        skipped = max(len(keys_P) - self.max_problems, 0)
+        lengths = lengths[counts_P[:skipped].sum() :]
+        keys_P, counts_P = keys_P[skipped:], counts_P[skipped:]
+        used_PH = np.arange(HISTORY) < counts_P[:, None]
+        by_age_PH = np.full(used_PH.shape, NO_LENGTH, np.int32)
+        by_age_PH[used_PH] = lengths
+        order_PH = by_age_PH.argsort(axis=1, kind="stable")  # what is not used stays behind
+        sorted_PH = np.take_along_axis(by_age_PH, order_PH, axis=1)
+        self._lengths = np.pad(sorted_PH, ((1, 0), (0, 0)), constant_values=NO_LENGTH)
+        self._ages = np.pad(order_PH.astype(np.uint8), ((1, 0), (0, 0)))
+        self._counts = np.pad(counts_P, (1, 0))
+        self._rows = OrderedDict(zip(keys_P.tolist(), range(1, len(keys_P) + 1), strict=True))
+        if len(self._rows) != len(keys_P):
+            raise ValueError("a problem is listed twice")
 
     def check_integrity(self) -> None:
         """Raise DraftError if the rows, their order or the pool contradict each other."""
         rows = np.fromiter(self._rows.values(), np.int64, len(self._rows))
         kept = np.minimum(self._counts, HISTORY)
         used_H = np.arange(HISTORY) < kept[:, None]
-        if len(rows) > self._max_problems or len(np.unique(rows)) != len(rows) or (len(rows) and rows.min() < 1):
+        if len(rows) > self.max_problems or len(np.unique(rows)) != len(rows) or (len(rows) and rows.min() < 1):
             raise DraftError("problems share rows, or are more than allowed")
         if kept.sum() != kept[rows].sum() or ((self._lengths < NO_LENGTH) != used_H).any():
             raise DraftError("number of lengths kept for a problem is wrong")
@@ -223,13 +252,13 @@ class LengthModel:
         if row is not None:
             self._rows.move_to_end(key)
             return row
-        if len(self._rows) >= self._max_problems:
+        if len(self._rows) >= self.max_problems:
             row = self._rows.popitem(last=False)[1]
             self._lengths[row], self._counts[row] = NO_LENGTH, 0
         else:
             row = len(self._rows) + 1
             if row >= len(self._counts):
-                new_rows = min(max(FIRST_ROWS, row), self._max_problems + 1 - row)
+                new_rows = min(max(FIRST_ROWS, row), self.max_problems + 1 - row)
                 self._lengths = np.pad(self._lengths, ((0, new_rows), (0, 0)), constant_values=NO_LENGTH)
                 self._ages = np.pad(self._ages, ((0, new_rows), (0, 0)))
                 self._counts = np.pad(self._counts, (0, new_rows))
@@ -245,11 +274,6 @@ class LengthModel:
         order_H = lengths_H.argsort(kind="stable")
         lengths_H[:], ages_H[:] = lengths_H[order_H], ages_H[order_H]
         self._counts[row] = count + 1
-
-    def _by_age(self, row: int) -> np.ndarray:
-        kept = min(int(self._counts[row]), HISTORY)
-        age = (self._ages[row, :kept].astype(np.int64) - (self._counts[row] - kept)) % 256
-        return self._lengths[row, age.argsort()]
 
     def _rows_of(self, problem_keys: np.ndarray) -> list[int]:
         get = self._rows.get

@@ -73,14 +73,13 @@ class NaiveIndex:
         self._min_epoch = max(self._min_epoch, epoch)
 
     def inspect(self, handle: int) -> dict:
-        """Return `live_len`, `live_count` and `closed` [(epoch, match length, occurrences)] as `SuffixIndex` does.
-
-        An attached epoch stays in `closed` when it is dropped; nothing is drafted from it any more.
-        """
+        """Return `live_len`, `live_count` and `closed` [(epoch, match length, occurrences)] as `SuffixIndex` does."""
         length, count, _ = self._live_match(self._requests[handle])
         closed = []
         for i in self._attached[self._requests[handle].problem]:
             epoch, texts = self._closed[i]
+            if epoch < self._min_epoch:
+                continue
             found = self._closed_match(self._requests[handle], texts[self._requests[handle].problem])
             closed.append((epoch, found[0], sum(found[1].values())))
         return {"live_len": length, "live_count": count, "closed": closed}

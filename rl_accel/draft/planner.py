@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from rl_accel.draft import budget
 from rl_accel.draft.cost import PassCost
-from rl_accel.draft.lengths import LengthModel
+from rl_accel.draft.lengths import MAX_PROBLEMS, LengthModel
 from rl_accel.errors import DraftError
 
 PLAN_EVERY, MAX_SHARE = 16, 0.02
@@ -49,10 +49,10 @@ RATE = 1.0 / 64.0
 class Planner:
     """Thresholds and caps for the next drafts. Not thread-safe."""
 
-    def __init__(self, policy: str, max_draft: int, seed: int = 0):
+    def __init__(self, policy: str, max_draft: int, seed: int = 0, max_problems: int = MAX_PROBLEMS):
         self.policy, self.max_draft = policy, max_draft
         self.cost = PassCost()
-        self.lengths = LengthModel()
+        self.lengths = LengthModel(max_problems)
         self.last_plan_s = 0.0
         self._rng = np.random.default_rng(seed)
         self._accepted, self._first = 0.5, 0.3  # per request and pass, if everything were drafted; of first tokens
@@ -160,7 +160,7 @@ class Planner:
         return thresholds_N
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was learned, in plain numbers and lists."""
+        """Return what was learned, in plain numbers and, under `lengths`, arrays."""
         return {
             "cost": self.cost.state_dict(),
             "lengths": self.lengths.state_dict(),
@@ -174,7 +174,7 @@ class Planner:
         Raises:
             DraftError: if the content is not a state.
         """
-        cost, lengths = PassCost(), LengthModel()
+        cost, lengths = PassCost(), LengthModel(self.lengths.max_problems)
         try:
             cost.load_state_dict(state["cost"])
             lengths.load_state_dict(state["lengths"])

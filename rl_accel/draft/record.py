@@ -56,5 +56,5 @@ def read_rollouts(path: str | os.PathLike) -> Iterator[Rollout]:
                     prompt_token_ids=tuple(map(int, line.get("prompt_token_ids", ()))),
                     token_ids=tuple(map(int, line["token_ids"])),
                 )
-            except (ValueError, KeyError, TypeError, OverflowError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise DraftError(f"{path}, line {number} is not a recorded rollout ({error!r})") from error

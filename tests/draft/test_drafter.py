@@ -25,7 +25,7 @@ def state_of(drafter: SuffixDrafter) -> tuple:
         sorted(drafter._free),
         drafter.index.live_tokens(),
         drafter.index.scoring_state().tolist(),
-        drafter.planner.lengths.state_dict(),
+        [values.tolist() for values in drafter.planner.lengths.state_dict().values()],
     )
 
 
@@ -249,34 +249,6 @@ def test_the_window_of_the_configuration_is_never_exceeded() -> None:
     for epoch in range(5):
         run_epoch(drafter, epoch, [TEXT])
     assert [s["epoch"] for s in drafter.index.segments()] == [4, 3]
-
-
-@pytest.mark.parametrize("kib", [1, 60])
-def test_history_stays_within_its_memory(teach, kib) -> None:
-    limit = kib * 2**10
-    drafter = SuffixDrafter(das(history_gib=limit / 2**30, cross_problems=False))
-    kept = []
-    for epoch in range(8):
-        for problem in range(4):
-            teach(drafter, problem, [(epoch * 7 + problem * 13 + i * i) % 997 for i in range(500)])
-        drafter.close_epoch(epoch)
-        used = drafter.index.memory_bytes()["closed"]
-        kept.append(len(drafter.index.segments()))
-        assert used <= limit or kept[-1] == 1
-        assert drafter.index.segments()[0]["epoch"] == epoch, "the newest epoch stays"
-    assert max(kept) == (1 if kib == 1 else 3), kept
-    drafter.index.check_integrity()
-
-
-def test_a_long_epoch_is_packed_before_it_ends(teach) -> None:
-    drafter = SuffixDrafter(das(history_gib=1 / 2**10, cross_problems=False))
-    rng = random.Random(0)
-    for number in range(60):
-        teach(drafter, f"p{number}", [rng.randrange(5000) for _ in range(400)])
-        drafter.bound_memory()
-        assert drafter.index.memory_bytes()["live"] <= 0.7 * 2**20
-    assert sum(s["num_rollouts"] for s in drafter.index.segments()) > 10
-    assert {s["epoch"] for s in drafter.index.segments()} == {0}
 
 
 def test_what_is_not_kept_never_enters_the_history(teach) -> None:

@@ -46,6 +46,8 @@ def test_lines_of_others_need_epoch_problem_and_tokens_only(tmp_path) -> None:
         '{"epoch": 0, "problem": "a", "token_ids": [[1]]}',
         '{"epoch": Infinity, "problem": "a", "token_ids": [1]}',
         '{"epoch": 0, "problem": "a", "token_ids": [1], "prompt_token_ids": null}',
+        pytest.param("[" * 100_000 + "]" * 100_000, id="deep"),
+        pytest.param('{"epoch": ' + "9" * 5000 + ', "problem": "a", "token_ids": [1]}', id="many digits"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, bad) -> None:

@@ -81,6 +81,9 @@ class RandomRun {
       else if (action < 25) misuse();
       else propose();
       if (step % 64 == 0) index_.check_integrity();
+      most_ = std::max(most_, live_.size());
+      require(index_.live_bytes() + index_.closed_bytes() + index_.cross_bytes() <= index_.options().max_bytes + 2048 * most_,
+              "memory is bounded");
     }
     while (!live_.empty()) end();
     index_.close_epoch(epoch_, 0);
@@ -97,6 +100,7 @@ class RandomRun {
     out.max_closed = 1 + below(random_, kMaxClosed);
     out.min_probability = any(random_, std::vector<float>{0.f, 1e-6f, 1e-3f, .2f});
     out.cross_tokens = any(random_, std::vector<u32>{0, 1, 8, 64, 1 << 12});
+    if (below(random_, 2)) out.max_bytes = any(random_, std::vector<u64>{0, 30 << 10, 300 << 10, 3 << 20, 30 << 20});
     if (below(random_, 2)) out.stop_tokens = {0};
     return out;
   }
@@ -139,17 +143,37 @@ class RandomRun {
     const std::string path = folder_ + "/segment";
     index_.write_segment(i, path);
     if (below(random_, 2)) index_.drop_before(infos[i].epoch);
-    const SegmentInfo info = index_.open_segment(path);
-    ::unlink(path.c_str());
+    const SegmentInfo info = index_.open_segment(path, below(random_, 2), below(random_, 2));
     require(info.num_tokens == infos[i].num_tokens && info.num_bytes == infos[i].num_bytes, "a file is what was written");
     SuffixIndex other(IndexOptions{});
-    index_.write_segment(0, path);
     require(refused([&] { other.open_segment(path); }), "another tokenizer is refused");
+    ::unlink(path.c_str());
+    share();
     std::vector<float> state = index_.scoring_state();
     index_.load_scoring_state(state);
     state[below(random_, static_cast<u32>(state.size()))] = -1;
     require(refused([&] { index_.load_scoring_state(state); }), "impossible counts are refused");
     index_.take_stats();
+  }
+
+  // Another index of as little memory takes what this one has made.
+  void share() {
+    IndexOptions options = index_.options();
+    SuffixIndex other(options);
+    u32 given = 0;
+    while (const auto segment = index_.take_unshared()) {
+      std::vector<unsigned char> bytes(segment->bytes().begin(), segment->bytes().end());
+      const SegmentInfo info = other.add_segment(bytes);
+      require(info.foreign && info.checksum == segment->checksum(), "a segment arrives whole");
+      other.add_segment(bytes);
+      bytes[below(random_, static_cast<u32>(bytes.size()))] ^= 4;
+      require(refused([&] { other.add_segment(bytes); }), "a damaged one does not");
+      ++given;
+    }
+    require(other.segments().size() <= given, "nothing is taken twice");
+    other.check_integrity();
+    for (const SegmentInfo& info : index_.segments()) require(info.shared, "and is given once");
+    if (below(random_, 2)) index_.share_with_nobody();
   }
 
   void misuse() {
@@ -226,6 +250,7 @@ class RandomRun {
   u32 alphabet_, problems_;
   SuffixIndex index_;
   std::vector<Live> live_;
+  std::size_t most_ = 0;
   i64 epoch_ = 0;
 };
 
@@ -338,6 +363,7 @@ void files(u64 seed, double seconds, const std::string& folder) {
 void threads(u64 seed, double seconds, const std::string& folder) {
   IndexOptions options;
   options.cross_tokens = 256;
+  options.max_bytes = 4 << 20;
   SuffixIndex index(options);
   const auto deadline = after(seconds);
   std::atomic<u64> passes{0}, closes{0};
@@ -382,6 +408,7 @@ void threads(u64 seed, double seconds, const std::string& folder) {
     const auto infos = index.segments();
     if (!infos.empty()) refused([&] { index.write_segment(infos.size() - 1, folder + "/shared"); });
     if (!infos.empty()) refused([&] { index.open_segment(folder + "/shared"); });
+    if (const auto segment = index.take_unshared()) index.add_segment(segment->bytes());
     index.load_scoring_state(index.scoring_state());
     index.take_stats();
     index.reliability(Source::kSibling);

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 def compiled(folder: Path, sanitizer: str) -> Path:
     driver = folder / "driver"
-    parts = [SOURCES / f"{part}.cpp" for part in ("index", "drafting", "epochs", "inspection", "closed")]
+    parts = [SOURCES / f"{part}.cpp" for part in ("index", "drafting", "epochs", "budget", "inspection", "closed")]
     files = [Path(__file__).with_name("suffix_driver.cpp"), *parts]
     command = ["g++", *FLAGS, f"-fsanitize={sanitizer}", f"-I{SOURCES}", *map(str, files), "-o", str(driver)]
     done = subprocess.run(command, capture_output=True, text=True)

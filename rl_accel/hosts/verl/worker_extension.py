@@ -45,16 +45,20 @@ class AcceleratedWorkerExtension(vLLMColocateWorkerExtension):
         """Return and reset the drafter's numbers; empty on ranks that do not draft."""
         return self.model_runner.drafter.drain_metrics()
 
-    def rl_accel_draft_close_epoch(self, epoch: int, policy_version: int, path: str | None) -> dict:
-        """Close an epoch of drafting history; with `path`, write its segment there."""
-        return self.model_runner.drafter.close_epoch(epoch, policy_version, path)
+    def rl_accel_draft_close_epoch(self, epoch: int, policy_version: int, share: bool) -> dict:
+        """Close an epoch of drafting history; with `share` its segments will be asked for."""
+        return self.model_runner.drafter.close_epoch(epoch, policy_version, share)
 
-    def rl_accel_draft_read_segments(self, paths: list[str]) -> int:
-        """Map the segments that other engines wrote."""
-        return self.model_runner.drafter.read_segments(paths)
+    def rl_accel_draft_take_segment(self) -> bytes:
+        """Return a segment that other engines have not been given yet, b"" if there is none."""
+        return self.model_runner.drafter.take_segment()
 
-    def rl_accel_draft_save(self, path: str) -> bool:
-        """Write a snapshot of the drafting history."""
+    def rl_accel_draft_add_segment(self, segment: bytes) -> bool:
+        """Take a segment of another engine."""
+        return self.model_runner.drafter.add_segment(segment)
+
+    def rl_accel_draft_save(self, path: str) -> dict:
+        """Write a snapshot of the drafting history, or say why not."""
         return self.model_runner.drafter.save(path)
 
     def rl_accel_draft_open(self, path: str) -> dict:

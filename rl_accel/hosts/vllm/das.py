@@ -253,43 +253,49 @@ class DASProposer:
         if ids == self._last_ids or set(ids) <= set(self._last_ids):
             self.drafter.observe_pass(started - self._last_start, len(ids), self._last_drafted)
 
-    def close_epoch(self, epoch: int, policy_version: int, path: str | None = None) -> dict[str, Any]:
-        """End what has ended, close the epoch; with `path`, write the new segment there for other engines."""
+    def close_epoch(self, epoch: int, policy_version: int, share: bool = False) -> dict[str, Any]:
+        """End what has ended and close the epoch; with `share`, `take_segment` will be asked for what is new."""
         if self.drafter is None:
             return {}
         self._end_done()
         self._last_start = None
         info = self.drafter.close_epoch(epoch, policy_version)
-        if path is not None and info["num_tokens"] > 0:
-            segments = self.drafter.index.segments()
-            newest = next(i for i, s in enumerate(segments) if s["epoch"] == epoch)
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.drafter.index.write_segment(newest, path)
+        if not share:
+            self.drafter.index.share_with_nobody()
         return info
 
-    def read_segments(self, paths: list[str]) -> int:
-        """Map segments that other engines wrote; returns how many. A damaged one is left out, and said."""
-        if self.drafter is None:
-            return 0
-        num_read = 0
-        for path in paths:
-            if os.path.exists(path):  # an engine without rollouts in this epoch wrote none
-                try:
-                    self.drafter.index.open_segment(path)
-                    num_read += 1
-                except DraftError as error:
-                    logger.error("rl_accel: a segment of another engine is left out: %s", error)
-        self.drafter.bound_memory()
-        return num_read
+    def take_segment(self) -> bytes:
+        """Return rollouts that other engines have not been given yet, packed; b"" if there are none."""
+        return b"" if self.drafter is None else self.drafter.index.take_unshared()
 
-    def save(self, path: str) -> bool:
-        """Write a snapshot of the history; False on ranks without one."""
+    def add_segment(self, segment: bytes) -> bool:
+        """Take rollouts of another engine. A damaged segment is left out, and said."""
         if self.drafter is None:
             return False
-        self._end_done()
-        self._last_start = None
-        self.drafter.save(path)
+        try:
+            self.drafter.index.add_segment(segment)
+        except (DraftError, MemoryError) as error:
+            logger.error("rl_accel: a segment of another engine is left out: %s", error)
+            return False
         return True
+
+    def save(self, path: str) -> dict[str, Any]:
+        """Write a snapshot of the history to `path`, a data-parallel rank beside it under a name of its own.
+
+        Returns:
+            `{"path": str}`, with `{"error": str}` where it could not be written: the history only makes rollouts
+            faster, so that stops nobody. Empty on ranks without history.
+        """
+        if self.drafter is None:
+            return {}
+        path = self._own(path)
+        try:
+            self._end_done()
+            self._last_start = None
+            self.drafter.save(path)
+        except (DraftError, OSError, MemoryError) as error:
+            return {"path": path, "error": str(error) or repr(error)}
+        return {"path": path}
 
     def open(self, path: str) -> dict[str, Any]:
         """Replace the history by a snapshot's.
@@ -301,20 +307,27 @@ class DASProposer:
         if self.drafter is None:
             return {}
         try:
-            drafter = SuffixDrafter.open(path, self.config, **self._identity_of_tokenizer())
-        except DraftError as error:
+            own = self._own(path)
+            drafter = SuffixDrafter.open(
+                own if os.path.exists(own) else path, self.config, **self._identity_of_tokenizer()
+            )
+        except (DraftError, MemoryError) as error:
             logger.error("rl_accel: history is not restored, drafting starts without it: %s", error)
-            return {"restored": False, "reason": str(error)}
+            return {"restored": False, "reason": str(error) or repr(error)}
         drafter.totals = self.drafter.totals
         self.drafter, self._keep, self._foreign = drafter, {}, set()
         return {"restored": True, "tokens": sum(s["num_tokens"] for s in drafter.index.segments())}
+
+    def _own(self, path: str) -> str:
+        rank = getattr(self.vllm_config.parallel_config, "data_parallel_index", 0)
+        return f"{path}-rank{rank:03d}" if rank else path
 
     def drain_metrics(self) -> dict[str, float]:
         """Return what happened since the last call, by name and unit of `docs/metrics.md`."""
         if self.drafter is None:
             return {}
         self._end_done()
-        drafter, memory = self.drafter, self.drafter.index.memory_bytes()
+        drafter, memory = self.drafter, self.drafter.memory_bytes()
         cost = drafter.planner.cost
         metrics = {
             "propose_ms": 1e3 * self._propose_s / max(self._passes, 1),
@@ -328,6 +341,8 @@ class DASProposer:
             "live_bytes": float(memory["live"]),
             "closed_bytes": float(memory["closed"]),
             "cross_bytes": float(memory["cross"]),
+            "lengths_bytes": float(memory["lengths"]),
+            **{name: float(count) for name, count in drafter.take_given_up().items()},
         }
         for (source, _), (_, drafted, accepted) in drafter.take_source_stats().items():
             for what, value in (("drafted", drafted), ("accepted", accepted)):

@@ -97,6 +97,8 @@ def run_engine(model: str, mode: str) -> dict:
         result["snapshots"] = llm.collective_rpc(_spoil_a_snapshot, args=(f"{model}-history",))[0]
         after = llm.generate([{"prompt_token_ids": prompt(0)}], [params(0, 0, 0, False)], use_tqdm=False)
         result["after_refusal"] = list(after[0].outputs[0].token_ids)
+    if mode == "tp2":
+        result["shared"] = share(llm)
     result["preemptions"] = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
     return result
 
@@ -114,6 +116,41 @@ def abort_two(llm) -> dict:
         if not engine.has_unfinished_requests():
             break
     return {"finished": finished, "state": llm.collective_rpc(_close_epoch, args=(20,))}
+
+
+def share(llm) -> dict:
+    """Take what the engine said since; give it a segment larger than the message queue of its ranks."""
+    import numpy as np
+
+    from rl_accel.draft.index import SuffixIndex
+
+    llm.generate([{"prompt_token_ids": prompt(0)}], [params(0, 7, 7, False)], use_tqdm=False)
+    taken = llm.collective_rpc(_take_segment)
+    other = SuffixIndex(tokenizer=int.from_bytes(taken[0][32:40], "little"), cross_tokens=0)
+    handle, size = other.begin(1, [1]), 2_200_000
+    one = np.zeros(1, np.uint32)
+    tokens, offsets = np.arange(size, dtype=np.int32), np.array([0, size], np.uint32)
+    other.propose_batch(np.array([handle]), tokens, offsets, one, one.astype(np.float32))
+    other.end(handle)
+    other.close_epoch(7)
+    segment = other.take_unshared()
+    given = llm.collective_rpc(_add_segment, args=(segment,))
+    held = llm.collective_rpc(_segments)[0]
+    return {"taken": [len(t) for t in taken], "size": len(segment), "given": given, "held": held}
+
+
+def _take_segment(worker) -> bytes:
+    worker.model_runner.drafter.close_epoch(7, 7, share=True)
+    return worker.model_runner.drafter.take_segment()
+
+
+def _add_segment(worker, segment: bytes) -> bool:
+    return worker.model_runner.drafter.add_segment(segment)
+
+
+def _segments(worker) -> list[dict]:
+    drafter = worker.model_runner.drafter.drafter
+    return [] if drafter is None else drafter.index.segments()
 
 
 def _live(worker) -> dict:
@@ -267,6 +304,15 @@ def test_tensor_parallel_ranks_take_one_ranks_drafts(engines) -> None:
     assert "segment" in first and "segment" not in second
     assert first["counts"] == second["counts"]
     assert first["counts"]["num_accepted_tokens"] > 0
+
+
+def test_segments_of_any_size_pass_between_engine_and_trainer(engines) -> None:
+    """Only the rank that drafts gives and takes. 18 MB are more than one chunk of the queue to the ranks."""
+    shared = engines("tp2")["shared"]
+    first, second = shared["taken"]
+    assert first > 8 * MAX_TOKENS and second == 0
+    assert shared["size"] > 16 << 20 and shared["given"] == [True, False]
+    assert [s["num_bytes"] for s in shared["held"] if s["foreign"]] == [shared["size"]]
 
 
 def test_a_custom_class_without_the_plugin_is_refused() -> None:

@@ -88,24 +88,33 @@ def teach(proposer: DASProposer) -> None:
     request.finish()
 
 
-def test_engines_share_their_closed_epochs(tmp_path) -> None:
+def test_engines_share_their_closed_epochs() -> None:
     first, second = new_proposer(), new_proposer()
-    path = str(tmp_path / "shared" / "epoch000000-engine000.segment")
     teach(first)
-    assert first.close_epoch(0, 1, path)["num_tokens"] == len(TEXT)
-    assert second.close_epoch(0, 1, str(tmp_path / "shared" / "epoch000000-engine001.segment")) != {}
-    assert second.read_segments([path, str(tmp_path / "shared" / "never_written.segment")]) == 1
+    assert first.close_epoch(0, 1, share=True)["num_tokens"] == len(TEXT)
+    second.close_epoch(0, 1, share=True)
+    assert second.take_segment() == b"", "an engine without rollouts in this epoch has none to give"
+    assert second.add_segment(first.take_segment()) is True
+    assert first.take_segment() == b""
     assert Step(second, "pupil", identity(1)).gain(TEXT[:2]) == TEXT[2:10]
 
 
-def test_a_damaged_shared_segment_is_left_out(tmp_path) -> None:
+def test_a_damaged_shared_segment_is_left_out() -> None:
     first, second = new_proposer(), new_proposer()
-    path = tmp_path / "epoch000000-engine000.segment"
     teach(first)
-    first.close_epoch(0, 1, str(path))
-    path.write_bytes(path.read_bytes()[:-4])
-    assert second.read_segments([str(path)]) == 0
+    first.close_epoch(0, 1, share=True)
+    segment = first.take_segment()
+    for damaged in (segment[:-4], b"", b"x" * len(segment)):
+        assert second.add_segment(damaged) is False
     assert Step(second, "pupil", identity(1)).gain(TEXT[:2]) == []
+
+
+def test_a_single_engine_keeps_nothing_to_share() -> None:
+    """Else a later run with several engines would be given all of it."""
+    proposer = new_proposer()
+    teach(proposer)
+    proposer.close_epoch(0, 1)
+    assert proposer.take_segment() == b""
 
 
 def test_validation_learns_from_nobody_and_teaches_nobody() -> None:
