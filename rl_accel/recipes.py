@@ -12,7 +12,7 @@ import difflib
 import importlib.util
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rl_accel.errors import ConfigError, VersionError
 
@@ -123,9 +123,26 @@ def compose(recipe: str, overrides: list[str], has_gpu: bool) -> DictConfig:
         with initialize_config_dir(config_dir=str(folder), version_base=None):
             # `++`: an unknown rl_accel key is then told by AccelConfig, which offers the nearest one.
             ours = [f"++{text}" if text.startswith("rl_accel.") else text for text in overrides]
-            return hydra_compose(config_name=ROOT_CONFIG, overrides=[search, *ours])
+            return _complete(hydra_compose(config_name=ROOT_CONFIG, overrides=[search, *ours]), recipe)
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeError, RecursionError) as error:
         raise ConfigError(_plain(error)) from error
+
+
+def _complete(config: DictConfig, recipe: str) -> DictConfig:
+    """Add what a recipe of the user's own may leave out: our block, and that its data are verl's own files."""
+    if not isinstance(config.get("data"), DictConfig) or not isinstance(config.get("trainer"), DictConfig):
+        raise ConfigError(
+            f"recipe={recipe} makes no training: it has no data and trainer. Begin it with `# @package _global_` and "
+            "`defaults: [/gsm8k_grpo/base, _self_]`"
+        )
+    defaults = {"source": "files", "path": None, "instruction": "", "train_size": None, "val_size": None}
+    with open_dict(config):
+        for name, value in defaults.items():
+            if name not in config.data:
+                config.data[name] = value
+        if config.get("rl_accel") is None:
+            config.rl_accel = OmegaConf.select(config, "actor_rollout_ref.rollout.custom.rl_accel") or {}
+    return config
 
 
 def _plain(error: Exception) -> str:

@@ -54,7 +54,7 @@ def train(overrides: list[str]) -> int:
     recipe, overrides = _split_recipe(overrides)
     gpu = machine.has_gpu()
     config = recipes.compose(recipe, overrides, gpu)
-    accel = prepare.preflight(_with_our_groups(config, recipe))
+    accel = prepare.preflight(config)
     machine.set_environment(on_cpu=config.trainer.device == "cpu")
     folder = RunFolder(accel.run_dir or default_path(recipe))
     folder.open(resume=config.trainer.resume_mode != "disable" and bool(accel.run_dir))
@@ -94,24 +94,6 @@ def _split_recipe(overrides: list[str]) -> tuple[str, list[str]]:
     if len(chosen) != 1:
         raise ConfigError(f"give exactly one recipe=NAME; known: {', '.join(recipes.names())}, or a path to a .yaml")
     return chosen[0], [text for text in overrides if not text.startswith("recipe=")]
-
-
-def _with_our_groups(config: DictConfig, recipe: str) -> DictConfig:
-    """Add what a recipe of the user's own may leave out: our block, and verl's own data files as its data."""
-    if not isinstance(config.get("data"), DictConfig) or not isinstance(config.get("trainer"), DictConfig):
-        raise ConfigError(
-            f"recipe={recipe} makes no training: it has no data and trainer. Begin it with `# @package _global_` and "
-            "`defaults: [/gsm8k_grpo/base, _self_]`"
-        )
-    with open_dict(config):
-        for name, value in (("source", "files"), ("path", None), ("instruction", "")):
-            if name not in config.data:
-                config.data[name] = value
-        for name in ("train_size", "val_size"):
-            config.data.setdefault(name, None)
-        if config.get("rl_accel") is None:
-            config.rl_accel = prepare.accel_block(config) or {}
-    return config
 
 
 def _fill_in(config: DictConfig, folder: RunFolder) -> None:

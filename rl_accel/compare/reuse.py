@@ -54,7 +54,8 @@ def _config_changes(run_dir: Path, settings: Sequence[str]) -> str:
     with reading(run_dir / "config.yaml", "a configuration"):
         was = read_config(run_dir / "config.yaml")
     now = dict(leaves(_resolve(settings, run_dir, was)))
-    changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+    changed = [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]
+    changed.sort(key=lambda key: (key.count("."), key))  # what a user sets comes before what follows from it
     if not changed:
         return ""
     shown = "; ".join(f"{key} was {was.get(key)!r:.60}, is {now.get(key)!r:.60}" for key in changed[:_SHOWN])
