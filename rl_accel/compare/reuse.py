@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rl_accel import resuming
 from rl_accel.compare.reading import read_json_object, reading
 from rl_accel.config import leaves
 from rl_accel.errors import CompareError
-from rl_accel.resuming import read_config
 
 _RECORDS = ("metrics.jsonl", "tokens", "checkpoints", "config.yaml")
 """What a run leaves in its folder once its settings matter."""
@@ -51,8 +51,7 @@ def check_same_settings(run_dir: Path, settings: Sequence[str]) -> None:
 
 
 def _config_changes(run_dir: Path, settings: Sequence[str]) -> str:
-    with reading(run_dir / "config.yaml", "a configuration"):
-        was = read_config(run_dir / "config.yaml")
+    was = read_config(run_dir / "config.yaml")
     now = dict(leaves(_resolve(settings, run_dir, was)))
     changed = [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]
     changed.sort(key=lambda key: (key.count("."), key))  # what a user sets comes before what follows from it
@@ -95,3 +94,13 @@ def _resolve(settings: Sequence[str], run_dir: Path, was: dict[str, Any]) -> dic
                 OmegaConf.update(config, key, was.get(key))
         resolved: Any = OmegaConf.to_container(config, resolve=True)
         return resolved
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read config.yaml as full name -> value.
+
+    Raises:
+        CompareError: it is not such a file.
+    """
+    with reading(path, "a configuration"):
+        return resuming.read_config(path)
