@@ -95,6 +95,8 @@ class DraftHistory:
             names = [f"engine{i:03d}" for i in range(len(self._servers()))]
             answers = self._call_each("rl_accel_draft_save", [(str(folder / name),) for name in names])
             for name, answer in zip(names, answers, strict=True):
+                if not answer:
+                    continue  # its drafter has failed, which the engine has counted
                 error = answer.get("error")
                 if error is None and not (folder / name / MANIFEST).exists():
                     error = f"{folder / name} is written on the engine's node and not seen here; share that folder"

@@ -249,7 +249,7 @@ def test_a_broken_index_turns_drafting_off_and_nothing_else(begun) -> None:
     assert proposer.faults.counts == {**NO_FAULTS, "num_engines_drafting_off": 1}
     assert proposer.runner.take_draft_token_ids() is None
     assert proposer.close_epoch(1, 2) == {} and proposer.drain_metrics() == {}
-    assert proposer.save("/nowhere") is False and proposer.read_segments(["/nowhere"]) == 0
+    assert proposer.save("/nowhere") == {} and proposer.take_segment() == b"" and proposer.add_segment(b"x") is False
 
 
 @pytest.mark.parametrize("prompt_is_token_ids", [None, [True, False, True]])
