@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rl_accel.hosts.vllm.das import DASProposer
+from rl_accel.hosts.vllm.faults import Faults
 
 PROMPT = [5, 6, 7]
 ANSWERS = {
@@ -43,7 +44,9 @@ def new_proposer(tokenizer: str = "none", history_gib: float = 2.0, rank: int = 
     )
     proposer = DASProposer(config)
     batch = SimpleNamespace(req_ids=[], num_prompt_tokens=[])
-    proposer.attach(SimpleNamespace(requests={}, input_batch=batch, take_draft_token_ids=lambda: "drafts"))
+    proposer.attach(
+        SimpleNamespace(requests={}, input_batch=batch, take_draft_token_ids=lambda: "drafts", rl_accel_faults=Faults())
+    )
     return proposer
 
 
@@ -52,7 +55,9 @@ def sample(proposer: DASProposer, problem: str, tokens: list[int], ends: bool = 
     name, runner = f"{problem} {len(tokens)}", proposer.runner
     identity = {"problem_id": problem, "sample_index": 0, "step": 0, "validate": False}
     params = SimpleNamespace(extra_args={"rl_accel": identity}, max_tokens=4000, ignore_eos=False)
-    runner.requests[name] = SimpleNamespace(sampling_params=params, output_token_ids=list(tokens))
+    runner.requests[name] = SimpleNamespace(
+        sampling_params=params, output_token_ids=list(tokens), prompt_token_ids=PROMPT, prompt_is_token_ids=None
+    )
     runner.input_batch.req_ids, runner.input_batch.num_prompt_tokens = [name], [len(PROMPT)]
     text = np.array([PROMPT + list(tokens)], np.int32)
     draft = proposer.propose([list(tokens)], np.array([text.shape[1]]), text)[0]
