@@ -22,12 +22,20 @@ ACTOR = "actor_rollout_ref.actor"
 @pytest.fixture
 def make_config(tmp_path):
     def make(*overrides, trainer="deepspeed"):
-        (tmp_path / "data.parquet").touch()
-        files = [f"data.{part}_files={tmp_path}/data.parquet" for part in ("train", "val")]
-        model = f"actor_rollout_ref.model.path={tmp_path}"
-        return recipes.compose("gsm8k_grpo/cpu", [f"trainer={trainer}", *files, model, *overrides], has_gpu=False)
+        (tmp_path / "data.jsonl").touch()
+        paths = [f"data.{part}_files={tmp_path}/data.jsonl" for part in ("train", "val")]
+        paths += [f"{role}.model.path={tmp_path}" for role in ("actor_rollout_ref", "critic")]
+        paths += [f"rl_accel.run_dir={tmp_path}"]
+        return recipes.compose("gsm8k_grpo/cpu", [f"trainer={trainer}", *paths, *overrides], has_gpu=False)
 
     return make
+
+
+def without_our_block(config):
+    """The same training as a plain verl command would ask for it."""
+    plain = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    del plain.rl_accel, plain.actor_rollout_ref.rollout.custom
+    return plain
 
 
 def test_every_role_gets_the_settings_class(make_config):
@@ -48,7 +56,7 @@ def test_every_role_gets_the_settings_class(make_config):
 
 
 def test_a_plain_verl_configuration_may_name_the_engine(make_config):
-    config = make_config("actor_rollout_ref.rollout.custom=null")
+    config = without_our_block(make_config())
     assert prepare(config) is None
     assert config.actor_rollout_ref.actor.fsdp_config.zero_stage == 2
     assert config.trainer.v1.trainer_mode == "sync"
@@ -181,7 +189,7 @@ def test_two_ranks_need_more_memory_than_one(make_config, monkeypatch):
 
 
 def test_a_configuration_without_the_strategy_stays_as_it_is(make_config):
-    config = make_config("actor_rollout_ref.rollout.custom=null", trainer="fsdp")
+    config = without_our_block(make_config(trainer="fsdp"))
     before = OmegaConf.to_yaml(config)
     prepare(config)
     assert OmegaConf.to_yaml(config) == before

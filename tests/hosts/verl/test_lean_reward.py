@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from verl import DataProto
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 import rl_accel
 from rl_accel.hosts.verl.lean_rollout import OUR_REWARD, POLL_INTERVAL_S, LocalReward, PatientPolls, ReuseTokenBuilder
@@ -119,20 +120,19 @@ def test_polls_wait_as_long_as_no_rollout_was_done_before() -> None:
 
 
 def test_polls_of_a_replay_buffer_are_timed_and_results_passed_on() -> None:
-    class Buffer:
-        poll_interval = 2.0
-        waits: list[float]
+    buffer = ReplayBuffer.__new__(ReplayBuffer)
+    buffer.poll_interval, buffer.filter_groups_metric, buffer.sync_refill_failed_groups = 2.0, None, False
 
-        def sample(self, global_steps, partition_id, batch_size):
-            self.waits = []
-            last = self._wait_for_next_poll(partition_id, 1.5)
-            return global_steps, partition_id, batch_size, last
+    def sample(global_steps, partition_id, batch_size):
+        buffer.waits = []
+        last = buffer._wait_for_next_poll(partition_id, 1.5)
+        return global_steps, partition_id, batch_size, last
 
-        def _wait_for_next_poll(self, partition_id, last_debug_time):
-            self.waits.append(self.poll_interval)
-            return last_debug_time
+    def wait_for_next_poll(partition_id, last_debug_time):
+        buffer.waits.append(buffer.poll_interval)
+        return last_debug_time
 
-    buffer = Buffer()
+    buffer.sample, buffer._wait_for_next_poll = sample, wait_for_next_poll
     polls = PatientPolls(buffer)
     assert buffer.sample(global_steps=3, partition_id="train", batch_size=2) == (3, "train", 2, 1.5)
     assert buffer.waits == [POLL_INTERVAL_S]
