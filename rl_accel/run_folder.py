@@ -172,10 +172,16 @@ def default_path(recipe: str) -> Path:
     raise ConfigError(f"outputs/{name} holds 1000 runs of this second; set rl_accel.run_dir")
 
 
+_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "inline_container.cc")
+"""Where an error has lost its number on the way; the last is torch's writer, which finds its file shorter than it wrote."""
+
+
 def is_disk_error(error: BaseException) -> bool:
     """Whether an error says that the disk is full, read-only, over quota or broken."""
     number = getattr(error, "errno", None)
-    return isinstance(error, OSError) and number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+    if isinstance(error, OSError) and number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG):
+        return True
+    return any(word in str(error) for word in _DISK_WORDS)
 
 
 def provenance() -> dict[str, Any]:

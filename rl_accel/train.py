@@ -159,12 +159,12 @@ def _explained(error: BaseException, folder: RunFolder) -> RLAccelError:
     kept = _keep_traceback(error, folder)
     if ours is not None:
         return ours
-    for cause in chain:
-        if is_disk_error(cause):
-            return RunFailedError(
-                f"the disk of {folder.path} takes no more: {cause}. Make room and start the same command again with "
-                f"rl_accel.run_dir={folder.path}: it goes on from the last checkpoint"
-            )
+    disk = next((str(cause).strip().splitlines()[-1] for cause in chain if is_disk_error(cause)), None)
+    if disk is not None:
+        return RunFailedError(
+            f"the disk of {folder.path} takes no more: {disk}. Make room and start the same command again with "
+            f"rl_accel.run_dir={folder.path}: it goes on from the last checkpoint"
+        )
     last = str(chain[-1]).strip().splitlines() or ["no message"]
     return RunFailedError(f"training failed with {type(chain[-1]).__name__}: {last[-1]}\n{kept}")
 

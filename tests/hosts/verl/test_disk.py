@@ -20,7 +20,7 @@ def small_disk(trainings):
     def mount(*options):
         return subprocess.run(["mount", *options, str(path)], capture_output=True, text=True, check=False)
 
-    if shutil.which("mount") is None or os.geteuid() != 0 or mount("-t", "tmpfs", "-o", "size=12m", "tmpfs").returncode:
+    if shutil.which("mount") is None or os.geteuid() != 0 or mount("-t", "tmpfs", "-o", "size=16m", "tmpfs").returncode:
         pytest.skip("needs the right to mount a file system")
     try:
         yield lambda mebibytes: mount("-o", f"remount,size={mebibytes}m")
@@ -29,7 +29,7 @@ def small_disk(trainings):
 
 
 def test_a_full_disk_ends_a_run_with_one_error_and_loses_no_checkpoint(trainings, plain_run, small_disk):
-    """The disk holds the first checkpoint (9 MB with the optimizer) and not the second."""
+    """The disk holds the first checkpoint (11 MB with the optimizer) and not the second."""
     process, path, _ = trainings.start("small-disk")
     assert process.wait(600) == 1
     text = (trainings.root / "small-disk.log").read_text()
