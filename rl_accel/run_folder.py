@@ -173,7 +173,7 @@ def default_path(recipe: str) -> Path:
 
 
 _DISK_WORDS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "inline_container.cc")
-"""Where an error has lost its number on the way; the last is torch's writer, which finds its file shorter than it wrote."""
+"""Where an error has lost its number on the way; the last is torch's writer, whose file is shorter than it wrote."""
 
 
 def is_disk_error(error: BaseException) -> bool:
