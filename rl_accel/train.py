@@ -63,19 +63,24 @@ def train(overrides: list[str]) -> int:
         folder.save_config(config, accel.accept_changes)
         _make_data(config, folder)
         checks.check(config, AccelConfig.from_mapping(prepare.accel_block(config)))
+        _set_logging(folder)
+        folder.update_info(
+            **provenance(),
+            recipe=recipe,
+            arm=accel.draft.method,
+            seed=accel.seed,
+            versions=versions.report(),
+            machine=machine.describe(),
+            finished=False,
+        )
     except RLAccelError:
         folder.discard()
         raise
-    _set_logging(folder)
-    folder.update_info(
-        **provenance(),
-        recipe=recipe,
-        arm=accel.draft.method,
-        seed=accel.seed,
-        versions=versions.report(),
-        machine=machine.describe(),
-        finished=False,
-    )
+    except OSError as error:
+        folder.discard()
+        raise RunFailedError(
+            f"{folder.path} could not be prepared: {error}. Start the same command again once that is mended"
+        ) from error
     logger.info("recipe %s on %s, run folder %s", recipe, "GPU" if gpu else "CPU", folder.path)
     logger.info("on: %s", ", ".join(_features(config, accel)) or "nothing beside measurement")
     started = time.monotonic()

@@ -8,7 +8,7 @@ soak() { # soak PART SIZE TEST...
   local part=$1 size=$2; shift 2
   case " ${PARTS[*]} " in *" $part "*) ;; *) return 0 ;; esac
   echo "soak: $part, RL_ACCEL_SOAK=$size" >&2
-  RL_ACCEL_SOAK=$size python -m pytest -q --timeout 7200 -p no:cacheprovider "$@"
+  RL_ACCEL_SOAK=$size python -m pytest -q -s --timeout 7200 -p no:cacheprovider "$@"
 }
 
 PARTS=("$@")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
+import sys
 
 import pytest
 
+from .conftest import TINY
 from .test_interruption import assert_same_run
 
 
@@ -38,3 +41,21 @@ def test_a_full_disk_ends_a_run_with_one_error_and_loses_no_checkpoint(trainings
     assert (path / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "2"
     assert small_disk(200).returncode == 0
     assert_same_run(trainings.run("small-disk"), plain_run)
+
+
+def test_a_disk_that_is_full_before_the_first_step_is_one_error(tmp_path):
+    """Files of up to 8 KB still fit: the run folder is opened, and its config.yaml is the first that does not fit."""
+    command = [sys.executable, "-m", "rl_accel.train", "recipe=gsm8k_grpo/cpu", *TINY]
+    done = subprocess.run(
+        [*command, f"rl_accel.run_dir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "RL_ACCEL_DEVICE": "cpu"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, 8 << 10)),
+    )
+    assert done.returncode == 1
+    assert "could not be prepared: [Errno 27] File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

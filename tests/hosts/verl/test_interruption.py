@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -12,7 +11,6 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 import torch
 
 from .conftest import STEPS, TIMEOUT_S, marked_processes
@@ -48,44 +46,28 @@ def assert_same_run(resumed, plain_run):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_killed_run_resumes_to_the_same_weights(trainings, plain_run):
-    process, path, mark = trainings.start("killed")
-    wait_for_step(path, 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not wait_for_end_of(mark, 60), "processes outlive a killed run"
-    assert (path / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "2"
+def test_killed_runs_resume_to_the_same_weights(trainings, plain_run):
+    """`RL_ACCEL_SOAK` is the number of kills: one after step 3 of a run that saves every second step, and then at
+    random moments of runs that save every step, so that kills fall into saves too.
 
-    resumed = trainings.run("killed")
-    assert resumed.path == path
-    assert_same_run(resumed, plain_run)
-
-
-@pytest.mark.skipif(SOAK < 2, reason="the long form, `scripts/soak.sh`; the test above kills once")
-def test_runs_killed_at_random_moments_resume_to_the_same_weights(trainings, plain_run):
-    """Every other kill takes the driver alone, the others all processes at once; the wall clock jumps in each session.
-
-    `RL_ACCEL_SOAK` is the number of kills. Every step saves a checkpoint, so that kills fall into saves too.
+    Every other kill takes all processes at once, the rest the driver alone; the wall clock jumps in each session.
     """
     moments = random.Random(0)
-    done = []
-    while len(done) < SOAK:
-        name = f"killed-{len(done)}"
+    kills: list[str] = []
+    while len(kills) < SOAK:
+        name, first = f"killed-{len(kills)}", not kills
+        settings = ("trainer.save_freq=2" if first else "trainer.save_freq=1",)
         checkpoint = 0
-        while True:
-            begun = time.monotonic()
-            process, path, mark = trainings.start(name, "trainer.save_freq=1", env=jumping_clock(moments))
-            metrics = path / "metrics.jsonl"
-            if moments.random() < 0.8:  # most of a session is its start; most kills shall fall into steps
-                seen = metrics.read_text().count("\n") if metrics.exists() else 0
-                wait_for_lines(metrics, seen + moments.randint(1, 2), process)
-            wait = moments.random() * (3 if moments.random() < 0.8 else 30)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(wait)
+        while len(kills) < SOAK:
+            process, path, mark = trainings.start(name, *settings, env=jumping_clock(moments))
+            if first:
+                wait_for_step(path, 3, process)
+            else:
+                wait_at_random(moments, path, process)
             if process.poll() == 0:
                 break
-            assert process.poll() is None, (trainings.root / f"{name}.log").read_text()[-3000:]
-            for victim in marked_processes(mark) if len(done) % 2 else [process]:
+            assert process.returncode is None, (trainings.root / f"{name}.log").read_text()[-3000:]
+            for victim in marked_processes(mark) if len(kills) % 2 else [process]:
                 with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                     victim.send_signal(signal.SIGKILL)
             process.wait()
@@ -94,16 +76,27 @@ def test_runs_killed_at_random_moments_resume_to_the_same_weights(trainings, pla
             found = int(latest.read_text()) if latest.exists() else 0
             assert found >= checkpoint, "a checkpoint was lost"
             checkpoint = found
-            done.append({"run": name, "checkpoint": found, "seconds": round(time.monotonic() - begun, 1)})
-            if len(done) >= SOAK:
+            if first:
+                assert checkpoint == 2
+            kills.append(f"{name} at step {checkpoint}")
+            print(f"kill {len(kills)} of {SOAK}: {kills[-1]}", flush=True)
+            if first:
                 break
-        assert_same_run(trainings.run(name, "trainer.save_freq=1"), plain_run)
+        resumed = trainings.run(name, *settings)
+        assert resumed.path == path
+        assert_same_run(resumed, plain_run)
         text = (trainings.root / f"{name}.log").read_text()
         assert "Traceback" not in text, text[-3000:]
-    if os.environ.get("RL_ACCEL_SOAK_REPORT"):
-        report = {"kills": len(done), "runs": len({kill["run"] for kill in done}), "checkpoints_lost": 0}
-        with open(os.environ["RL_ACCEL_SOAK_REPORT"], "a") as file:
-            file.write(json.dumps({"name": "kills", **report}) + "\n")
+
+
+def wait_at_random(moments, path, process):
+    """Wait for a moment of the run, or for its end; most of a session is its start, most moments are in its steps."""
+    metrics = path / "metrics.jsonl"
+    if moments.random() < 0.8:
+        seen = metrics.read_text().count("\n") if metrics.exists() else 0
+        wait_for_lines(metrics, seen + moments.randint(1, 2), process)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(moments.random() * (3 if moments.random() < 0.8 else 30))
 
 
 def jumping_clock(moments):

@@ -205,7 +205,7 @@ async def soak(engine, url: str, factor: float) -> dict:
                     chance.choice(RUBBISH if way == "direct" else RUBBISH_HTTP) if chance.random() < 0.15 else None
                 )
                 gone = chance.choice(GONE) if chance.random() < 0.15 else ""
-                plan.append((kind, prompt, way, rubbish, gone, chance.expovariate(1.0) + 0.02 if gone else 0.0))
+                plan.append((kind, prompt, way, rubbish, gone, chance.expovariate(4.0) + 0.02 if gone else 0.0))
             answers = await all_of((load.send(*call) for call in plan), AT_ONCE)
             for (kind, prompt, way, rubbish, *_), choices in zip(plan, answers, strict=True):
                 if choices is None or (

