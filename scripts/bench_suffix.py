@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from rl_accel import machine
-from rl_accel.config import DraftConfig
+from rl_accel.draft.config import DraftConfig
 from rl_accel.draft.drafter import SuffixDrafter
 from rl_accel.draft.index import SuffixIndex, problem_key
 from rl_accel.draft.replay import Das

@@ -36,12 +36,12 @@ def attach(
         raise CommError("attach needs torch.distributed; initialise the process group (or the engine) first")
     engines = sys.modules.get("deepspeed.runtime.engine")
     if engines is not None and isinstance(engine_or_module, engines.DeepSpeedEngine):
-        from rl_accel.hosts.deepspeed import attach as deepspeed
+        from rl_accel.comm.hosts.deepspeed import attach as deepspeed
 
         return deepspeed.attach(engine_or_module, config)
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(engine_or_module, fsdp.FSDPModule):
-        from rl_accel.hosts import fsdp2
+        from rl_accel.comm.hosts import fsdp2
 
         return fsdp2.attach(engine_or_module, config, optimizer)
     raise CommError(
@@ -51,7 +51,7 @@ def attach(
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """`deepspeed.initialize`, argument by argument, for a configuration with a block `sdp4bit`; see
-    `rl_accel.hosts.deepspeed.attach`."""
-    from rl_accel.hosts.deepspeed import attach as deepspeed
+    `rl_accel.comm.hosts.deepspeed.attach`."""
+    from rl_accel.comm.hosts.deepspeed import attach as deepspeed
 
     return deepspeed.initialize(*args, **kwargs)

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rl_accel.config import DraftConfig
 from rl_accel.draft import history
+from rl_accel.draft.config import DraftConfig
 from rl_accel.draft.index import MATCH_LENGTHS, MAX_DRAFT, NO_TOTALS, SOURCES, UNBOUNDED, SuffixIndex, problem_key
 from rl_accel.draft.lengths import BYTES_PER_PROBLEM, MAX_PROBLEMS
 from rl_accel.draft.planner import PLAN_EVERY, Planner

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from rl_accel.config import DraftConfig
+from rl_accel.draft.config import DraftConfig
 from rl_accel.draft.drafter import SLEEP_AFTER, SLEEP_CALLS, WAKE_CALLS, SuffixDrafter
 from rl_accel.draft.index import NO_TOTALS, SuffixIndex, problem_key
 from rl_accel.draft.planner import BLANK_EVERY, Planner

@@ -1,4 +1,4 @@
-"""Named patches of verl 0.9.1, one class each: the symbol, why it must change, and what replaces it.
+"""Named patches of verl 0.9.1 that every run with rl_accel has, one class each.
 
 `apply(module)` runs once in a process, right after verl imported the module. `tests/hosts/verl/test_patches.py` fails
 when a symbol moves.
@@ -14,16 +14,19 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import TextIO
 
+from rl_accel.patching import HostPatch
+
 logger = logging.getLogger(__name__)
 
 
-class AppendFileLogger:
+class AppendFileLogger(HostPatch):
     """`verl.utils.tracking.FileLogger.__init__` opens its file for writing: a resumed run loses its metrics."""
 
     target = "verl.utils.tracking:FileLogger.__init__"
+    parameters = ("self", "project_name", "experiment_name")
 
     @classmethod
-    def apply(cls, module: ModuleType) -> None:
+    def replace(cls, module: ModuleType) -> None:
         original = module.FileLogger.__init__
 
         @functools.wraps(original)
@@ -49,7 +52,7 @@ class AppendFileLogger:
         module.FileLogger.__init__ = init
 
 
-class WholeCheckpointTracker:
+class WholeCheckpointTracker(HostPatch):
     """`PPOTrainer._save_checkpoint` truncates `latest_checkpointed_iteration.txt` and then writes it: a run that is
     killed or finds its disk full in between leaves an empty file, with which verl does not resume.
 
@@ -57,10 +60,11 @@ class WholeCheckpointTracker:
     """
 
     target = "verl.trainer.ppo.v1.trainer_base:PPOTrainer._save_checkpoint"
+    parameters = ("self",)
     file_name = "latest_checkpointed_iteration.txt"
 
     @classmethod
-    def apply(cls, module: ModuleType) -> None:
+    def replace(cls, module: ModuleType) -> None:
         @contextlib.contextmanager
         def replacing(path: str) -> Iterator[TextIO]:
             partial = f"{path}.partial"
@@ -82,20 +86,21 @@ class WholeCheckpointTracker:
         return getattr(module, "open", open).__module__ == __name__
 
 
-class ReturnCollectiveRpc:
+class ReturnCollectiveRpc(HostPatch):
     """`vLLMHttpServer.collective_rpc` awaits the workers' answers and drops them; the caller gets None."""
 
     target = "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer.collective_rpc"
+    parameters = ("self", "method", "timeout", "args", "kwargs")
 
     @classmethod
-    def apply(cls, module: ModuleType) -> None:
+    def replace(cls, module: ModuleType) -> None:
         async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
             return await self.engine.collective_rpc(method=method, timeout=timeout, args=args, kwargs=kwargs)
 
         module.vLLMHttpServer.collective_rpc = collective_rpc
 
 
-class DrainFailedReceive:
+class DrainFailedReceive(HostPatch):
     """`BucketedWeightReceiver.receive_weights` leaves its sender waiting for ever when a bucket cannot be loaded.
 
     The receiver drops the socket on an exception, and the sender's `recv` has no timeout. With the patch the remaining
@@ -103,9 +108,10 @@ class DrainFailedReceive:
     """
 
     target = "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer:BucketedWeightReceiver.receive_weights"
+    parameters = ("self", "on_bucket_received")
 
     @classmethod
-    def apply(cls, module: ModuleType) -> None:
+    def replace(cls, module: ModuleType) -> None:
         original = module.BucketedWeightReceiver.receive_weights
 
         @functools.wraps(original)
@@ -129,4 +135,4 @@ class DrainFailedReceive:
         module.BucketedWeightReceiver.receive_weights = receive_weights
 
 
-ALL = (AppendFileLogger, ReturnCollectiveRpc, DrainFailedReceive, WholeCheckpointTracker)
+PATCHES = (AppendFileLogger, ReturnCollectiveRpc, DrainFailedReceive, WholeCheckpointTracker)

@@ -72,14 +72,13 @@ def expand_batch_to_tokens(
     return x_B.repeat_interleave(counts_B, output_size=num_tokens)
 
 
-def repair_if_needed(device: torch.device) -> bool:
-    """Apply the patch on CPU if the probe finds the bug; return whether the repair is in place."""
+def repair_if_needed(device: torch.device) -> list[str]:
+    """Apply the patch on CPU if the probe finds the bug; return the symbols that are repaired."""
     if device.type != "cpu":
-        return False
-    if vllm_rejection.expand_batch_to_tokens is expand_batch_to_tokens:
-        return True
-    if not ExpandBatchToTokensPatch.is_broken(device):
-        return False
-    ExpandBatchToTokensPatch.apply()
-    logger.info("rl_accel replaced %s (%s)", ExpandBatchToTokensPatch.symbol, ExpandBatchToTokensPatch.issue)
-    return True
+        return []
+    if vllm_rejection.expand_batch_to_tokens is not expand_batch_to_tokens:
+        if not ExpandBatchToTokensPatch.is_broken(device):
+            return []
+        ExpandBatchToTokensPatch.apply()
+        logger.info("rl_accel replaced %s (%s)", ExpandBatchToTokensPatch.symbol, ExpandBatchToTokensPatch.issue)
+    return [ExpandBatchToTokensPatch.symbol]

@@ -21,8 +21,6 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from rl_accel.errors import SpeculationUnsafeError
-from rl_accel.hosts.vllm.exact_sampler import ExactRejectionSampler
-from rl_accel.hosts.vllm.row_identity import StepRows
 from rl_accel.sampling.lossless import chi_square, count_tokens
 
 NUM_REQUESTS = 2000
@@ -122,7 +120,7 @@ def _sample(rejection_sampler: RejectionSampler, draft_token: int, device: torch
         logits_V.repeat(2 * NUM_REQUESTS, 1), metadata.cu_num_draft_tokens, batch
     )
     bonus_B1 = torch.zeros(NUM_REQUESTS, 1, dtype=torch.int32, device=device)
-    if not isinstance(rejection_sampler, ExactRejectionSampler):
+    if not hasattr(rejection_sampler, "verify_for_self_test"):
         return vllm_rejection.rejection_sample(
             metadata.draft_token_ids,
             metadata.num_draft_tokens,
@@ -134,11 +132,7 @@ def _sample(rejection_sampler: RejectionSampler, draft_token: int, device: torch
             batch,
             use_fp64_gumbel=rejection_sampler.use_fp64_gumbel,
         )
-    keys_B = torch.arange(NUM_REQUESTS, device=device)
-    request_T = keys_B.repeat_interleave(2)
-    positions_T = torch.arange(2, device=device).repeat(NUM_REQUESTS)
-    with rejection_sampler.rows.of(StepRows(keys_B, keys_B, request_T, positions_T, request_T)):
-        return rejection_sampler.verify(metadata, logits_TV, bonus_B1, batch)
+    return rejection_sampler.verify_for_self_test(metadata, logits_TV, bonus_B1, batch)
 
 
 def _check_law(output_token_ids: torch.Tensor, draft_token: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rl_accel.hosts.deepspeed.checks import SEAMS, moved_seams
+from rl_accel.comm.hosts.deepspeed.checks import SEAMS, moved_seams
 
 SCRIPT = Path(__file__).with_name("engine_ranks.py")
 CASES = [

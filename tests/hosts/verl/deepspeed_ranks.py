@@ -17,6 +17,7 @@ os.environ["VERL_PLATFORM"] = "cpu"
 os.environ["RL_ACCEL_ACTIVE"] = "1"
 
 import torch
+from rl_accel.hosts.verl.fsdp2_comm import FSDP2CommConfig
 from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.trainer.config import CheckpointConfig
@@ -27,9 +28,8 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.utils.losses import sft_loss
 
 import rl_accel
+from rl_accel.deepspeed.hosts.engine_config import DeepSpeedEngineConfig
 from rl_accel.errors import ConfigError
-from rl_accel.hosts.verl.deepspeed_config import DeepSpeedEngineConfig
-from rl_accel.hosts.verl.fsdp2_comm import FSDP2CommConfig
 
 POLICY = str(Path(rl_accel.__file__).parent / "quickstart" / "policy")
 STEPS = 3

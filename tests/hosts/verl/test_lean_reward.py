@@ -19,7 +19,9 @@ from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManage
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 import rl_accel
-from rl_accel.hosts.verl.lean_rollout import OUR_REWARD, POLL_INTERVAL_S, LocalReward, PatientPolls, ReuseTokenBuilder
+from rl_accel.fast_path.hosts.polling import POLL_INTERVAL_S, AdaptivePolling
+from rl_accel.fast_path.hosts.reward import OUR_REWARD, LocalReward
+from rl_accel.fast_path.hosts.token_builder import ReuseTokenBuilder
 from rl_accel.quickstart.reward import compute_score
 
 
@@ -109,7 +111,7 @@ def test_a_token_builder_is_made_once_for_equal_arguments(tokenizer) -> None:
 
 def test_polls_wait_as_long_as_no_rollout_was_done_before() -> None:
     """Rollouts of 1.0, 0.8 and 1.2 s: the next one is not asked for before 0.48 s, then every 50 ms."""
-    polls = PatientPolls(SimpleNamespace(sample=None, _wait_for_next_poll=None))
+    polls = AdaptivePolling(SimpleNamespace(sample=None, _wait_for_next_poll=None))
     assert polls.interval("train", 0.0) == POLL_INTERVAL_S
     polls._recent["train"] = [8.0, 0.8]
     assert polls.interval("train", 0.0) == POLL_INTERVAL_S, "too few to know"
@@ -133,7 +135,7 @@ def test_polls_of_a_replay_buffer_are_timed_and_results_passed_on() -> None:
         return last_debug_time
 
     buffer.sample, buffer._wait_for_next_poll = sample, wait_for_next_poll
-    polls = PatientPolls(buffer)
+    polls = AdaptivePolling(buffer)
     assert buffer.sample(global_steps=3, partition_id="train", batch_size=2) == (3, "train", 2, 1.5)
     assert buffer.waits == [POLL_INTERVAL_S]
     assert len(polls._recent["train"]) == 1 and polls._recent["train"][0] < 1.0

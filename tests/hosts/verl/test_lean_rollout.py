@@ -11,8 +11,10 @@ import torch
 from omegaconf import OmegaConf
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from rl_accel.hosts.verl import lean_rollout
-from rl_accel.hosts.verl.lean_rollout import COALESCE_S, QUIET_S, AcquireOnce, CoalescePuts, InstantiateDirectly
+from rl_accel.fast_path.hosts.agent_loop import final_output_only
+from rl_accel.fast_path.hosts.batched_put import IDLE_GAP_S, MAX_WAIT_S, BatchedPut
+from rl_accel.fast_path.hosts.instantiate import InstantiateDirectly
+from rl_accel.fast_path.hosts.server_acquire import CachedServerAcquire, has_one_engine
 
 
 class TransferQueue:
@@ -44,8 +46,8 @@ def module(transfer_queue) -> ModuleType:
     """What the agent loop's module is after the patch."""
     module = ModuleType("agent_loop_tq")
     module.tq, module.list_of_dict_to_tensordict = transfer_queue, list_of_dict_to_tensordict
-    CoalescePuts.apply(module)
-    assert CoalescePuts.is_live(module)
+    BatchedPut.apply(module)
+    assert BatchedPut.is_live(module)
     return module
 
 
@@ -84,11 +86,11 @@ def test_concurrent_puts_become_one(module, transfer_queue) -> None:
 def test_a_put_returns_when_its_rows_are_written_and_not_before(module, transfer_queue) -> None:
     async def run():
         waiting = asyncio.create_task(put(module, 1))
-        await asyncio.sleep(QUIET_S / 4)
+        await asyncio.sleep(IDLE_GAP_S / 4)
         joined = asyncio.create_task(put(module, 2))
         while not transfer_queue.puts:
             assert not waiting.done() and not joined.done()
-            await asyncio.sleep(COALESCE_S / 20)
+            await asyncio.sleep(MAX_WAIT_S / 20)
         await asyncio.gather(waiting, joined)
         await put(module, 7)
 
@@ -150,11 +152,11 @@ def test_a_failure_in_one_partition_leaves_the_other_alone(module, transfer_queu
 
 
 def test_puts_that_arrive_during_a_write_are_written(module, transfer_queue) -> None:
-    transfer_queue.latency_s = 2 * COALESCE_S
+    transfer_queue.latency_s = 2 * MAX_WAIT_S
 
     async def run():
         first = asyncio.create_task(put(module, 1))
-        await asyncio.sleep(2 * COALESCE_S)  # it is being written now
+        await asyncio.sleep(2 * MAX_WAIT_S)  # it is being written now
         assert transfer_queue.puts == [] and not first.done()
         late = [asyncio.create_task(put(module, i)) for i in (2, 3)]
         await asyncio.wait_for(asyncio.gather(first, *late), 5)
@@ -167,11 +169,11 @@ def test_puts_that_arrive_during_a_write_are_written(module, transfer_queue) -> 
 @pytest.mark.parametrize("when", ["before the write", "during the write"])
 def test_a_cancelled_put_does_not_stop_the_others(module, transfer_queue, when) -> None:
     """The first caller did the writing for all: cancelled while it gathered, the others waited for ever."""
-    transfer_queue.latency_s = 2 * COALESCE_S
+    transfer_queue.latency_s = 2 * MAX_WAIT_S
 
     async def run():
         puts = [asyncio.create_task(put(module, i)) for i in range(3)]
-        await asyncio.sleep(COALESCE_S / 4 if when == "before the write" else 2 * COALESCE_S)
+        await asyncio.sleep(MAX_WAIT_S / 4 if when == "before the write" else 2 * MAX_WAIT_S)
         assert transfer_queue.puts == []
         puts[0].cancel()
         await asyncio.wait_for(asyncio.gather(*puts[1:]), 5)
@@ -215,7 +217,7 @@ def trainer_config(nodes: int, gpus: int, **rollout: int | None):
     ],
 )
 def test_one_engine_takes_all_gpus(config, expected) -> None:
-    assert lean_rollout.has_one_engine(config) is expected
+    assert has_one_engine(config) is expected
 
 
 def client_module() -> ModuleType:
@@ -237,9 +239,9 @@ def client_module() -> ModuleType:
 
     module = ModuleType("llm_server")
     module.LLMServerClient = LLMServerClient
-    assert not AcquireOnce.is_live(module)
-    AcquireOnce.apply(module)
-    assert AcquireOnce.is_live(module)
+    assert not CachedServerAcquire.is_live(module)
+    CachedServerAcquire.apply(module)
+    assert CachedServerAcquire.is_live(module)
     return module
 
 
@@ -279,7 +281,7 @@ def test_a_refused_or_cancelled_request_for_the_engine_is_not_remembered() -> No
 @pytest.mark.parametrize("field", [{"stop": ["\n\n"]}, {"detokenize": True}])
 def test_requests_that_need_text_are_left_alone(field) -> None:
     params = {"temperature": 0.7, **field}
-    assert lean_rollout.final_output_only(params) is params
+    assert final_output_only(params) is params
     assert params == {"temperature": 0.7, **field}
 
 
@@ -289,7 +291,7 @@ def test_other_requests_ask_vllm_for_one_output_without_text(field) -> None:
 
     params = {"temperature": 0.7, "extra_args": {"rl_accel": {"step": 1}}, **field}
     before = dict(params)
-    accepted = SamplingParams(max_tokens=4, **lean_rollout.final_output_only(params))
+    accepted = SamplingParams(max_tokens=4, **final_output_only(params))
     assert (accepted.detokenize, accepted.output_kind) == (False, RequestOutputKind.FINAL_ONLY)
     assert (accepted.temperature, accepted.extra_args) == (0.7, {"rl_accel": {"step": 1}})
     assert params == before

@@ -9,8 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import replay_buffer as verl_replay_buffer
 
-from rl_accel.hosts.verl import lean_rollout
-from rl_accel.hosts.verl.lean_rollout import PatientPolls, only_collects
+from rl_accel.fast_path.hosts import polling
+from rl_accel.fast_path.hosts.polling import AdaptivePolling, only_collects
 
 BATCH = 8
 
@@ -66,7 +66,7 @@ def seconds_of_a_run(monkeypatch):
     def run(ours: bool, refill: bool, failing: float) -> float:
         clock = Clock()
         rollouts = Rollouts(clock, failing)
-        for module in (verl_replay_buffer, lean_rollout):
+        for module in (verl_replay_buffer, polling):
             monkeypatch.setattr(module, "time", clock)
         monkeypatch.setattr(verl_replay_buffer, "tq", rollouts)
         buffer = verl_replay_buffer.ReplayBuffer(
@@ -81,7 +81,7 @@ def seconds_of_a_run(monkeypatch):
             sync_refill_failed_groups=refill,
         )
         if ours:
-            PatientPolls(buffer)
+            AdaptivePolling(buffer)
         for step in range(10):
             rollouts.start(BATCH)
             batch, _ = buffer.sample(global_steps=step, partition_id="train", batch_size=BATCH)
