@@ -84,7 +84,7 @@ if os.environ.get(ACTIVE_ENV) == "1":
     register_post_import_hook(_register_trainer, "verl.trainer.ppo.v1.trainer_sync")
     register_post_import_hook(_attach_to_fsdp2, "verl.workers.engine.fsdp.transformer_impl")
     register_post_import_hook(_patch("AppendFileLogger"), "verl.utils.tracking")
-    register_post_import_hook(_patch("WholeCheckpointTracker"), "verl.trainer.ppo.v1.trainer_base")
+    register_post_import_hook(_patch("CheckpointTracker"), "verl.trainer.ppo.v1.trainer_base")
     register_post_import_hook(_patch("ReturnCollectiveRpc"), "verl.workers.rollout.vllm_rollout.vllm_async_server")
     register_post_import_hook(
         _patch("DrainFailedReceive"), "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer"

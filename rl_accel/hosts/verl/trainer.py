@@ -26,6 +26,7 @@ from rl_accel.errors import NotLiveError
 from rl_accel.hosts.verl import metrics as rollout_metrics
 from rl_accel.hosts.verl.draft_history import DraftHistory
 from rl_accel.hosts.verl.lean_rollout import PatientPolls
+from rl_accel.hosts.verl.patches import CheckpointTracker
 from rl_accel.hosts.verl.prepare import TRAINER_NAME, accel_block
 from rl_accel.hosts.verl.watchdog import call_within
 
@@ -44,6 +45,7 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         self._draft_metrics: dict[str, float] = {}
         self.draft_history = DraftHistory(self)
         self.resumed_from_step = -1
+        self._checkpoint_pending = False
 
     @property
     def trainer_mode(self) -> str:
@@ -64,8 +66,23 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         self.draft_history.on_step_end()
 
     def _save_checkpoint(self) -> None:
-        self.draft_history.save()  # first: verl names the checkpoint the latest one when it is done
+        self.draft_history.save()
         super()._save_checkpoint()
+        self._checkpoint_pending = True
+
+    def _complete_checkpoint(self) -> None:
+        """Called when a step is logged; until then a resumed run starts from the checkpoint before, and logs it."""
+        if self._checkpoint_pending:
+            self._checkpoint_pending = False
+            CheckpointTracker.complete(self.config.trainer.default_local_dir)
+
+    def on_step_begin(self) -> None:
+        self._complete_checkpoint()
+        super().on_step_begin()
+
+    def _shutdown_dump_executor(self) -> None:  # what verl calls when the last step is logged
+        self._complete_checkpoint()
+        super()._shutdown_dump_executor()
 
     def on_sample_end(self) -> None:
         self._spec_counts = rollout_metrics.sum_counts(self._engine_rpc("rl_accel_drain_spec_stats"))
