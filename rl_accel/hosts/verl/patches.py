@@ -52,11 +52,12 @@ class AppendFileLogger(HostPatch):
         module.FileLogger.__init__ = init
 
 
-class WholeCheckpointTracker(HostPatch):
+class CheckpointTracker(HostPatch):
     """`PPOTrainer._save_checkpoint` truncates `latest_checkpointed_iteration.txt` and then writes it: a run that is
-    killed or finds its disk full in between leaves an empty file, with which verl does not resume.
+    killed or finds its disk full in between leaves an empty file, with which verl does not resume. And it does so
+    before the step's metrics are logged: a run that is killed in between never logs that step.
 
-    Written beside and renamed instead, by an `open` of the module's own.
+    Written beside instead, by an `open` of the module's own; the trainer calls `complete` when the step is logged.
     """
 
     target = "verl.trainer.ppo.v1.trainer_base:PPOTrainer._save_checkpoint"
@@ -67,12 +68,10 @@ class WholeCheckpointTracker(HostPatch):
     def replace(cls, module: ModuleType) -> None:
         @contextlib.contextmanager
         def replacing(path: str) -> Iterator[TextIO]:
-            partial = f"{path}.partial"
-            with open(partial, "w") as file:
+            with open(f"{path}.pending", "w") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
 
         def open_whole(path, mode="r", *args, **kwargs):
             if mode == "w" and os.path.basename(path) == cls.file_name:
@@ -80,6 +79,13 @@ class WholeCheckpointTracker(HostPatch):
             return open(path, mode, *args, **kwargs)
 
         module.open = open_whole
+
+    @classmethod
+    def complete(cls, folder: str) -> None:
+        """Name the checkpoint that was saved last in `folder` the latest one."""
+        path = os.path.join(folder, cls.file_name)
+        if os.path.exists(f"{path}.pending"):  # not with `checkpoint.async_save`, which has trackers of its own
+            os.replace(f"{path}.pending", path)
 
     @classmethod
     def is_live(cls, module: ModuleType) -> bool:
@@ -135,4 +141,4 @@ class DrainFailedReceive(HostPatch):
         module.BucketedWeightReceiver.receive_weights = receive_weights
 
 
-PATCHES = (AppendFileLogger, ReturnCollectiveRpc, DrainFailedReceive, WholeCheckpointTracker)
+PATCHES = (AppendFileLogger, ReturnCollectiveRpc, DrainFailedReceive, CheckpointTracker)

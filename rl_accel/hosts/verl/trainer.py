@@ -25,6 +25,7 @@ from rl_accel.errors import NotLiveError
 from rl_accel.feature import Trainer
 from rl_accel.hosts.verl import engines
 from rl_accel.hosts.verl import metrics as rollout_metrics
+from rl_accel.hosts.verl.patches import CheckpointTracker
 from rl_accel.hosts.verl.prepare import TRAINER_NAME, accel_block
 
 
@@ -46,6 +47,7 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         self._group_count: dict[int, int] = {}
         self._drained: dict[str, Any] = {"counts": {}, "metrics": {}}
         self.resumed_from_step = -1
+        self._checkpoint_pending = False
         self.engines = engines.RolloutEngines(self)
         self.features: list[Trainer] = [
             feature.role("trainer")(feature, self.accel.settings[feature.name], self)
@@ -84,9 +86,24 @@ class AcceleratedTrainerSync(PPOTrainerSync):
 
     def _save_checkpoint(self) -> None:
         for feature in self.features:
-            feature.save()  # first: verl names the checkpoint the latest one when it is done
+            feature.save()
         self._remove_orphans()
         super()._save_checkpoint()
+        self._checkpoint_pending = True
+
+    def _complete_checkpoint(self) -> None:
+        """Called when a step is logged; until then a resumed run starts from the checkpoint before, and logs it."""
+        if self._checkpoint_pending:
+            self._checkpoint_pending = False
+            CheckpointTracker.complete(self.config.trainer.default_local_dir)
+
+    def on_step_begin(self) -> None:
+        self._complete_checkpoint()
+        super().on_step_begin()
+
+    def _shutdown_dump_executor(self) -> None:  # what verl calls when the last step is logged
+        self._complete_checkpoint()
+        super()._shutdown_dump_executor()
 
     def _remove_orphans(self) -> None:
         """Remove what features saved in checkpoints that verl has removed."""

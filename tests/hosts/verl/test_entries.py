@@ -40,15 +40,21 @@ def test_trainers_that_are_not_served_say_so_before_ray_starts(tmp_path, module,
 
 
 def test_a_killed_save_leaves_the_last_checkpoint_to_resume_from(tmp_path):
-    """verl truncates the file that names the latest checkpoint before it writes it."""
+    """verl truncates the file that names the latest checkpoint before it writes it, and writes it before the step is
+    logged."""
     code = f"""
         import os
         from verl.trainer.ppo.v1 import trainer_base
         from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
+        from rl_accel.hosts.verl.patches import CheckpointTracker
         path = {str(tmp_path)!r} + "/latest_checkpointed_iteration.txt"
         os.makedirs({str(tmp_path)!r} + "/global_step_2")
         with trainer_base.open(path, "w") as file:
             file.write("2")
+        CheckpointTracker.complete({str(tmp_path)!r})
+        with trainer_base.open(path, "w") as file:
+            file.write("4")  # and the kill before the step is logged
+        assert find_latest_ckpt_path({str(tmp_path)!r}).endswith("global_step_2")
         try:
             with trainer_base.open(path, "w") as file:
                 raise KeyboardInterrupt  # where the kill falls between the truncation and the number
