@@ -43,7 +43,7 @@ class AccelConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     settings: Mapping[str, Any] = field(default_factory=lambda: {n: f.config() for n, f in features().items()})
-    """Feature -> its settings. `accel.draft` is short for `accel.settings["draft"]`, `accel.seed` for
+    """Feature -> its settings. An attribute is looked for here first and then in `run`: `accel.seed` is
     `accel.run.seed`."""
 
     def __getattr__(self, name: str) -> Any:

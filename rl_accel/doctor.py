@@ -27,7 +27,6 @@ from rl_accel.hosts import versions
 from rl_accel.hosts.verl import ACTIVE_ENV, prepare
 from rl_accel.probing import run_probe
 
-DEFAULT_SETTINGS = ("rl_accel.sampling.exact=true", "rl_accel.draft.method=ngram")
 POLICY = Path(__file__).parent / "quickstart" / "policy"
 
 
@@ -103,6 +102,10 @@ def _print(report: dict[str, Any]) -> None:
         print(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']}  {check['detail']}".rstrip())
 
 
+def _default_settings() -> list[str]:
+    return [f"rl_accel.{name}.{setting}" for name, feature in features().items() for setting in feature.try_out]
+
+
 def _chosen(settings: list[str]) -> Any:
     """Read `rl_accel.group.name=value` and return the block rl_accel.
 
@@ -112,7 +115,7 @@ def _chosen(settings: list[str]) -> Any:
     for text in settings:
         if not text.startswith("rl_accel.") or "=" not in text:
             hint = f" Did you mean rl_accel.{text}?" if "=" in text else ""
-            raise ConfigError(f"{text}: the doctor takes rl_accel.* settings, as rl_accel.draft.method=das.{hint}")
+            raise ConfigError(f"{text}: the doctor takes rl_accel.* settings, as {_default_settings()[0]}.{hint}")
     try:
         chosen = OmegaConf.to_container(OmegaConf.from_dotlist(settings), resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
@@ -125,7 +128,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m rl_accel.doctor", description=__doc__.split("\n\n")[1])
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--model", default=str(POLICY), help="policy to start the engine with")
-    parser.add_argument("settings", nargs="*", metavar="rl_accel.*=VALUE", default=list(DEFAULT_SETTINGS))
+    parser.add_argument("settings", nargs="*", metavar="rl_accel.*=VALUE", default=_default_settings())
     arguments = parser.parse_args(argv)
     try:
         accel = AccelConfig.from_mapping(_chosen(arguments.settings))

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rl_accel import data, machine, processes, recipes
 from rl_accel.errors import ConfigError, RLAccelError, RunFailedError
 from rl_accel.hosts import versions
-from rl_accel.hosts.verl import prepare
+from rl_accel.hosts.verl import launch, prepare
 from rl_accel.progress import Progress
 from rl_accel.run_folder import RunFolder, default_path, is_disk_error, provenance
 
@@ -126,12 +126,9 @@ def _make_data(config: DictConfig, folder: RunFolder) -> None:
 
 
 def _run_verl(config: DictConfig, folder: RunFolder) -> None:
-    # Imported here: verl reads its platform from the environment when it is imported, and takes seconds.
-    from verl.trainer.main_ppo import main as verl_main
-
     progress = Progress(folder.metrics, config.trainer.total_training_steps)
     try:
-        verl_main.__wrapped__(config)
+        launch.run(config)
     finally:
         progress.close()
 

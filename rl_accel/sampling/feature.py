@@ -9,6 +9,7 @@ FEATURE = Feature(
     config=SamplingConfig,
     samples=True,
     claims=frozenset({"vllm.sampler"}),
+    try_out=("exact=true",),
     engine="rl_accel.sampling.hosts.engine:SamplingEngine",
     probe="rl_accel.sampling.hosts.probe:SamplingProbe",
 )

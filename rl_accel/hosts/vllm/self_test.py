@@ -21,7 +21,7 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from rl_accel.errors import SpeculationUnsafeError
-from rl_accel.sampling.lossless import chi_square, count_tokens
+from rl_accel.lossless import chi_square, count_tokens
 
 NUM_REQUESTS = 2000
 """Requests of two draft tokens per hostile draft; finds a total-variation distance of about 0.1."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from rl_accel.sampling import lossless
+from rl_accel import lossless
 
 
 @settings(max_examples=200, deadline=None)
