@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rl_accel.config import leaves
 from rl_accel.errors import ConfigError
 
+_MAX_BRACKETS = 100
 _MAX_BYTES = 2**22
 """Of config.yaml, which has about 30 KB."""
 _FREE = (
@@ -90,8 +91,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Not the one in C, which follows deep nesting until its stack ends; and without aliases, which can stand for more
-    than fits into memory."""
+    """Not the one in C, which follows deep nesting until its stack ends; without aliases, which can stand for more than
+    fits into memory, and without many open brackets, each of which makes it look at all the others again."""
+
+    def fetch_flow_collection_start(self, token_class):
+        if self.flow_level >= _MAX_BRACKETS:
+            raise ValueError(f"more than {_MAX_BRACKETS} brackets are open")
+        super().fetch_flow_collection_start(token_class)
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):

@@ -414,6 +414,9 @@ def test_a_few_bytes_of_yaml_do_not_become_gigabytes(folders):
     (folders / "config.yaml").write_text("a0: &a0 [lol]\n" + levels)
     with pytest.raises(CompareError, match="aliases"):
         read_config(folders / "config.yaml")
+    (folders / "config.yaml").write_text("a: " + "[" * 101)
+    with pytest.raises(CompareError, match="more than 100 brackets are open"):
+        read_config(folders / "config.yaml")
     for text in (
         "[" * 100_000,
         "a: " * 100_000,
