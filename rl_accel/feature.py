@@ -71,6 +71,8 @@ class Feature:
     max_probs_diff: float = 0.1
     min_pearson: float = 0.9
     """What it may do to the probabilities of sampled tokens in engine and trainer before a run is stopped."""
+    free: tuple[str, ...] = ()
+    """Settings that a resumed run may change without a word of permission."""
     try_out: tuple[str, ...] = ()
     """Settings with which the doctor tries it where it was not told any."""
     driver: str = ""

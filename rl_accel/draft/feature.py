@@ -45,6 +45,7 @@ FEATURE = Feature(
         Metric("history_not_saved", "engines", "sum", "since the start: snapshots not written, or not visible"),
         Metric("history_not_shared", "segments", "sum", "since the start: segments that an engine did not take"),
     ),
+    free=("record",),
     try_out=("method=ngram",),
     driver="rl_accel.draft.hosts.driver:DraftDriver",
     engine="rl_accel.draft.hosts.engine:DraftEngine",

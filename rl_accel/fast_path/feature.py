@@ -19,6 +19,7 @@ FEATURE = Feature(
     name="fast_path",
     title="fast path of rollouts",
     config=FastPathConfig,
+    free=("enable",),
     driver="rl_accel.fast_path.hosts.driver:FastPathDriver",
     agent_loop="rl_accel.fast_path.hosts.agent_loop:FastAgentLoop",
     trainer="rl_accel.fast_path.hosts.trainer:FastPathTrainer",

@@ -8,6 +8,7 @@ FEATURE = Feature(
     title="watched weight sync",
     config=SyncConfig,
     model_runners=("V1", "V2"),
+    free=("timeout_s", "readback"),
     metrics=(
         Metric("seconds", "s", "max", "the last weight sync, as the engine saw it"),
         Metric("bytes", "bytes", "max", "of the last weight sync; CPU only"),

@@ -22,18 +22,19 @@ def seen(module: ModuleType) -> None:
 
 
 class NamePatch(HostPatch):
-    """Something harmless of verl is replaced, which the log of the run shows."""
+    """Something harmless of verl is replaced, which the metrics of the run show."""
 
-    target = "verl.utils.tracking:FileLogger.finish"
-    parameters = ("self",)
+    target = "verl.utils.tracking:FileLogger.log"
+    parameters = ("self", "data", "step")
 
     @classmethod
     def replace(cls, module: ModuleType) -> None:
-        def finish(self) -> None:
-            print("the toy closes the log", flush=True)
-            self.fp.close()
+        original = module.FileLogger.log
 
-        module.FileLogger.finish = finish
+        def log(self, data, step):
+            original(self, {**data, "toy/patched": float(module.toy_was_here)}, step)
+
+        module.FileLogger.log = log
 
 
 PATCHES = (NamePatch,)
