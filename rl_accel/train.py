@@ -16,7 +16,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from rl_accel import data, machine, processes, recipes
+from rl_accel import data, flags, machine, processes, recipes
 from rl_accel.errors import ConfigError, RLAccelError, RunFailedError
 from rl_accel.hosts import versions
 from rl_accel.hosts.verl import launch, prepare
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__.splitlines()[0]}\n\nrecipes: {', '.join(recipes.names())}")
         print(f"trainers: {', '.join(recipes.trainer_names())}")
+        print(f"settings of rl_accel and their defaults (recipes set some):\n{flags.page()}" if argv else "")
         return 0 if argv else 2
     signal.signal(signal.SIGTERM, _interrupt)
     mark = processes.mark_children()

@@ -8,7 +8,7 @@
     drafter.close_epoch(epoch=0)
 
 The index finds likely continuations (`index.py`), the planner decides how many are worth their price (`planner.py`).
-Without `observe_pass` prices are unknown and drafts run up to their caps. Not thread-safe. Host: `hosts/vllm/das.py`.
+Without `observe_pass` prices are unknown and drafts run up to their caps. Not thread-safe. Host: `hosts/proposer.py`.
 """
 
 from __future__ import annotations

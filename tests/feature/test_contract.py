@@ -8,12 +8,13 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import rl_accel
-from rl_accel import feature
+from rl_accel import feature, flags
 from rl_accel.config import AccelConfig
 from rl_accel.errors import ConfigError
 
@@ -112,3 +113,25 @@ def test_a_lossy_feature_has_to_be_permitted():
     with pytest.raises(ConfigError, match=r"rl_accel\.comm .*lossy.*rl_accel\.allow_lossy=true"):
         AccelConfig.from_mapping({"comm": {"enable": True}}).check()
     AccelConfig.from_mapping({"comm": {"enable": True}, "allow_lossy": True}).check()
+
+
+def test_the_page_of_metrics_is_that_of_the_tables():
+    """`python scripts/make_docs.py` writes it."""
+    sys.path.insert(0, str(PACKAGE.parent / "scripts"))
+    try:
+        import make_docs
+    finally:
+        sys.path.pop(0)
+    assert make_docs.TARGET.read_text() == make_docs.metrics_page()
+
+
+def test_help_lists_every_setting_with_its_default_and_meaning():
+    found = {name: (default, meaning) for name, default, meaning in flags.flags()}
+    for name, described in feature.features().items():
+        for setting in fields(described.config):
+            assert found[f"rl_accel.{name}.{setting.name}"][1], f"rl_accel.{name}.{setting.name} has no text under it"
+    assert found["rl_accel.seed"][0] == "0" and found["rl_accel.comm.weight_bits"] == ("4", "4, 8 or 16.")
+    assert (
+        found["rl_accel.fast_path.enable"][0] == "true" and found["rl_accel.draft.num_speculative_tokens"][0] == "null"
+    )
+    assert "rl_accel.draft.window=8\n" in flags.page()

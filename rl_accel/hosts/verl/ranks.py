@@ -41,6 +41,7 @@ class Ranks:
             f"rl_accel/{name}/{metric}": [float(value)]
             for name, role in self.roles.items()
             for metric, value in role.metrics().items()
+            if features()[name].metric(metric)
         }
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
