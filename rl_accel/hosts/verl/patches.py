@@ -10,11 +10,14 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TextIO
 
 logger = logging.getLogger(__name__)
+
+RUN_ENV = "RL_ACCEL_RUN"
+"""A random name of the run, in all of its processes."""
 
 
 class AppendFileLogger:
@@ -135,4 +138,33 @@ class DrainFailedReceive:
         module.BucketedWeightReceiver.receive_weights = receive_weights
 
 
-ALL = (AppendFileLogger, ReturnCollectiveRpc, DrainFailedReceive, CheckpointTracker)
+class SocketOfThisRun:
+    """Sender and receiver of weights meet at a path in /tmp that names the Ray job, and the first job of every Ray
+    cluster has the same id: of two trainings on a machine one is left waiting for ever, or loads the other's weights.
+
+    The path gets a part that `prepare.py` draws for every run. Upstream: verl-project/verl#6233, whose mend (#6246) was
+    the job id.
+    """
+
+    target = "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer:BucketedWeightSender.__init__"
+    prefix, suffix = "ipc:///tmp/rl-colocate-zmq-", ".sock"
+
+    @classmethod
+    def apply(cls, module: ModuleType) -> None:
+        for name in ("BucketedWeightSender", "BucketedWeightReceiver"):
+            owner = getattr(module, name)
+            owner.__init__ = cls._with_own_path(owner.__init__)
+
+    @classmethod
+    def _with_own_path(cls, original: Callable) -> Callable:
+        @functools.wraps(original)
+        def init(self, zmq_handle: str, *args, **kwargs) -> None:
+            run = os.environ.get(RUN_ENV)
+            if run and zmq_handle.startswith(cls.prefix) and zmq_handle.endswith(cls.suffix):
+                zmq_handle = f"{zmq_handle.removesuffix(cls.suffix)}-{run}{cls.suffix}"
+            original(self, zmq_handle, *args, **kwargs)
+
+        return init
+
+
+ALL = (AppendFileLogger, ReturnCollectiveRpc, DrainFailedReceive, CheckpointTracker, SocketOfThisRun)

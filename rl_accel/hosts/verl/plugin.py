@@ -89,6 +89,7 @@ if os.environ.get(ACTIVE_ENV) == "1":
     register_post_import_hook(
         _patch("DrainFailedReceive"), "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer"
     )
+    register_post_import_hook(_patch("SocketOfThisRun"), "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer")
     register_post_import_hook(_lean("InstantiateDirectly"), "verl.experimental.agent_loop.agent_loop")
     register_post_import_hook(_lean("ReuseTokenBuilder"), "verl.experimental.agent_loop.agent_loop")
     register_post_import_hook(_lean("CoalescePuts"), "verl.trainer.ppo.v1.agent_loop_tq")

@@ -21,6 +21,7 @@ from rl_accel.config import AccelConfig, CommConfig, DeepSpeedConfig
 from rl_accel.errors import ConfigError
 from rl_accel.hosts import versions
 from rl_accel.hosts.verl import checks, deepspeed_checks, deepspeed_settings, model_files
+from rl_accel.hosts.verl.patches import RUN_ENV
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ def _set_worker_environment(config: DictConfig, accel: AccelConfig) -> None:
     }
     ray_init = config.ray_kwargs.ray_init
     runtime_env = OmegaConf.to_container(ray_init.get("runtime_env") or OmegaConf.create({}), resolve=True)
-    ours = {"RL_ACCEL_ACTIVE": "1"}
+    ours = {"RL_ACCEL_ACTIVE": "1", RUN_ENV: os.urandom(4).hex()}
     if _needs_v1_runner(config, accel):
         ours["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         logger.info(
