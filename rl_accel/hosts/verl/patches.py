@@ -10,10 +10,11 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TextIO
 
+from rl_accel.hosts.verl import RUN_ENV
 from rl_accel.patching import HostPatch
 
 logger = logging.getLogger(__name__)
@@ -141,4 +142,34 @@ class DrainFailedReceive(HostPatch):
         module.BucketedWeightReceiver.receive_weights = receive_weights
 
 
-PATCHES = (AppendFileLogger, ReturnCollectiveRpc, DrainFailedReceive, CheckpointTracker)
+class SocketOfThisRun(HostPatch):
+    """Sender and receiver of weights meet at a path in /tmp that names the Ray job, and the first job of every Ray
+    cluster has the same id: of two trainings on a machine one is left waiting for ever, or loads the other's weights.
+
+    The path gets a part that `prepare.py` draws for every run. The host's own mend was the job id.
+    """
+
+    target = "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer:BucketedWeightSender.__init__"
+    issue = "https://github.com/verl-project/verl/issues/6233"
+    parameters = ("self", "zmq_handle")
+    prefix, suffix = "ipc:///tmp/rl-colocate-zmq-", ".sock"
+
+    @classmethod
+    def replace(cls, module: ModuleType) -> None:
+        for name in ("BucketedWeightSender", "BucketedWeightReceiver"):
+            owner = getattr(module, name)
+            owner.__init__ = cls._with_own_path(owner.__init__)
+
+    @classmethod
+    def _with_own_path(cls, original: Callable) -> Callable:
+        @functools.wraps(original)
+        def init(self, zmq_handle: str, *args, **kwargs) -> None:
+            run = os.environ.get(RUN_ENV)
+            if run and zmq_handle.startswith(cls.prefix) and zmq_handle.endswith(cls.suffix):
+                zmq_handle = f"{zmq_handle.removesuffix(cls.suffix)}-{run}{cls.suffix}"
+            original(self, zmq_handle, *args, **kwargs)
+
+        return init
+
+
+PATCHES = (AppendFileLogger, ReturnCollectiveRpc, DrainFailedReceive, CheckpointTracker, SocketOfThisRun)

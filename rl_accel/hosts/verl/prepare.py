@@ -19,7 +19,7 @@ from rl_accel.config import AccelConfig
 from rl_accel.errors import ConfigError
 from rl_accel.feature import Driver, features
 from rl_accel.hosts import versions
-from rl_accel.hosts.verl import ACTIVE_ENV, checks, training_roles
+from rl_accel.hosts.verl import ACTIVE_ENV, RUN_ENV, checks, training_roles
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def _set_worker_environment(config: DictConfig, accel: AccelConfig) -> None:
     }
     ray_init = config.ray_kwargs.ray_init
     runtime_env = OmegaConf.to_container(ray_init.get("runtime_env") or OmegaConf.create({}), resolve=True)
-    ours = {ACTIVE_ENV: ",".join(feature.name for feature in accel.enabled())}
+    ours = {ACTIVE_ENV: ",".join(feature.name for feature in accel.enabled()), RUN_ENV: os.urandom(4).hex()}
     if _needs_v1_runner(config, accel):
         ours["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         logger.info(

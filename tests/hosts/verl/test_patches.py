@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_the_probe_finds_every_hook_live():
     live = json.loads(
         in_fresh_process("import json; from rl_accel.hosts.verl.probe import probe; print(json.dumps(probe()))")
     )
-    assert len(live) == 12
+    assert len(live) == 13
     assert all(live.values()), live
 
 
@@ -105,6 +106,44 @@ def test_a_failing_receiver_lets_its_sender_finish(tmp_path):
 def test_without_the_patch_the_sender_waits_for_ever(tmp_path):
     """The bug that the patch is for; if this fails, verl has mended it and the patch can go."""
     assert "sent" not in in_fresh_process(TRANSFER.format(folder=tmp_path), RL_ACCEL_ACTIVE="")
+
+
+TWO_RUNS = """
+    import asyncio, pathlib, sys, threading, time, torch
+    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver, BucketedWeightSender
+    folder, own, other = pathlib.Path({folder!r}), {own!r}, {other!r}
+    handle = "ipc:///tmp/rl-colocate-zmq-{job}-replica-0-rank-0.sock"
+
+    def send():
+        asyncio.run(sender.async_send_weights(iter([("layer", torch.full((10,), float(own)))])))
+
+    sender = BucketedWeightSender(handle, bucket_size_mb=1, use_shm=True)
+    bind = sender._init_socket
+    sender._init_socket = lambda: (bind(), (folder / own).touch())
+    threading.Thread(target=send, daemon=True).start()
+    while not (folder / other).exists():
+        time.sleep(0.01)
+    seen = []
+    BucketedWeightReceiver(handle, torch.device("cpu"), use_shm=True).receive_weights(
+        on_bucket_received=lambda bucket, is_last: seen.extend(float(weight[0]) for _, weight in bucket)
+    )
+    print(seen, flush=True)
+    import os; os._exit(0)
+"""
+
+
+def test_two_runs_on_a_machine_do_not_take_each_others_weights(tmp_path):
+    """Both senders are there before a receiver is. Without the patch, the second sender takes the first one's place."""
+    with ThreadPoolExecutor() as pool:
+        answers = [
+            pool.submit(
+                in_fresh_process,
+                TWO_RUNS.format(folder=str(tmp_path), own=own, other=other, job=os.getpid()),
+                RL_ACCEL_RUN=f"run{own}",
+            )
+            for own, other in (("1", "2"), ("2", "1"))
+        ]
+        assert [answer.result() for answer in answers] == ["[1.0]", "[2.0]"]
 
 
 def test_the_watchdog_turns_a_stuck_call_into_an_error():

@@ -85,7 +85,7 @@ def test_vllms_default_runner_is_given_up_only_where_something_needs_it(make_con
     with caplog.at_level("INFO", "rl_accel"):
         prepare(config)
     environment = config.ray_kwargs.ray_init.runtime_env.env_vars
-    assert "sync" in environment.RL_ACCEL_ACTIVE.split(",")
+    assert "sync" in environment.RL_ACCEL_ACTIVE.split(",") and len(environment.RL_ACCEL_RUN) == 8
     assert environment.get("VLLM_USE_V2_MODEL_RUNNER") == ("0" if forced else None)
     assert ("gives up V2" in caplog.text) == forced
 
