@@ -46,17 +46,20 @@ class HostPatch:
         return found
 
     @classmethod
-    def apply(cls, module: ModuleType) -> None:
+    def apply(cls, owner: Any) -> None:
         """Put the replacement in place.
+
+        Args:
+            owner: the module of the host, or an instance of its class where only that shall be changed.
 
         Raises:
             RLAccelError: if this or another patch replaced it before, or the symbol is not the one that was tested.
         """
-        applied = module.__dict__.setdefault("_rl_accel_patches", {})
+        applied = vars(owner).setdefault("_rl_accel_patches", {})
         if holder := applied.get(cls.target):
             raise RLAccelError(f"{cls.target} is replaced by {holder} already; {cls.__name__} would replace it again")
-        cls.check_signature(module)
-        cls.replace(module)
+        cls.check_signature(owner if isinstance(owner, ModuleType) else None)
+        cls.replace(owner)
         applied[cls.target] = cls.__name__
 
     @classmethod
@@ -73,7 +76,7 @@ class HostPatch:
             )
 
     @classmethod
-    def replace(cls, module: ModuleType) -> None:
+    def replace(cls, owner: Any) -> None:
         raise NotImplementedError
 
     @classmethod

@@ -318,7 +318,7 @@ def state(worker) -> dict:
         "slots": len(proposer.drafter),
         "scheduled": len(scheduler.requests),
         "blocks_in_use": scheduler.kv_cache_manager.usage,
-        "faults": runner.rl_accel_faults.counts,
+        "faults": dict(runner.rl_accel_faults.counts),
         "counts": runner.rl_accel_spec_stats.drain(),
         "live": runner.rl_accel_live,
     }

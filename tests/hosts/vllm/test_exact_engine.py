@@ -23,7 +23,7 @@ VOCAB_SIZE = 300
 NUM_REQUESTS = 48
 MAX_TOKENS = 64
 MODES = ("stock", "plain", "plain7", "plain_seed8", "ngram")
-MASKS = [f"vllm.v1.worker.gpu_input_batch.InputBatch.{name}" for name in ("add_request", "swap_states")]
+MASKS = [f"vllm.v1.worker.gpu_input_batch:InputBatch.{name}" for name in ("add_request", "swap_states")]
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
@@ -380,14 +380,14 @@ def test_off_means_off_and_on_means_live(engines):
     assert results["stock"]["live"] is None and results["stock"]["wrapped"] == []
     assert results["plain"]["live"] == {
         "model_runner": "V1",
-        "repairs": [*MASKS, "vllm.v1.worker.gpu_model_runner.GPUModelRunner._bookkeeping_sync"],
+        "repairs": [*MASKS, "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync"],
         "self_test": "not needed",
         "features": {"sampling": True, "sync": True},
     }
     ngram = results["ngram"]["live"]
     assert ngram["features"] == {"sampling": True, "draft": "ngram", "sync": True} and ngram["self_test"] == "passed"
-    assert ngram["repairs"][0] == "vllm.v1.sample.rejection_sampler.expand_batch_to_tokens"
-    assert ngram["repairs"][-1] == "vllm.v1.sample.rejection_sampler.RejectionSampler.forward"
+    assert ngram["repairs"][0] == "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens"
+    assert ngram["repairs"][-1] == "vllm.v1.sample.rejection_sampler:RejectionSampler.forward"
 
 
 def main() -> None:
