@@ -68,7 +68,7 @@ class AccelConfig:
             if key not in own and key not in features():
                 raise ConfigError(unknown("rl_accel", key, [*own, *features()], what="setting"))
         run = build(RunConfig, {key: values[key] for key in own if key in values}, "rl_accel")
-        settings = {
+        settings: dict[str, Any] = {
             name: build(feature.config, values.get(name, {}), f"rl_accel.{name}")
             for name, feature in features().items()
         }

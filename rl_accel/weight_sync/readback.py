@@ -36,8 +36,9 @@ def used_weight(module: torch.nn.Module) -> torch.Tensor | None:
     kernel = getattr(module, "cpu_linear", None)
     if kernel is None:
         return None
-    in_features = getattr(module, "input_size_per_partition", None) or module.weight.shape[1]
-    return kernel(torch.eye(in_features), module.weight, None).T.float()
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    in_features = int(getattr(module, "input_size_per_partition", None) or weight.shape[1])
+    return kernel(torch.eye(in_features), weight, None).T.float()
 
 
 def readback_error(

@@ -131,7 +131,7 @@ class _Weights:
             self._watch.look()
 
 
-def attach(module: FSDPModule, config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> Handle:
+def attach(module: Any, config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> Handle:
     """Attach to the root module of FSDP2; see `rl_accel.comm.attach`. Collective over the mesh."""
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
@@ -191,7 +191,7 @@ def _hook(module: Any, optimizer: Any, handle: Handle, weights: _Weights) -> Non
         handle.on_detach(hook.remove)
 
 
-def _mesh_group(module: FSDPModule) -> tuple[dist.ProcessGroup, torch.device]:
+def _mesh_group(module: Any) -> tuple[dist.ProcessGroup, torch.device]:
     meshes = {parameter.device_mesh for parameter in module.parameters() if isinstance(parameter, DTensor)}
     if len(meshes) != 1:
         raise CommError(f"4-bit communication needs all parameters on one device mesh; found {len(meshes)}")

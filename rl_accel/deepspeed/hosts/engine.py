@@ -49,6 +49,18 @@ class DeepSpeedMixin:
 
     ds_engine: Any = None
     """None for a forward-only engine below ZeRO-3, which is a plain module on every rank."""
+    # verl's, of the class that this is mixed into
+    model_config: Any
+    engine_config: Any
+    optimizer_config: Any
+    checkpoint_config: Any
+    _build_module: Any
+    _build_optimizer: Any
+    _build_lr_scheduler: Any
+    _is_offload_param: bool
+    _is_offload_optimizer: bool
+    checkpoint_manager: Any
+
     ranks: Ranks | None = None
     """Features that act on this rank; None where there is no optimizer."""
 

@@ -107,4 +107,5 @@ def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(values: Any) -> dict[str, Any]:
-    return OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else dict(values)
+    plain: Any = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else dict(values)
+    return plain

@@ -374,7 +374,7 @@ def tokenizer_fingerprint(model_config: Any) -> int:
 def _stop_token_ids(model_config: Any) -> list[int]:
     stops = getattr(model_config.hf_text_config, "eos_token_id", None)
     generation = model_config.try_get_generation_config().get("eos_token_id")
-    found = set()
+    found: set[int] = set()
     for value in (stops, generation):
         found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     return sorted(int(token) for token in found)

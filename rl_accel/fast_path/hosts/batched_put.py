@@ -19,7 +19,7 @@ class BatchedPut(HostPatch):
     target = "verl.trainer.ppo.v1.agent_loop_tq:tq"
 
     @classmethod
-    def replace(cls, module: ModuleType) -> None:
+    def replace(cls, module: Any) -> None:
         module.tq = _BatchingQueue(module.tq, module.list_of_dict_to_tensordict)
         module.list_of_dict_to_tensordict = lambda fields: fields
 

@@ -14,7 +14,7 @@ class InstantiateDirectly(HostPatch):
     target = "verl.experimental.agent_loop.agent_loop:hydra"
 
     @classmethod
-    def replace(cls, module: ModuleType) -> None:
+    def replace(cls, module: Any) -> None:
         from hydra.utils import get_class, instantiate
 
         def direct(config: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ class ReuseTokenBuilder(HostPatch):
     target = "verl.experimental.agent_loop.agent_loop:create_continuous_token_builder"
 
     @classmethod
-    def replace(cls, module: ModuleType) -> None:
+    def replace(cls, module: Any) -> None:
         create = module.create_continuous_token_builder
         made: list[tuple[Any, dict[str, Any], Any]] = []
 

@@ -136,8 +136,8 @@ def _check_lengths(config: DictConfig) -> None:
     """All lengths in tokens."""
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
     limit = model_files.max_position_embeddings(config)
-    longest = rollout.max_model_len or limit
-    if limit is not None and longest > limit:
+    longest: int | None = rollout.max_model_len or limit
+    if limit is not None and longest is not None and longest > limit:
         raise ConfigError(
             f"actor_rollout_ref.rollout.max_model_len={longest}: the model has {limit} positions "
             "(max_position_embeddings)"

@@ -9,7 +9,7 @@ return its answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -19,7 +19,7 @@ from rl_accel.feature import features
 
 CALL = "rl_accel_call"
 """Of the worker extension."""
-_REDUCTIONS = {"sum": sum, "max": max, "mean": fmean}
+_REDUCTIONS: dict[str, Callable[[list[float]], float]] = {"sum": sum, "max": max, "mean": fmean}
 
 
 class RolloutEngines:

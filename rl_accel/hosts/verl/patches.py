@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rl_accel.hosts.verl import RUN_ENV
 from rl_accel.patching import HostPatch
@@ -27,7 +27,7 @@ class AppendFileLogger(HostPatch):
     parameters = ("self", "project_name", "experiment_name")
 
     @classmethod
-    def replace(cls, module: ModuleType) -> None:
+    def replace(cls, module: Any) -> None:
         original = module.FileLogger.__init__
 
         @functools.wraps(original)
@@ -66,7 +66,7 @@ class CheckpointTracker(HostPatch):
     file_name = "latest_checkpointed_iteration.txt"
 
     @classmethod
-    def replace(cls, module: ModuleType) -> None:
+    def replace(cls, module: Any) -> None:
         @contextlib.contextmanager
         def replacing(path: str) -> Iterator[TextIO]:
             with open(f"{path}.pending", "w") as file:
@@ -100,7 +100,7 @@ class ReturnCollectiveRpc(HostPatch):
     parameters = ("self", "method", "timeout", "args", "kwargs")
 
     @classmethod
-    def replace(cls, module: ModuleType) -> None:
+    def replace(cls, module: Any) -> None:
         async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
             return await self.engine.collective_rpc(method=method, timeout=timeout, args=args, kwargs=kwargs)
 
@@ -118,7 +118,7 @@ class DrainFailedReceive(HostPatch):
     parameters = ("self", "on_bucket_received")
 
     @classmethod
-    def replace(cls, module: ModuleType) -> None:
+    def replace(cls, module: Any) -> None:
         original = module.BucketedWeightReceiver.receive_weights
 
         @functools.wraps(original)
@@ -155,7 +155,7 @@ class SocketOfThisRun(HostPatch):
     prefix, suffix = "ipc:///tmp/rl-colocate-zmq-", ".sock"
 
     @classmethod
-    def replace(cls, module: ModuleType) -> None:
+    def replace(cls, module: Any) -> None:
         for name in ("BucketedWeightSender", "BucketedWeightReceiver"):
             owner = getattr(module, name)
             owner.__init__ = cls._with_own_path(owner.__init__)

@@ -16,6 +16,7 @@ from wrapt import register_post_import_hook
 
 from rl_accel.feature import features, load
 from rl_accel.hosts.verl import ACTIVE_ENV
+from rl_accel.patching import HostPatch
 
 RANKS = ("verl.workers.engine.fsdp.transformer_impl", "rl_accel.hosts.verl.fsdp2_ranks:RanksOnFSDP2")
 """Patch whose module imports verl itself, so that it is imported when it is needed."""
@@ -26,7 +27,7 @@ def _when_imported(module: str, function: str) -> None:
     register_post_import_hook(lambda imported: load(function)(imported), module)
 
 
-def patches() -> list[type]:
+def patches() -> list[type[HostPatch]]:
     """Return the named patches of the features that are on in this process, and of every run."""
     from rl_accel.hosts.verl.patches import PATCHES
 

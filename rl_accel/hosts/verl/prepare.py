@@ -159,7 +159,7 @@ def _train_in_the_dtype_asked_for(config: DictConfig) -> None:
 
 def _pass_settings_to_vllm(config: DictConfig, accel: AccelConfig) -> None:
     engine = config.actor_rollout_ref.rollout.engine_kwargs.vllm
-    additional = OmegaConf.to_container(engine.get("additional_config") or OmegaConf.create({}), resolve=True)
+    additional: Any = OmegaConf.to_container(engine.get("additional_config") or OmegaConf.create({}), resolve=True)
     additional["rl_accel"] = engine_settings(accel)
     engine.additional_config = additional
     for name, (value, feature) in engine_args(accel).items():
@@ -215,7 +215,7 @@ def _set_worker_environment(config: DictConfig, accel: AccelConfig) -> None:
         if name in os.environ
     }
     ray_init = config.ray_kwargs.ray_init
-    runtime_env = OmegaConf.to_container(ray_init.get("runtime_env") or OmegaConf.create({}), resolve=True)
+    runtime_env: Any = OmegaConf.to_container(ray_init.get("runtime_env") or OmegaConf.create({}), resolve=True)
     ours = {ACTIVE_ENV: ",".join(feature.name for feature in accel.enabled()), RUN_ENV: os.urandom(4).hex()}
     if _needs_v1_runner(config, accel):
         ours["VLLM_USE_V2_MODEL_RUNNER"] = "0"

@@ -24,6 +24,9 @@ from rl_accel.hosts.vllm.faults import MALFORMED
 class AcceleratedWorkerExtension(vLLMColocateWorkerExtension):
     """Mixed into vLLM's worker class; methods named `rl_accel_*` are called through `collective_rpc`."""
 
+    model_runner: Any
+    device: Any
+
     def rl_accel_live(self) -> dict:
         """Return which features run in this worker."""
         return dict(getattr(self.model_runner, "rl_accel_live", {}))

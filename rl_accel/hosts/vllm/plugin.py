@@ -116,7 +116,7 @@ def _repair(runner: Any, verifies: bool) -> list[str]:
 
 def _implied(vllm_config: Any) -> dict[str, Mapping[str, Any]]:
     """Return the features that vLLM's own settings ask for, with the settings that follow."""
-    model = getattr(getattr(vllm_config, "speculative_config", None), "model", None)
+    model = str(getattr(getattr(vllm_config, "speculative_config", None), "model", None))
     return {name: f.speculators[model] for name, f in features().items() if model in f.speculators}
 
 

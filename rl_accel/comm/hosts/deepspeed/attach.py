@@ -117,7 +117,7 @@ def _without_block(given: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         if plain.get(name) is not None:
             plain[name], block = _split(plain[name])
             return plain, block
-    options = plain.get("args")
+    options: Any = plain.get("args")
     if getattr(options, "deepspeed_config", None) is None:
         return plain, None
     config, block = _split(options.deepspeed_config)

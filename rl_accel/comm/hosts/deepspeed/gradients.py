@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,7 +119,7 @@ def attach_stage3(optimizer: Any, handle: Handle) -> None:
 class _Stage3Dispatcher:
     """Stands for `reduce_scatter_coalesced` in DeepSpeed's stage3 while any engine is attached."""
 
-    def __init__(self, module: types.ModuleType):
+    def __init__(self, module: Any):
         self.module, self.original = module, module.reduce_scatter_coalesced
         self.handle: Handle | None = None
         self.users = 0
@@ -131,7 +130,7 @@ class _Stage3Dispatcher:
                 return self.original(tensors, group)
             return averaged_shards(tensors, self.handle)
 
-        reduce_scatter_coalesced.rl_accel_dispatcher = self
+        reduce_scatter_coalesced.rl_accel_dispatcher = self  # type: ignore[attr-defined]
         module.reduce_scatter_coalesced = reduce_scatter_coalesced
 
     def remove(self) -> None:

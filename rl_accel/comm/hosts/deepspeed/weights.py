@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import types
 from typing import Any
 
 import torch
@@ -112,7 +111,7 @@ def attach(optimizer: Any, handle: Handle) -> None:
 class _Dispatcher:
     """Stands for `all_gather_dp_groups` in one module of DeepSpeed while any engine of it is attached."""
 
-    def __init__(self, module: types.ModuleType):
+    def __init__(self, module: Any):
         self.module = module
         self.original = module.all_gather_dp_groups
         self.gathers: dict[int, _Gather] = {}
@@ -128,7 +127,7 @@ class _Dispatcher:
                     return self.original(groups_flat, *args, **kwargs)
                 return gather.send()
 
-        all_gather_dp_groups.rl_accel_dispatcher = self
+        all_gather_dp_groups.rl_accel_dispatcher = self  # type: ignore[attr-defined]
         module.all_gather_dp_groups = all_gather_dp_groups
 
     def remove(self, key: int) -> None:
