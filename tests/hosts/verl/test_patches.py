@@ -39,7 +39,7 @@ ALL = (*PATCHES, *FAST_PATH, RanksOnFSDP2)
 
 @pytest.fixture(scope="module")
 def checked():
-    """Patch -> what a process that has imported verl, and nothing of ours patched in it, finds wrong with its symbol."""
+    """Patch -> what a process that has imported verl, with nothing patched, finds wrong with its symbol."""
     names = [(patch.__module__, patch.__name__) for patch in ALL]
     code = f"""
         import importlib, json
