@@ -385,7 +385,7 @@ def test_off_means_off_and_on_means_live(engines):
         "features": {"sampling": True, "sync": True},
     }
     ngram = results["ngram"]["live"]
-    assert ngram["features"] == {"sampling": True, "draft": "ngram", "sync": True} and ngram["self_test"] == "passed"
+    assert ngram["features"] == {"sampling": True, "sync": True} and ngram["self_test"] == "passed"
     assert ngram["repairs"][0] == "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens"
     assert ngram["repairs"][-1] == "vllm.v1.sample.rejection_sampler:RejectionSampler.forward"
 
