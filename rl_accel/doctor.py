@@ -71,8 +71,8 @@ def _check_verl(accel: AccelConfig) -> list[Check]:
 
 def _check_features(accel: AccelConfig, model: str) -> dict[str, list[Check]]:
     """Return feature -> checks; under "" what concerns all that act in a rollout engine."""
-    probes = {feature: feature.role("probe")(accel.settings[feature.name]) for feature in accel.enabled()}
-    checks = {feature.name: _named(feature, probe.checks()) for feature, probe in probes.items()}
+    probes = [(feature, feature.role("probe")(accel.settings[feature.name])) for feature in accel.enabled()]
+    checks = {feature.name: _named(feature, probe.checks()) for feature, probe in probes}
     arguments = [model, json.dumps(prepare.engine_settings(accel))]
     arguments.append(json.dumps({name: value for name, (value, _) in prepare.engine_args(accel).items()}))
     found, error = run_probe("rl_accel.hosts.vllm.probe", arguments)
@@ -80,7 +80,7 @@ def _check_features(accel: AccelConfig, model: str) -> dict[str, list[Check]]:
         return {**checks, "": [Check("vLLM engine", False, error)]}
     live = found["live"]
     checks[""] = [Check("vLLM engine", bool(live), json.dumps(live))]
-    for feature, probe in probes.items():
+    for feature, probe in probes:
         if feature.engine:
             came_up = Check("live in the engine", bool(live.get("features", {}).get(feature.name)))
             checks[feature.name] += _named(feature, [came_up, *probe.engine_checks(found)])

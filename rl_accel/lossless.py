@@ -16,7 +16,7 @@ import torch
 DEFAULT_ALPHA = 1e-6
 """Probability to reject a right sampler, per test. Small because a project runs hundreds of these tests."""
 MIN_EXPECTED = 5.0
-"""Outcomes expected less often than this are pooled (Cochran 1954), so that the chi-square law holds."""
+"""Outcomes expected less often than this are pooled (Cochran 1954), so that the chi-square distribution holds."""
 
 
 @dataclass(frozen=True)

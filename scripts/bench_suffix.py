@@ -170,7 +170,7 @@ class Drafter:
         seconds = time.perf_counter() - started
         if self.priced:
             drafted = sum(map(len, drafts))
-            self.drafter.observe_pass(8e-3 + 25e-6 * (len(drafts) + drafted), len(drafts), drafted)
+            self.drafter.observe_step(8e-3 + 25e-6 * (len(drafts) + drafted), len(drafts), drafted)
         return seconds, drafts
 
 

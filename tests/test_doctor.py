@@ -34,7 +34,7 @@ def test_what_is_asked_for_is_live():
     assert {"exact sampling: live in the engine", "exact sampling: same tokens alone and in a batch"} <= names
     assert {"speculative decoding: drafting by ngram", "verl: trainer", "verl: patch RanksOnFSDP2"} <= names
     assert {"toy: size", "toy: live in the engine", "toy: engine answered", "verl: patch NamePatch"} <= names
-    assert {"4-bit communication: seams of BF16_Optimizer"} <= names
+    assert {"4-bit communication: host symbols of BF16_Optimizer"} <= names
     assert {"4-bit communication: codec on cpu equals its specification"} <= names
     assert report["versions"]["verl"] == "0.9.1"
     assert report["features"]["toy"] == report["features"]["comm"] == report["features"]["sampling"] == "live"

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 
 from rl_accel.comm.config import SDP4BitConfig
-from rl_accel.comm.handle import Handle
+from rl_accel.comm.handle import CommHandle
 from rl_accel.errors import CommError
 
 
 def attach(
     engine_or_module: Any, config: SDP4BitConfig | None = None, optimizer: torch.optim.Optimizer | None = None
-) -> Handle:
+) -> CommHandle:
     """Quantise what an engine's ranks send each other, from the next backward pass on.
 
     Args:

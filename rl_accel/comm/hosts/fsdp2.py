@@ -34,7 +34,7 @@ from rl_accel.comm import codec, topology
 from rl_accel.comm.agreement import on_all_ranks
 from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.comm.fingerprint import Watch
-from rl_accel.comm.handle import Handle
+from rl_accel.comm.handle import CommHandle
 from rl_accel.errors import CommError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 class QuantisedReduceScatter(ReduceScatter):
     """Two-level quantised reduce-scatter of one FSDP module."""
 
-    def __init__(self, handle: Handle):
+    def __init__(self, handle: CommHandle):
         self.handle = handle
         self.plain = DefaultReduceScatter()
 
@@ -68,7 +68,7 @@ class QuantisedReduceScatter(ReduceScatter):
 class DifferenceAllGather(AllGather):
     """All-gather of one FSDP module that keeps what the ranks hold and sends what an optimizer step changed."""
 
-    def __init__(self, handle: Handle, weights: _Weights):
+    def __init__(self, handle: CommHandle, weights: _Weights):
         self.handle, self.weights = handle, weights
         self.plain = DefaultAllGather()
         self.held: torch.Tensor | None = None
@@ -103,7 +103,7 @@ class DifferenceAllGather(AllGather):
 class _Weights:
     """What is known of the shards: optimizer steps so far, and whether somebody else changed them."""
 
-    def __init__(self, shards: list[DTensor], handle: Handle) -> None:
+    def __init__(self, shards: list[DTensor], handle: CommHandle) -> None:
         self.handle = handle
         self.count = 0
         self.full_from = 0
@@ -131,7 +131,7 @@ class _Weights:
             self._watch.look()
 
 
-def attach(module: Any, config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> Handle:
+def attach(module: Any, config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> CommHandle:
     """Attach to the root module of FSDP2; see `rl_accel.comm.attach`. Collective over the mesh."""
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
@@ -142,7 +142,7 @@ def attach(module: Any, config: SDP4BitConfig, optimizer: torch.optim.Optimizer 
         facts |= {"settings": asdict(config), "torch": torch.__version__}
         facts["backend"] = codec.load_backend(config.backend, device).__name__
     config = replace(config, weights=config.weights and config.sharded_weights)
-    handle = Handle(topology.build(group, config.local_size), config, "FSDP2", device)
+    handle = CommHandle(topology.build(group, config.local_size), config, "FSDP2", device)
     weights = _Weights([parameter for parameter in module.parameters() if isinstance(parameter, DTensor)], handle)
     try:
         with on_all_ranks(group):
@@ -152,7 +152,7 @@ def attach(module: Any, config: SDP4BitConfig, optimizer: torch.optim.Optimizer 
         handle.detach()
         raise
     if config.weights:
-        handle.holds(lambda: [gather.held for gather in gathers if gather.held is not None])
+        handle.register_replicas(lambda: [gather.held for gather in gathers if gather.held is not None])
     shape = handle.topology
     logger.info(
         "4-bit communication on FSDP2: %d ranks, %d nodes of %d", shape.world_size, shape.num_nodes, shape.local_size
@@ -169,7 +169,7 @@ def _check(config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> No
         raise CommError("attach to FSDP2 needs optimizer=, whose steps tell when weights changed")
 
 
-def _replace_collectives(part: FSDPModule, handle: Handle, weights: _Weights) -> DifferenceAllGather:
+def _replace_collectives(part: FSDPModule, handle: CommHandle, weights: _Weights) -> DifferenceAllGather:
     gather = DifferenceAllGather(handle, weights)
     if handle.config.gradients:
         part.set_custom_reduce_scatter(QuantisedReduceScatter(handle))
@@ -180,7 +180,7 @@ def _replace_collectives(part: FSDPModule, handle: Handle, weights: _Weights) ->
     return gather
 
 
-def _hook(module: Any, optimizer: Any, handle: Handle, weights: _Weights) -> None:
+def _hook(module: Any, optimizer: Any, handle: CommHandle, weights: _Weights) -> None:
     hooks = [optimizer.register_step_post_hook(weights.after_step)]
     if handle.config.weights:
         hooks += [

@@ -10,7 +10,7 @@ import json
 import torch
 
 from rl_accel.comm import dequantize, quantize
-from rl_accel.comm.hosts.deepspeed.checks import SEAMS, moved_seams
+from rl_accel.comm.hosts.deepspeed.checks import HOST_SYMBOLS, changed_host_symbols
 from rl_accel.hosts import versions
 from rl_accel.hosts.deepspeed import load
 
@@ -31,7 +31,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     versions.check_deepspeed()
     load(device)
-    live = {f"seams of {optimizer}": not moved_seams(optimizer) for optimizer in SEAMS}
+    live = {f"host symbols of {optimizer}": not changed_host_symbols(optimizer) for optimizer in HOST_SYMBOLS}
     print(json.dumps({**live, f"codec on {device} equals its specification": codec_agrees(device)}))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rl_accel.comm import Handle, SDP4BitConfig, attach
+from rl_accel.comm import CommHandle, SDP4BitConfig, attach
 from rl_accel.config import build
 from rl_accel.feature import Rank
 
@@ -30,7 +30,7 @@ class CommRank(Rank):
 
     def __init__(self, settings: Mapping[str, Any]):
         super().__init__(settings)
-        self.handle: Handle | None = None
+        self.handle: CommHandle | None = None
         self._before: dict[str, Any] = {}
 
     def attach(self, engine: Any, optimizer: Any) -> None:

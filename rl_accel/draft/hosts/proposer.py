@@ -256,7 +256,7 @@ class DASProposer:
         if self._last_start is None or not steady or not ids:
             return
         if ids == self._last_ids or set(ids) <= set(self._last_ids):
-            self.drafter.observe_pass(started - self._last_start, len(ids), self._last_drafted)
+            self.drafter.observe_step(started - self._last_start, len(ids), self._last_drafted)
 
     def close_epoch(self, epoch: int, policy_version: int, share: bool = False) -> dict[str, Any]:
         """End what has ended and close the epoch; with `share`, `take_segment` will be asked for what is new."""

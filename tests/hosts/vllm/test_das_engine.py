@@ -162,7 +162,7 @@ def _teach_that_drafts_are_dear(worker) -> None:
     planner = worker.model_runner.drafter.drafter.planner
     for i in range(200):
         n, d = 1 + i % 24, (i % 2) * (1 + i % 7)
-        planner.observe_pass(0.01 + 1e-4 * n + 0.01 * d, n, d)
+        planner.observe_step(0.01 + 1e-4 * n + 0.01 * d, n, d)
 
 
 def _close_epoch(worker, epoch: int) -> dict:

@@ -15,7 +15,7 @@ import torch
 from rl_accel.comm import topology
 from rl_accel.comm.agreement import on_all_ranks
 from rl_accel.comm.config import SDP4BitConfig
-from rl_accel.comm.handle import Handle
+from rl_accel.comm.handle import CommHandle
 from rl_accel.comm.hosts.deepspeed import checks, gradients, weights
 from rl_accel.config import build
 
@@ -25,7 +25,7 @@ BLOCK = "sdp4bit"
 """Key of the block in a DeepSpeed configuration."""
 
 
-def attach(engine: Any, config: SDP4BitConfig) -> Handle:
+def attach(engine: Any, config: SDP4BitConfig) -> CommHandle:
     """Attach to a `DeepSpeedEngine`; see `rl_accel.comm.attach`. Collective over the data-parallel group."""
     group = engine.seq_data_parallel_group
     with on_all_ranks(group) as facts:
@@ -34,9 +34,11 @@ def attach(engine: Any, config: SDP4BitConfig) -> Handle:
     name = type(optimizer).__name__
     sharded = name == "DeepSpeedZeroOptimizer_Stage3"
     config = replace(config, weights=config.weights and not sharded)
-    handle = Handle(topology.build(group, config.local_size), config, f"DeepSpeed {name}", torch.device(engine.device))
+    handle = CommHandle(
+        topology.build(group, config.local_size), config, f"DeepSpeed {name}", torch.device(engine.device)
+    )
     if not sharded:
-        handle.holds(lambda: engine.module.parameters())
+        handle.register_replicas(lambda: engine.module.parameters())
         handle.check_replicas()
     try:
         with on_all_ranks(group):
@@ -55,7 +57,7 @@ def attach(engine: Any, config: SDP4BitConfig) -> Handle:
     return handle
 
 
-def _join(engine: Any, handle: Handle) -> None:
+def _join(engine: Any, handle: CommHandle) -> None:
     """Put the handle where DeepSpeed communicates."""
     optimizer = engine.optimizer
     name = type(optimizer).__name__
@@ -72,7 +74,7 @@ def _join(engine: Any, handle: Handle) -> None:
     handle.on_detach(lambda: delattr(optimizer, "sdp4bit_handle"))
 
 
-def _count_steps(optimizer: Any, handle: Handle) -> None:
+def _count_steps(optimizer: Any, handle: CommHandle) -> None:
     step = optimizer.step
 
     @functools.wraps(step)

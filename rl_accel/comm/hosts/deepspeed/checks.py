@@ -1,7 +1,7 @@
 """What must hold before a DeepSpeed engine is touched: version, optimizer class, seams as they were read, features that
 quantised communication does not cover, and agreement of all ranks.
 
-Host symbols: those of `SEAMS`, and the settings of `DeepSpeedEngine` and `zero_config` read below.
+Host symbols: those of `HOST_SYMBOLS`, and the settings of `DeepSpeedEngine` and `zero_config` read below.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STAGE12 = "deepspeed.runtime.zero.stage_1_and_2"
 STAGE3 = "deepspeed.runtime.zero.stage3"
 BF16 = "deepspeed.runtime.bf16_optimizer"
 
-SEAMS: dict[str, dict[str, tuple[str, ...]]] = {
+HOST_SYMBOLS: dict[str, dict[str, tuple[str, ...]]] = {
     "DeepSpeedZeroOptimizer": {
         f"{STAGE12}:DeepSpeedZeroOptimizer.step": ("self", "closure"),
         f"{STAGE12}:DeepSpeedZeroOptimizer.allreduce_and_scatter": (
@@ -82,12 +82,12 @@ def check(engine: Any, config: SDP4BitConfig, group: dist.ProcessGroup) -> dict[
     """
     versions.check_deepspeed()
     name = type(engine.optimizer).__name__
-    if name not in SEAMS or type(engine.optimizer).__module__ not in (STAGE12, STAGE3, BF16):
+    if name not in HOST_SYMBOLS or type(engine.optimizer).__module__ not in (STAGE12, STAGE3, BF16):
         raise CommError(
-            f"4-bit communication serves ZeRO stages 1 to 3 ({', '.join(SEAMS)}); this engine's optimizer is {name}. "
-            "Set zero_optimization.stage in the DeepSpeed configuration"
+            f"4-bit communication serves ZeRO stages 1 to 3 ({', '.join(HOST_SYMBOLS)}); this engine's optimizer is "
+            f"{name}. Set zero_optimization.stage in the DeepSpeed configuration"
         )
-    moved = moved_seams(name)
+    moved = changed_host_symbols(name)
     if moved:
         raise VersionError(
             f"the installed DeepSpeed has changed where 4-bit communication joins it: {'; '.join(moved)}"
@@ -104,10 +104,10 @@ def check(engine: Any, config: SDP4BitConfig, group: dist.ProcessGroup) -> dict[
     }
 
 
-def moved_seams(optimizer: str) -> list[str]:
-    """Return what differs from `SEAMS` in the installed DeepSpeed, in words; empty where all is in place."""
+def changed_host_symbols(optimizer: str) -> list[str]:
+    """Return what differs from `HOST_SYMBOLS` in the installed DeepSpeed, in words; empty where all is in place."""
     moved = []
-    for path, expected in SEAMS[optimizer].items():
+    for path, expected in HOST_SYMBOLS[optimizer].items():
         module_name, _, attribute = path.partition(":")
         target: Any = importlib.import_module(module_name)
         for part in attribute.split("."):

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from rl_accel.comm.handle import Handle
+from rl_accel.comm.handle import CommHandle
 
 
 def joined(slices: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ def joined(slices: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     return first.as_strided((position - first.storage_offset(),), (1,))
 
 
-def attach_stage12(optimizer: Any, handle: Handle) -> None:
+def attach_stage12(optimizer: Any, handle: CommHandle) -> None:
     """Replace `allreduce_and_scatter` on the optimizer."""
     original = optimizer.allreduce_and_scatter
     rank, world_size = handle.topology.rank, handle.topology.world_size
@@ -71,7 +71,7 @@ def attach_stage12(optimizer: Any, handle: Handle) -> None:
     handle.replace(optimizer, "allreduce_and_scatter", allreduce_and_scatter)
 
 
-def attach_bf16_optimizer(engine: Any, handle: Handle) -> None:
+def attach_bf16_optimizer(engine: Any, handle: CommHandle) -> None:
     """Replace `allreduce_bucket` on the engine."""
     original = engine.allreduce_bucket
     rank, world_size = handle.topology.rank, handle.topology.world_size
@@ -96,7 +96,7 @@ def attach_bf16_optimizer(engine: Any, handle: Handle) -> None:
 _AVG_SCATTER_GRADS = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
 
 
-def attach_stage3(optimizer: Any, handle: Handle) -> None:
+def attach_stage3(optimizer: Any, handle: CommHandle) -> None:
     """Make `reduce_scatter_coalesced` quantise while this optimizer reduces."""
     module = importlib.import_module(type(optimizer).__module__)
     dispatcher = getattr(module.reduce_scatter_coalesced, "rl_accel_dispatcher", None) or _Stage3Dispatcher(module)
@@ -121,7 +121,7 @@ class _Stage3Dispatcher:
 
     def __init__(self, module: Any):
         self.module, self.original = module, module.reduce_scatter_coalesced
-        self.handle: Handle | None = None
+        self.handle: CommHandle | None = None
         self.users = 0
 
         @functools.wraps(self.original)
@@ -139,7 +139,7 @@ class _Stage3Dispatcher:
             self.module.reduce_scatter_coalesced = self.original
 
 
-def averaged_shards(tensors: Sequence[torch.Tensor], handle: Handle) -> list[torch.Tensor]:
+def averaged_shards(tensors: Sequence[torch.Tensor], handle: CommHandle) -> list[torch.Tensor]:
     """Return this rank's shard of the mean of each tensor: shard r is values [r * c, (r + 1) * c), c = ceil(n / W)."""
     rank, world_size = handle.topology.rank, handle.topology.world_size
     sizes = [-(-tensor.numel() // world_size) for tensor in tensors]

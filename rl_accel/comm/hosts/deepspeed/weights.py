@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from rl_accel.comm.fingerprint import Watch
-from rl_accel.comm.handle import Handle
+from rl_accel.comm.handle import CommHandle
 
 _NAMES = {
     "DeepSpeedZeroOptimizer": (
@@ -40,7 +40,7 @@ _NAMES = {
 class _Gather:
     """One optimizer's weights: copies shards before a step, sends what changed in it."""
 
-    def __init__(self, optimizer: Any, handle: Handle):
+    def __init__(self, optimizer: Any, handle: CommHandle):
         self.handle = handle
         flat_name, parts_name, masters_name = _NAMES[type(optimizer).__name__]
         self.groups_flat: list[torch.Tensor] = getattr(optimizer, flat_name)
@@ -81,7 +81,7 @@ class _Gather:
         self.handle.wants_resync = False
 
 
-def attach(optimizer: Any, handle: Handle) -> None:
+def attach(optimizer: Any, handle: CommHandle) -> None:
     """Send weight differences in `optimizer.step`, and count its steps."""
     gather = _Gather(optimizer, handle) if handle.config.weights else None
     step = optimizer.step

@@ -1,4 +1,4 @@
-"""Losslessness of speculative sampling in vLLM: the joint law of the first three tokens under hostile drafts.
+"""Losslessness of speculative sampling in vLLM: the joint law of the first three tokens under adversarial drafts.
 
 The target is a Markov chain over 8 tokens. 24,000 requests decode with K drafts per step until each has
 three tokens, through the real `RejectionSampler.forward` (drafts, cut, bonus token), and the 512 possible
@@ -21,7 +21,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from rl_accel.errors import SpeculationUnsafeError
 from rl_accel.hosts.vllm import cpu_repair
-from rl_accel.hosts.vllm.self_test import sampling_metadata, self_test, target_law
+from rl_accel.hosts.vllm.self_test import sampling_metadata, self_test, target_distribution
 from rl_accel.lossless import chi_square, count_tokens, total_variation
 from rl_accel.sampling.hosts.exact_sampler import ExactRejectionSampler, ExactSampler
 from rl_accel.sampling.hosts.row_identity import RowSource, StepRows
@@ -107,8 +107,8 @@ def draft(policy: str, last_B, num_drafts: int, keys_B, lengths_B, filters) -> t
         elif policy == "likeliest":
             column = logits[last_B].argmax(dim=1)
         else:
-            law_VV = torch.stack([target_law(row, *filters) for row in logits])
-            column = gumbel_argmax(law_VV.log()[last_B].float(), keys_B, lengths_B + place)
+            probs_VV = torch.stack([target_distribution(row, *filters) for row in logits])
+            column = gumbel_argmax(probs_VV.log()[last_B].float(), keys_B, lengths_B + place)
         columns.append(column)
         last_B = column
     return torch.stack(columns, dim=1)
@@ -145,8 +145,8 @@ def decode(rejection, policy: str, num_drafts: int, filters, num_requests: int =
 
 def compare(tokens_BL: torch.Tensor, filters):
     """Chi-square of the triples against the chain, and their total variation."""
-    law_VV = torch.stack([target_law(row, *filters) for row in chain_logits()])
-    law = law_VV[START][:, None, None] * law_VV[:, :, None] * law_VV[None, :, :]
+    probs_VV = torch.stack([target_distribution(row, *filters) for row in chain_logits()])
+    law = probs_VV[START][:, None, None] * probs_VV[:, :, None] * probs_VV[None, :, :]
     cells = (tokens_BL * torch.tensor([VOCAB_SIZE**2, VOCAB_SIZE, 1])).sum(dim=1)
     counts = count_tokens(cells, VOCAB_SIZE**LENGTH)
     return chi_square(counts, law.reshape(-1)), total_variation(counts, law.reshape(-1))
@@ -155,7 +155,7 @@ def compare(tokens_BL: torch.Tensor, filters):
 @pytest.mark.parametrize("num_drafts", [1, 2, 3])
 @pytest.mark.parametrize("policy", ["rare", "likeliest", "same"])
 @pytest.mark.parametrize("make", [stock_sampler, exact_sampler])
-def test_law_at_temperature_one(repaired, make, policy, num_drafts):
+def test_distribution_at_temperature_one(repaired, make, policy, num_drafts):
     tokens, accepted = decode(make(), policy, num_drafts, FILTERS["plain"])
     result, _ = compare(tokens, FILTERS["plain"])
     assert result.passed, result
@@ -165,7 +165,7 @@ def test_law_at_temperature_one(repaired, make, policy, num_drafts):
 
 @pytest.mark.parametrize("filters", list(FILTERS))
 @pytest.mark.parametrize("make", [stock_sampler, exact_sampler])
-def test_law_with_temperature_top_k_and_top_p(repaired, make, filters):
+def test_distribution_with_temperature_top_k_and_top_p(repaired, make, filters):
     tokens, _ = decode(make(), "likeliest", 3, FILTERS[filters])
     result, distance = compare(tokens, FILTERS[filters])
     assert result.passed, (result, distance)
