@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,102 +22,73 @@ from yaml import YAMLError
 from rl_accel import machine
 from rl_accel.config import AccelConfig
 from rl_accel.errors import ConfigError, RLAccelError, VersionError
+from rl_accel.feature import Check, Feature, features
 from rl_accel.hosts import versions
+from rl_accel.hosts.verl import ACTIVE_ENV, prepare
+from rl_accel.probing import run_probe
 
-DEFAULT_SETTINGS = ("rl_accel.sampling.exact=true", "rl_accel.draft.method=ngram")
 POLICY = Path(__file__).parent / "quickstart" / "policy"
-PROBE_TIMEOUT_S = 300
 
 
 def diagnose(accel: AccelConfig, model: str) -> dict[str, Any]:
-    """Return versions, machine and a list of checks, each `{"name", "ok", "detail"}`."""
-    checks = [_check_versions(), *_check_verl(), *_check_engine(accel, model), *_check_comm(accel)]
+    """Return versions, machine, features and a list of checks, each `{"name", "ok", "detail"}`."""
+    of_features = _check_features(accel, model)
+    checks = [_check_versions(), *_check_verl(accel), *(check for found in of_features.values() for check in found)]
     return {
         "versions": versions.report(),
         "machine": machine.describe(),
-        "asked_for": {
-            "sampling.exact": accel.sampling.exact,
-            "draft.method": accel.draft.method,
-            "comm.enable": accel.comm.enable,
-        },
-        "checks": checks,
-        "ok": all(check["ok"] for check in checks),
+        "features": {name: _status(name, accel, of_features) for name in features()},
+        "checks": [asdict(check) for check in checks],
+        "ok": all(check.ok for check in checks),
     }
 
 
-def _check(name: str, ok: bool, detail: str = "") -> dict[str, Any]:
-    return {"name": name, "ok": bool(ok), "detail": detail}
+def _status(name: str, accel: AccelConfig, found: Mapping[str, Sequence[Check]]) -> str:
+    """Return `off`, `live`, or `refused` with the first reason."""
+    if not accel.settings[name].enabled:
+        return "off"
+    refused = [check for check in [*found.get("", []), *found.get(name, [])] if not check.ok]
+    return f"refused: {refused[0].name} {refused[0].detail}".strip() if refused else "live"
 
 
-def _check_versions() -> dict[str, Any]:
+def _check_versions() -> Check:
     try:
         versions.check()
     except VersionError as error:
-        return _check("versions", False, str(error))
-    return _check("versions", True, "all tested")
+        return Check("versions", False, str(error))
+    return Check("versions", True, "all tested")
 
 
-def _check_verl() -> list[dict[str, Any]]:
-    env = {"RL_ACCEL_ACTIVE": "1"} | ({} if machine.has_gpu() else {"VERL_PLATFORM": "cpu"})
-    live, error = _probe("rl_accel.hosts.verl.probe", [], env)
+def _check_verl(accel: AccelConfig) -> list[Check]:
+    env = {ACTIVE_ENV: ",".join(feature.name for feature in accel.enabled())}
+    live, error = run_probe(
+        "rl_accel.hosts.verl.probe", env=env | ({} if machine.has_gpu() else {"VERL_PLATFORM": "cpu"})
+    )
     if live is None:
-        return [_check("verl hooks", False, error)]
-    return [_check(f"verl: {name}", ok) for name, ok in live.items()]
+        return [Check("verl hooks", False, error)]
+    return [Check(f"verl: {name}", ok) for name, ok in live.items()]
 
 
-def _check_engine(accel: AccelConfig, model: str) -> list[dict[str, Any]]:
-    from rl_accel.hosts.verl.prepare import draft_settings, speculative_config
-
-    settings = {
-        "sampling": {"exact": accel.sampling.exact, "seed": accel.sampling.seed},
-        "draft": draft_settings(accel),
-    }
-    arguments = [model, json.dumps(settings)]
-    speculative = speculative_config(accel)
-    if speculative is not None:
-        arguments.append(json.dumps(speculative))
-    found, error = _probe("rl_accel.hosts.vllm.probe", arguments, {})
+def _check_features(accel: AccelConfig, model: str) -> dict[str, list[Check]]:
+    """Return feature -> checks; under "" what concerns all that act in a rollout engine."""
+    probes = [(feature, feature.role("probe")(accel.settings[feature.name])) for feature in accel.enabled()]
+    checks = {feature.name: _named(feature, probe.checks()) for feature, probe in probes}
+    arguments = [model, json.dumps(prepare.engine_settings(accel))]
+    arguments.append(json.dumps({name: value for name, (value, _) in prepare.engine_args(accel).items()}))
+    found, error = run_probe("rl_accel.hosts.vllm.probe", arguments)
     if found is None:
-        return [_check("vLLM engine", False, error)]
+        return {**checks, "": [Check("vLLM engine", False, error)]}
     live = found["live"]
-    checks = [_check("vLLM engine", bool(live), json.dumps(live))]
-    if accel.sampling.exact:
-        checks.append(_check("exact sampling live", live.get("exact_sampling", False)))
-        checks.append(_check("same tokens alone and in a batch", found["batch_invariant"]))
-    if speculative is not None:
-        checks.append(_check("speculation self-test", live.get("self_test") == "passed"))
-        drafted = (found["spec_counts"] or {}).get("num_draft_tokens", 0)
-        checks.append(_check(f"drafting by {accel.draft.method}", drafted > 0, f"{drafted} tokens drafted"))
+    checks[""] = [Check("vLLM engine", bool(live), json.dumps(live))]
+    for feature, probe in probes:
+        if feature.engine:
+            came_up = Check("live in the engine", bool(live.get("features", {}).get(feature.name)))
+            checks[feature.name] += _named(feature, [came_up, *probe.engine_checks(found)])
     return checks
 
 
-def _check_comm(accel: AccelConfig) -> list[dict[str, Any]]:
-    if not accel.comm.enable:
-        return []
-    live, error = _probe("rl_accel.hosts.deepspeed.probe", [], {})
-    if live is None:
-        return [_check("4-bit communication", False, error)]
-    return [_check(f"4-bit communication: {name}", ok) for name, ok in live.items()]
-
-
-def _probe(module: str, arguments: list[str], env: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
-    """Run a probe module; returns its JSON, or None and the end of what it printed."""
-    command = [sys.executable, "-m", module, *arguments]
-    try:
-        result = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=PROBE_TIMEOUT_S,
-            env={**os.environ, **env},
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"no answer within {PROBE_TIMEOUT_S} s"
-    lines = result.stdout.strip().splitlines()
-    if result.returncode == 0 and lines:
-        return json.loads(lines[-1]), ""
-    return None, "\n".join((result.stderr or result.stdout).strip().splitlines()[-5:])
+def _named(feature: Feature, checks: Sequence[Check]) -> list[Check]:
+    return [replace(check, name=f"{feature.title}: {check.name}") for check in checks]
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -125,8 +96,14 @@ def _print(report: dict[str, Any]) -> None:
         print(f"{name:18} {value or 'not installed'}")
     for name, value in report["machine"].items():
         print(f"{name:18} {value}")
+    for name, status in report["features"].items():
+        print(f"{name:18} {status}")
     for check in report["checks"]:
         print(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']}  {check['detail']}".rstrip())
+
+
+def _default_settings() -> list[str]:
+    return [f"rl_accel.{name}.{setting}" for name, feature in features().items() for setting in feature.try_out]
 
 
 def _chosen(settings: list[str]) -> Any:
@@ -138,7 +115,7 @@ def _chosen(settings: list[str]) -> Any:
     for text in settings:
         if not text.startswith("rl_accel.") or "=" not in text:
             hint = f" Did you mean rl_accel.{text}?" if "=" in text else ""
-            raise ConfigError(f"{text}: the doctor takes rl_accel.* settings, as rl_accel.draft.method=das.{hint}")
+            raise ConfigError(f"{text}: the doctor takes rl_accel.* settings, as {_default_settings()[0]}.{hint}")
     try:
         chosen = OmegaConf.to_container(OmegaConf.from_dotlist(settings), resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
@@ -151,10 +128,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m rl_accel.doctor", description=__doc__.split("\n\n")[1])
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--model", default=str(POLICY), help="policy to start the engine with")
-    parser.add_argument("settings", nargs="*", metavar="rl_accel.*=VALUE", default=list(DEFAULT_SETTINGS))
+    parser.add_argument("settings", nargs="*", metavar="rl_accel.*=VALUE", default=_default_settings())
     arguments = parser.parse_args(argv)
     try:
         accel = AccelConfig.from_mapping(_chosen(arguments.settings))
+        accel.check()
     except RLAccelError as error:
         print(f"rl_accel: {error}", file=sys.stderr)
         return 1

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rl_accel.config import leaves
 from rl_accel.errors import ConfigError
+from rl_accel.feature import features
 
 _MAX_BRACKETS = 100
 _MAX_BYTES = 2**22
@@ -29,8 +30,6 @@ _FREE = (
     "trainer.experiment_name",
     "trainer.rollout_data_dir",
     "trainer.validation_data_dir",
-    "rl_accel.sync",
-    "rl_accel.draft.record",
 )
 """May change between the sessions of a run; told, not refused."""
 _SILENT = (
@@ -72,7 +71,7 @@ def changes(path: Path, config: DictConfig) -> list[tuple[str, bool]]:
     found = []
     for name in [*new, *(name for name in old if name not in new)]:
         if old.get(name) != new.get(name) and not _within(name, _SILENT):
-            found.append((f"{name}: {_shown(old, name)} -> {_shown(new, name)}", not _within(name, _FREE)))
+            found.append((f"{name}: {_shown(old, name)} -> {_shown(new, name)}", not _within(name, _free())))
     return found
 
 
@@ -111,6 +110,12 @@ def _movable(values: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value.replace(run_dir, "<run_dir>") if isinstance(value, str) else value for name, value in values.items()
     }
+
+
+def _free() -> tuple[str, ...]:
+    """Return the settings of verl and of features that may change between the sessions of a run."""
+    ours = (f"rl_accel.{name}.{setting}" for name, found in features().items() for setting in found.free)
+    return (*_FREE, *ours)
 
 
 def _within(name: str, groups: tuple[str, ...]) -> bool:

@@ -16,11 +16,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from rl_accel import data, machine, processes, recipes
-from rl_accel.config import AccelConfig
+from rl_accel import data, flags, machine, processes, recipes
 from rl_accel.errors import ConfigError, RLAccelError, RunFailedError
 from rl_accel.hosts import versions
-from rl_accel.hosts.verl import checks, prepare
+from rl_accel.hosts.verl import launch, prepare
 from rl_accel.progress import Progress
 from rl_accel.run_folder import RunFolder, default_path, is_disk_error, provenance
 
@@ -33,6 +32,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__.splitlines()[0]}\n\nrecipes: {', '.join(recipes.names())}")
         print(f"trainers: {', '.join(recipes.trainer_names())}")
+        print(f"settings of rl_accel and their defaults (recipes set some):\n{flags.page()}" if argv else "")
         return 0 if argv else 2
     signal.signal(signal.SIGTERM, _interrupt)
     mark = processes.mark_children()
@@ -55,6 +55,7 @@ def train(overrides: list[str]) -> int:
     gpu = machine.has_gpu()
     config = recipes.compose(recipe, overrides, gpu)
     accel = prepare.preflight(config)
+    drivers = prepare.drivers(accel)
     machine.set_environment(on_cpu=config.trainer.device == "cpu")
     folder = RunFolder(accel.run_dir or default_path(recipe))
     folder.open(resume=config.trainer.resume_mode != "disable" and bool(accel.run_dir))
@@ -62,12 +63,12 @@ def train(overrides: list[str]) -> int:
         _fill_in(config, folder)
         folder.save_config(config, accel.accept_changes)
         _make_data(config, folder)
-        checks.check(config, AccelConfig.from_mapping(prepare.accel_block(config)))
+        prepare.check(config)
         _set_logging(folder)
         folder.update_info(
             **provenance(),
             recipe=recipe,
-            arm=accel.draft.method,
+            arm="+".join(filter(None, (driver.arm() for driver in drivers))) or "none",
             seed=accel.seed,
             versions=versions.report(),
             machine=machine.describe(),
@@ -82,7 +83,8 @@ def train(overrides: list[str]) -> int:
             f"{folder.path} could not be prepared: {error}. Start the same command again once that is mended"
         ) from error
     logger.info("recipe %s on %s, run folder %s", recipe, "GPU" if gpu else "CPU", folder.path)
-    logger.info("on: %s", ", ".join(_features(config, accel)) or "nothing beside measurement")
+    on = [driver.summary(config) for driver in drivers]
+    logger.info("on: %s", ", ".join(filter(None, on)) or "nothing beside measurement")
     started = time.monotonic()
     try:
         _run_verl(config, folder)
@@ -125,12 +127,9 @@ def _make_data(config: DictConfig, folder: RunFolder) -> None:
 
 
 def _run_verl(config: DictConfig, folder: RunFolder) -> None:
-    # Imported here: verl reads its platform from the environment when it is imported, and takes seconds.
-    from verl.trainer.main_ppo import main as verl_main
-
     progress = Progress(folder.metrics, config.trainer.total_training_steps)
     try:
-        verl_main.__wrapped__(config)
+        launch.run(config)
     finally:
         progress.close()
 
@@ -142,16 +141,6 @@ def _set_logging(folder: RunFolder) -> None:
     folder.update_info(wandb_run_id=run_id)
     os.environ.setdefault("WANDB_RUN_ID", run_id)
     os.environ.setdefault("WANDB_RESUME", "allow")
-
-
-def _features(config: DictConfig, accel: AccelConfig) -> list[str]:
-    on = ["exact sampling"] if accel.sampling.exact else []
-    on += [f"drafting by {accel.draft.method}"] if accel.draft.method != "none" else []
-    if config.actor_rollout_ref.actor.strategy == "deepspeed":
-        on += [f"training by DeepSpeed ZeRO {accel.deepspeed.zero_stage}"]
-    if accel.comm.enable:
-        on += ["4-bit communication (lossy)"]
-    return on
 
 
 def _explained(error: BaseException, folder: RunFolder) -> RLAccelError:

@@ -48,10 +48,10 @@ def serve(arm: str, pipe: Any) -> None:
 
     import rl_accel
     from rl_accel.config import AccelConfig
-    from rl_accel.hosts.verl.prepare import draft_settings, speculative_config
+    from rl_accel.hosts.verl.prepare import engine_args, engine_settings
     from rl_accel.quickstart import problems
 
-    accel = AccelConfig.from_mapping({"draft": ARMS[arm]})
+    accel = AccelConfig.from_mapping({"draft": ARMS[arm], "sampling": {"exact": True}})
     llm = LLM(
         str(Path(rl_accel.__file__).parent / "quickstart" / "policy"),
         dtype="float32",
@@ -59,8 +59,8 @@ def serve(arm: str, pipe: Any) -> None:
         max_model_len=512,
         max_num_seqs=64,
         block_size=32,
-        speculative_config=speculative_config(accel),
-        additional_config={"rl_accel": {"sampling": {"exact": True}, "draft": draft_settings(accel)}},
+        additional_config={"rl_accel": engine_settings(accel)},
+        **{name: value for name, (value, _) in engine_args(accel).items()},
     )
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     tokenizer = llm.get_tokenizer()

@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from rl_accel import machine
-from rl_accel.config import DraftConfig
+from rl_accel.draft.config import DraftConfig
 from rl_accel.draft.drafter import SuffixDrafter
 from rl_accel.draft.index import SuffixIndex, problem_key
 from rl_accel.draft.replay import Das
@@ -170,7 +170,7 @@ class Drafter:
         seconds = time.perf_counter() - started
         if self.priced:
             drafted = sum(map(len, drafts))
-            self.drafter.observe_pass(8e-3 + 25e-6 * (len(drafts) + drafted), len(drafts), drafted)
+            self.drafter.observe_step(8e-3 + 25e-6 * (len(drafts) + drafted), len(drafts), drafted)
         return seconds, drafts
 
 

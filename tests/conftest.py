@@ -1,7 +1,12 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests, and what takes how long.
+
+`tests/durations.json` has the seconds of every module, of the last run with `--record-durations` (the machine quiet).
+`--quick` leaves out the modules that start engines, trainings or many processes: those above `QUICK_S` in that list.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,6 +16,39 @@ from pathlib import Path
 
 import pytest
 import torch
+
+DURATIONS = Path(__file__).with_name("durations.json")
+QUICK_S = 8.0
+_seconds: dict[str, float] = {}
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out what starts engines and trainings")
+    parser.addoption("--record-durations", action="store_true", help=f"write {DURATIONS.name}; for runs of all tests")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    if not config.getoption("--quick"):
+        return
+    known = json.loads(DURATIONS.read_text())
+    slow = [item for item in items if known.get(_module(item.nodeid), 0.0) > QUICK_S]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in set(slow)]
+
+
+def pytest_runtest_logreport(report) -> None:
+    module = _module(report.nodeid)
+    _seconds[module] = _seconds.get(module, 0.0) + report.duration
+
+
+def pytest_sessionfinish(session) -> None:
+    if session.config.getoption("--record-durations"):
+        ordered = sorted(_seconds.items(), key=lambda item: -item[1])
+        DURATIONS.write_text(json.dumps({name: round(seconds, 1) for name, seconds in ordered}, indent=1) + "\n")
+
+
+def _module(nodeid: str) -> str:
+    return nodeid.split("::")[0].removeprefix("tests/")
 
 
 class RankFailedError(AssertionError):

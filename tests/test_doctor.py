@@ -2,29 +2,43 @@
 
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+TOY = Path(__file__).parent / "feature" / "toy"
+"""A feature of another package."""
+ASKED = ("sampling.exact=true", "draft.method=ngram", "comm.enable=true", "allow_lossy=true", "toy.enable=true")
 
 
 def doctor(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "rl_accel.doctor", *arguments], capture_output=True, text=True, timeout=400, check=False
+        [sys.executable, "-m", "rl_accel.doctor", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TOY), os.environ.get("PYTHONPATH", "")])},
     )
 
 
 def test_what_is_asked_for_is_live():
-    result = doctor(
-        "--json", "rl_accel.sampling.exact=true", "rl_accel.draft.method=ngram", "rl_accel.comm.enable=true"
-    )
+    result = doctor("--json", *(f"rl_accel.{setting}" for setting in ASKED), "rl_accel.toy.size=7")
     report = json.loads(result.stdout)
     assert result.returncode == 0, report["checks"]
     names = {check["name"] for check in report["checks"]}
-    assert {"exact sampling live", "same tokens alone and in a batch", "drafting by ngram", "verl: trainer"} <= names
-    assert {"4-bit communication: seams of BF16_Optimizer"} <= names
+    assert {"exact sampling: live in the engine", "exact sampling: same tokens alone and in a batch"} <= names
+    assert {"speculative decoding: drafting by ngram", "verl: trainer", "verl: patch RanksOnFSDP2"} <= names
+    assert {"toy: size", "toy: live in the engine", "toy: engine answered", "verl: patch NamePatch"} <= names
+    assert {"4-bit communication: host symbols of BF16_Optimizer"} <= names
     assert {"4-bit communication: codec on cpu equals its specification"} <= names
     assert report["versions"]["verl"] == "0.9.1"
+    assert report["features"]["toy"] == report["features"]["comm"] == report["features"]["sampling"] == "live"
+    assert report["features"]["trace"] == report["features"]["deepspeed"] == "off"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("arctic_inference") is not None, reason="arctic-inference is installed")
@@ -33,6 +47,7 @@ def test_what_cannot_come_up_is_a_failure():
     result = doctor("rl_accel.draft.method=suffix")
     assert result.returncode == 1
     assert "FAIL  vLLM engine" in result.stdout
+    assert re.search(r"^draft +refused: vLLM engine", result.stdout, re.MULTILINE)
     assert "arctic" in result.stdout.lower()
 
 

@@ -1,6 +1,6 @@
 """SDP4Bit: 4-bit communication of sharded data parallelism.
 
-The path: `attach` -> a host's glue (`hosts/deepspeed`, `hosts/fsdp2.py`) -> `Handle` -> `QuantisedCollectives` ->
+The path: `attach` -> a host's glue (`hosts/deepspeed`, `hosts/fsdp2.py`) -> `CommHandle` -> `QuantisedCollectives` ->
 `wire.Format` -> `codec` -> a backend (`kernels/codec`).
 """
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from rl_accel.comm.codec import dequantize, dequantize_add, quantize, requantize
     from rl_accel.comm.config import SDP4BitConfig
     from rl_accel.comm.entry import attach, initialize
-    from rl_accel.comm.handle import Handle
+    from rl_accel.comm.handle import CommHandle
 
 _WHERE = {
-    "Handle": "handle",
+    "CommHandle": "handle",
     "SDP4BitConfig": "config",
     "attach": "entry",
     "dequantize": "codec",
@@ -25,7 +25,16 @@ _WHERE = {
     "quantize": "codec",
     "requantize": "codec",
 }
-__all__ = ["Handle", "SDP4BitConfig", "attach", "dequantize", "dequantize_add", "initialize", "quantize", "requantize"]
+__all__ = [
+    "CommHandle",
+    "SDP4BitConfig",
+    "attach",
+    "dequantize",
+    "dequantize_add",
+    "initialize",
+    "quantize",
+    "requantize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 Both ways are tried on a few optimizer steps each, all ranks add up their times, and the faster way is kept until the
 next try. Tries get rarer while the answer stays the same. Times are per call of the collective, so steps of many and of
-few micro-batches compare, and exclude the wait for ranks that come later (`Handle.timed`). Source: ours.
+few micro-batches compare, and exclude the wait for ranks that come later (`CommHandle.timed`). Source: ours.
 Cost: `TRIES` steps the slower way, at about step 0, 64, 192, 448, ..., with a barrier before each of their collectives;
 one all-reduce of two numbers a decision.
 """

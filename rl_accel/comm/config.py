@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from rl_accel.comm.layout import MAX_GROUP, MIN_GROUP
 from rl_accel.errors import ConfigError
@@ -89,3 +90,19 @@ class SDP4BitConfig:
             gradient_group_size=2048,
             hadamard=False,
         )
+
+
+@dataclass(frozen=True)
+class CommConfig(SDP4BitConfig):
+    """4-bit communication of the training engine (`rl_accel.comm.*`): `SDP4BitConfig` and a switch."""
+
+    enable: bool = False
+    """Needs strategy=fsdp2 or deepspeed. Lossy: see docs/communication.md for what it does to the loss."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.enable
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of `SDP4BitConfig` as plain values; empty where it is off."""
+        return {name: value for name, value in asdict(self).items() if name != "enable"} if self.enable else {}

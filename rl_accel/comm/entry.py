@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 
 from rl_accel.comm.config import SDP4BitConfig
-from rl_accel.comm.handle import Handle
+from rl_accel.comm.handle import CommHandle
 from rl_accel.errors import CommError
 
 
 def attach(
     engine_or_module: Any, config: SDP4BitConfig | None = None, optimizer: torch.optim.Optimizer | None = None
-) -> Handle:
+) -> CommHandle:
     """Quantise what an engine's ranks send each other, from the next backward pass on.
 
     Args:
@@ -36,12 +36,12 @@ def attach(
         raise CommError("attach needs torch.distributed; initialise the process group (or the engine) first")
     engines = sys.modules.get("deepspeed.runtime.engine")
     if engines is not None and isinstance(engine_or_module, engines.DeepSpeedEngine):
-        from rl_accel.hosts.deepspeed import attach as deepspeed
+        from rl_accel.comm.hosts.deepspeed import attach as deepspeed
 
         return deepspeed.attach(engine_or_module, config)
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(engine_or_module, fsdp.FSDPModule):
-        from rl_accel.hosts import fsdp2
+        from rl_accel.comm.hosts import fsdp2
 
         return fsdp2.attach(engine_or_module, config, optimizer)
     raise CommError(
@@ -51,7 +51,7 @@ def attach(
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """`deepspeed.initialize`, argument by argument, for a configuration with a block `sdp4bit`; see
-    `rl_accel.hosts.deepspeed.attach`."""
-    from rl_accel.hosts.deepspeed import attach as deepspeed
+    `rl_accel.comm.hosts.deepspeed.attach`."""
+    from rl_accel.comm.hosts.deepspeed import attach as deepspeed
 
     return deepspeed.initialize(*args, **kwargs)

@@ -29,7 +29,7 @@ from rl_accel.errors import CommError, NotLiveError
 logger = logging.getLogger(__name__)
 
 
-class Handle:
+class CommHandle:
     """Quantised communication of one engine.
 
     Attributes:
@@ -288,7 +288,7 @@ class Handle:
         """Remember how to take back one change to the host."""
         self._undo.append(undo)
 
-    def holds(self, weights: Callable[[], Iterable[torch.Tensor]]) -> None:
+    def register_replicas(self, weights: Callable[[], Iterable[torch.Tensor]]) -> None:
         """Tell what every rank holds alike, for `check_replicas`."""
         self._weights = weights
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from rl_accel.compare.runs import Run
-from rl_accel.compare.tokens import Parting, compare_tokens
+from rl_accel.compare.tokens import Divergence, compare_tokens
 
 _MAY_DIFFER = re.compile(
     r"^(timing|perf/|rollout/spec_|rl_accel/|rollout_corr/|training/rollout_)|/perf/|_(m?s|seconds)$"
@@ -19,7 +19,7 @@ _MAY_DIFFER = re.compile(
 
 
 @dataclass(frozen=True)
-class MetricParting:
+class MetricDivergence:
     """The first metric at which two runs differ."""
 
     metric: str
@@ -39,13 +39,13 @@ class Identity:
     steps: int
     """Common steps compared."""
     last_identical_step: int | None
-    parting: Parting | None
-    metric: MetricParting | None
+    divergence: Divergence | None
+    metric: MetricDivergence | None
 
     @property
     def identical(self) -> bool:
         """No difference, in at least one step."""
-        return self.steps > 0 and self.parting is None and self.metric is None
+        return self.steps > 0 and self.divergence is None and self.metric is None
 
 
 def may_differ(metric: str) -> bool:
@@ -56,18 +56,18 @@ def may_differ(metric: str) -> bool:
 def compare_identity(a: Run, b: Run) -> Identity:
     """Tokens first; if they agree, or there are none, every metric that may not differ."""
     tokens = compare_tokens(a.tokens_dir, b.tokens_dir)
-    metric, metric_steps = first_metric_parting(a, b)
-    if tokens.parting is not None:
+    metric, metric_steps = first_metric_divergence(a, b)
+    if tokens.divergence is not None:
         last = tokens.last_identical_step
-        return Identity(a.name, b.name, "tokens", len(tokens.steps), last, tokens.parting, None)
+        return Identity(a.name, b.name, "tokens", len(tokens.steps), last, tokens.divergence, None)
     basis, steps = ("tokens", list(tokens.steps)) if tokens.steps else ("metrics", metric_steps)
     before = [step for step in steps if metric is None or step < metric.step]
     return Identity(a.name, b.name, basis, len(steps), max(before, default=None), None, metric)
 
 
-def first_metric_parting(a: Run, b: Run) -> tuple[MetricParting | None, list[int]]:
+def first_metric_divergence(a: Run, b: Run) -> tuple[MetricDivergence | None, list[int]]:
     """The first value (by step, then name) of a common metric that is not bit-equal, and the common steps."""
-    first: MetricParting | None = None
+    first: MetricDivergence | None = None
     steps: set[int] = set()
     for name in sorted(a.metrics.keys() & b.metrics.keys()):
         if may_differ(name):
@@ -77,5 +77,5 @@ def first_metric_parting(a: Run, b: Run) -> tuple[MetricParting | None, list[int
         for step in shared if first is None else [s for s in shared if s < first.step]:
             x, y = a.metrics[name][step], b.metrics[name][step]
             if x != y and not (math.isnan(x) and math.isnan(y)) and (first is None or step < first.step):
-                first = MetricParting(name, step, x, y)
+                first = MetricDivergence(name, step, x, y)
     return first, sorted(steps)

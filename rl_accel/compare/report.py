@@ -207,8 +207,8 @@ def describe_identity(identity: Identity) -> str:
         return "no common step"
     last = identity.last_identical_step
     agreed = "from the first step on, they differ" if last is None else f"identical up to step {last}"
-    if identity.parting is not None:
-        p = identity.parting
+    if identity.divergence is not None:
+        p = identity.divergence
         where = f"step {p.step}, problem {p.problem_id}, sample {p.sample_index}"
         what = {
             "token": f"token {p.position} of the response: {p.token_a} became {p.token_b}",
@@ -276,7 +276,7 @@ def _speed_lines(comparison: Comparison) -> list[str]:
         "Speed is baseline seconds / other seconds of the same step: the median of each pair of runs, then the "
         f"geometric mean over pairs; the first {WARMUP_STEPS} steps are dropped as warm-up."
     ]
-    if not all(i.basis == "tokens" and i.parting is None for i in comparison.identities):
+    if not all(i.basis == "tokens" and i.divergence is None for i in comparison.identities):
         lines[0] += " The rollouts are not shown to be identical: the arms may not have done the same work."
     for s in comparison.speeds:
         if s.interval is None:

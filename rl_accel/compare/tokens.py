@@ -44,7 +44,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Parting:
+class Divergence:
     """The first place where two runs' rollouts differ."""
 
     step: int
@@ -70,8 +70,8 @@ class TokenComparison:
     """Steps that both runs have, in order."""
     steps_one_sided: tuple[int, ...]
     last_identical_step: int | None
-    """The last step before the parting (None: they part in the first)."""
-    parting: Parting | None
+    """The last step before the divergence (None: they part in the first)."""
+    divergence: Divergence | None
 
 
 def save_tokens(
@@ -180,21 +180,23 @@ def token_steps(directory: Path | None) -> dict[int, Path]:
 def compare_tokens(directory_a: Path | None, directory_b: Path | None) -> TokenComparison:
     """Find the first step, and in it the earliest position, at which two runs part.
 
-    Only steps that both have are read, and none after the parting.
+    Only steps that both have are read, and none after the divergence.
     """
     files_a, files_b = token_steps(directory_a), token_steps(directory_b)
     steps = tuple(sorted(files_a.keys() & files_b.keys()))
     one_sided = tuple(sorted(files_a.keys() ^ files_b.keys()))
     last_identical = None
     for step in steps:
-        parting = first_parting(step, load_tokens(files_a[step]), load_tokens(files_b[step]))
-        if parting is not None:
-            return TokenComparison(steps, one_sided, last_identical, parting)
+        divergence = first_divergence(step, load_tokens(files_a[step]), load_tokens(files_b[step]))
+        if divergence is not None:
+            return TokenComparison(steps, one_sided, last_identical, divergence)
         last_identical = step
     return TokenComparison(steps, one_sided, last_identical, None)
 
 
-def first_parting(step: int, rows_a: dict[tuple[str, int], Row], rows_b: dict[tuple[str, int], Row]) -> Parting | None:
+def first_divergence(
+    step: int, rows_a: dict[tuple[str, int], Row], rows_b: dict[tuple[str, int], Row]
+) -> Divergence | None:
     """The earliest difference in one step (by position, then by name), or None.
 
     A missing row and a different prompt come before any token.
@@ -209,7 +211,7 @@ def first_parting(step: int, rows_a: dict[tuple[str, int], Row], rows_b: dict[tu
     if not found:
         return None
     _, (problem, sample), reason, position, token_a, token_b = min(found, key=lambda item: item[:2])
-    return Parting(step, problem, sample, reason, position, token_a, token_b, len(found), len(names))
+    return Divergence(step, problem, sample, reason, position, token_a, token_b, len(found), len(names))
 
 
 def _difference(a: Row | None, b: Row | None) -> tuple[str, int | None, int | None, int | None] | None:

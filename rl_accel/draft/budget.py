@@ -40,7 +40,7 @@ Array = np.ndarray | float
 
 
 class PassPrices(Protocol):
-    """What a pass costs, in seconds; `PassCost` and `Prices` are such."""
+    """What a pass costs, in seconds; `StepCostModel` and `Prices` are such."""
 
     @property
     def base_s(self) -> float: ...

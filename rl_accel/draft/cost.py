@@ -47,7 +47,7 @@ MIN_PASSES, MIN_DRAFT_PASSES, MIN_SPREAD = 64, 16.0, 0.01
 """For `ready`: passes, passes with drafts not yet forgotten, squared relative spread of the pass sizes."""
 
 
-class PassCost:
+class StepCostModel:
     """On-line fit of the seconds of a pass. Not thread-safe."""
 
     def __init__(self) -> None:
@@ -154,7 +154,7 @@ class PassCost:
         Raises:
             DraftError: if the content is not a state of this class; the present state is kept then.
         """
-        loaded = PassCost()
+        loaded = StepCostModel()
         try:
             if set(state) != set(loaded.state_dict()):
                 raise ValueError(f"keys {sorted(state)}")
@@ -167,7 +167,9 @@ class PassCost:
             if loaded._num_passes:
                 loaded._fit()
         except (TypeError, ValueError, ArithmeticError) as err:
-            raise DraftError(f"not a saved state of PassCost ({err}); delete it to learn the pass cost anew") from err
+            raise DraftError(
+                f"not a saved state of StepCostModel ({err}); delete it to learn the pass cost anew"
+            ) from err
         self.__dict__.update(loaded.__dict__)
 
     def _check(self) -> None:

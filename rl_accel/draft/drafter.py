@@ -8,7 +8,7 @@
     drafter.close_epoch(epoch=0)
 
 The index finds likely continuations (`index.py`), the planner decides how many are worth their price (`planner.py`).
-Without `observe_pass` prices are unknown and drafts run up to their caps. Not thread-safe. Host: `hosts/vllm/das.py`.
+Without `observe_step` prices are unknown and drafts run up to their caps. Not thread-safe. Host: `hosts/proposer.py`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rl_accel.config import DraftConfig
 from rl_accel.draft import history
+from rl_accel.draft.config import DraftConfig
 from rl_accel.draft.index import MATCH_LENGTHS, MAX_DRAFT, NO_TOTALS, SOURCES, UNBOUNDED, SuffixIndex, problem_key
 from rl_accel.draft.lengths import BYTES_PER_PROBLEM, MAX_PROBLEMS
 from rl_accel.draft.planner import PLAN_EVERY, Planner
@@ -226,9 +226,9 @@ class SuffixDrafter:
                 self._handles[slots[ends]], token_ids, rows[ends], num_tokens[ends], caps, thresholds
             )
 
-    def observe_pass(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
+    def observe_step(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
         """Report the wall time of one pass without prefills; from then on drafts are priced."""
-        self.planner.observe_pass(seconds, num_requests, num_draft_tokens)
+        self.planner.observe_step(seconds, num_requests, num_draft_tokens)
 
     def end(self, request_id: str, keep: bool = True) -> None:
         """End a request. With `keep` its response enters the history.

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rl_accel.draft import budget
-from rl_accel.draft.cost import PassCost
+from rl_accel.draft.cost import StepCostModel
 from rl_accel.draft.lengths import MAX_PROBLEMS, LengthModel
 from rl_accel.errors import DraftError
 
@@ -51,7 +51,7 @@ class Planner:
 
     def __init__(self, policy: str, max_draft: int, seed: int = 0, max_problems: int = MAX_PROBLEMS):
         self.policy, self.max_draft = policy, max_draft
-        self.cost = PassCost()
+        self.cost = StepCostModel()
         self.lengths = LengthModel(max_problems)
         self.last_plan_s = 0.0
         self._rng = np.random.default_rng(seed)
@@ -73,7 +73,7 @@ class Planner:
         """Whether a probe has had its passes, so that a plan is due."""
         return self._passes_of_probe >= PROBE_PASSES
 
-    def observe_pass(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
+    def observe_step(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
         """Learn from one pass without prefills: its wall time, live requests and verified draft tokens."""
         predicted = self.cost.predict(num_requests, num_draft_tokens)
         self.cost.observe(seconds, num_requests, num_draft_tokens)
@@ -174,7 +174,7 @@ class Planner:
         Raises:
             DraftError: if the content is not a state.
         """
-        cost, lengths = PassCost(), LengthModel(self.lengths.max_problems)
+        cost, lengths = StepCostModel(), LengthModel(self.lengths.max_problems)
         try:
             cost.load_state_dict(state["cost"])
             lengths.load_state_dict(state["lengths"])

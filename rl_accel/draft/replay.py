@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from rl_accel.config import DraftConfig
+from rl_accel.draft.config import DraftConfig
 from rl_accel.draft.drafter import SuffixDrafter
 from rl_accel.draft.planner import Planner
 from rl_accel.draft.record import Rollout

@@ -14,11 +14,12 @@ Shape suffixes: R rows (tokens to be sampled), V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import json
 
 import numpy as np
 import torch
+
+from rl_accel.identity import hash64
 
 GAMMA = 0x9E3779B97F4A7C15
 """Increment of a SplitMix64 stream."""
@@ -49,11 +50,6 @@ def request_key(seed: int, problem_id: str, sample_index: int, step: int, valida
     if call:
         identity.append(int(call))
     return hash64(json.dumps(identity).encode())
-
-
-def hash64(data: bytes) -> int:
-    """Return 8 bytes of BLAKE2b as a signed int64; unlike `hash`, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 def gumbel_noise(keys_R: torch.Tensor, positions_R: torch.Tensor, vocab_size: int, first_id: int = 0) -> torch.Tensor:

@@ -3,7 +3,7 @@ difference.
 
 If the target samples x from p and the draft d is accepted exactly when x == d, the draft is accepted with
 probability p(d), as rejection sampling accepts a deterministic draft (Leviathan et al. 2023, q a point
-mass), and the emitted token is x, whose law is p. So no second random number, no residual distribution, and
+mass), and the emitted token is x, distributed as p. So no second random number, no residual distribution, and
 nothing lost in acceptance.
 
 Left out: drafts that were themselves sampled from a draft model; they need standard rejection sampling.

@@ -132,7 +132,7 @@ def test_report_of_three_arms(runs, tmp_path):
     rollout = result["comparisons"][0]["speeds"][0]
     assert (rollout["word"], rollout["pairs"], rollout["steps"]) == ("one pair of runs", 1, STEPS - 2)
     assert rollout["ratio"] == pytest.approx(1.5, rel=0.05)
-    assert result["comparisons"][1]["identities"][0]["parting"]["step"] == 9
+    assert result["comparisons"][1]["identities"][0]["divergence"]["step"] == 9
     assert result["arms"]["ngram"]["accuracy, final"] == {"mean": 1.0, "std": None}
 
 

@@ -1,4 +1,4 @@
-"""Token files: what is written is read back, and the first parting is named exactly."""
+"""Token files: what is written is read back, and the first divergence is named exactly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_accel.compare.tokens import compare_tokens, first_parting, load_tokens, save_tokens
+from rl_accel.compare.tokens import compare_tokens, first_divergence, load_tokens, save_tokens
 from rl_accel.errors import CompareError
 
 PROBLEMS, SAMPLES = 5, 4
@@ -54,7 +54,7 @@ def test_row_order_does_not_matter(tmp_path):
     a, b = write_steps(tmp_path / "a", 4), write_steps(tmp_path / "b", 4, shuffle=9)
     assert (a / "1.npz").read_bytes() != (b / "1.npz").read_bytes()
     result = compare_tokens(a, b)
-    assert (result.steps, result.last_identical_step, result.parting) == ((1, 2, 3, 4), 4, None)
+    assert (result.steps, result.last_identical_step, result.divergence) == ((1, 2, 3, 4), 4, None)
 
 
 @pytest.mark.parametrize("position", [0, 3, -1])
@@ -74,32 +74,32 @@ def test_one_planted_token_is_named(tmp_path, position):
     a = write_steps(tmp_path / "a", 5, edit=edit)
     b = write_steps(tmp_path / "b", 5, shuffle=1, edit=edit_other)
     result = compare_tokens(a, b)
-    parting = result.parting
+    divergence = result.divergence
     assert result.last_identical_step == 2
-    assert (parting.step, parting.problem_id, parting.sample_index) == (3, "problem-2", 1)
-    assert (parting.reason, parting.position) == ("token", position % 5)
-    assert (parting.token_a, parting.token_b) == (planted["before"], 499)
-    assert (parting.rows_different, parting.rows) == (1, PROBLEMS * SAMPLES)
+    assert (divergence.step, divergence.problem_id, divergence.sample_index) == (3, "problem-2", 1)
+    assert (divergence.reason, divergence.position) == ("token", position % 5)
+    assert (divergence.token_a, divergence.token_b) == (planted["before"], 499)
+    assert (divergence.rows_different, divergence.rows) == (1, PROBLEMS * SAMPLES)
 
 
 def test_parting_kinds_and_their_order(tmp_path):
     base = (["p", "p", "q"], [0, 1, 0], [4, 4, 4], [[1, 2, 3], [4, 5], [6, 7, 8]])
 
-    def parting(problems, samples, prompts, responses):
+    def divergence(problems, samples, prompts, responses):
         save_tokens(tmp_path / "1.npz", *base)
         save_tokens(tmp_path / "2.npz", problems, samples, prompts, responses)
-        return first_parting(8, load_tokens(tmp_path / "1.npz"), load_tokens(tmp_path / "2.npz"))
+        return first_divergence(8, load_tokens(tmp_path / "1.npz"), load_tokens(tmp_path / "2.npz"))
 
-    shorter = parting(*base[:3], [[1, 2], [4, 5], [6, 7, 8]])
+    shorter = divergence(*base[:3], [[1, 2], [4, 5], [6, 7, 8]])
     assert (shorter.reason, shorter.position, shorter.token_a, shorter.token_b) == ("length", 2, 3, None)
-    prompt = parting(*base[:2], [4, 5, 4], [[1, 2, 3], [4, 5], [9, 7, 8]])
+    prompt = divergence(*base[:2], [4, 5, 4], [[1, 2, 3], [4, 5], [9, 7, 8]])
     assert (prompt.reason, prompt.problem_id, prompt.sample_index) == ("prompt", "p", 1)
     assert (prompt.position, prompt.rows_different) == (None, 2)
-    missing = parting(["p", "q"], [0, 0], [4, 4], [[0, 2, 3], [6, 7, 8]])
+    missing = divergence(["p", "q"], [0, 0], [4, 4], [[0, 2, 3], [6, 7, 8]])
     assert (missing.reason, missing.sample_index, missing.rows, missing.rows_different) == ("row", 1, 3, 2)
-    earliest = parting(*base[:3], [[1, 2, 0], [4, 0], [6, 7, 0]])
+    earliest = divergence(*base[:3], [[1, 2, 0], [4, 0], [6, 7, 0]])
     assert (earliest.problem_id, earliest.sample_index, earliest.position) == ("p", 1, 1)
-    assert parting(*base) is None
+    assert divergence(*base) is None
 
 
 def test_steps_on_one_side_are_reported_not_compared(tmp_path):
@@ -107,7 +107,7 @@ def test_steps_on_one_side_are_reported_not_compared(tmp_path):
     (a / "2.npz").unlink()
     (b / ".7.npz.123.partial").write_bytes(b"torn")
     result = compare_tokens(a, b)
-    assert (result.steps, result.steps_one_sided, result.parting) == ((1, 3, 4), (2, 5, 6), None)
+    assert (result.steps, result.steps_one_sided, result.divergence) == ((1, 3, 4), (2, 5, 6), None)
     assert compare_tokens(None, b).steps == ()
 
 

@@ -44,7 +44,7 @@ class History:
                 cls.teach(drafter, problem, text)
                 cls.read_through(drafter, problem, text[:50])
             for _ in range(100):
-                drafter.observe_pass(rng.uniform(0.01, 0.02), rng.randint(1, 9), rng.randint(0, 9))
+                drafter.observe_step(rng.uniform(0.01, 0.02), rng.randint(1, 9), rng.randint(0, 9))
             drafter.close_epoch(epoch, policy_version=10 * epoch)
         return drafter
 

@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 
 from rl_accel.draft import budget
 from rl_accel.draft.budget import Prices, acceptance, expected_multipliers, makespan_optimum, proposed_tokens
-from rl_accel.draft.cost import PassCost
+from rl_accel.draft.cost import StepCostModel
 from rl_accel.errors import DraftError
 
 H100 = Prices(base_s=8e-3, per_request_s=5e-5, per_draft_s=2.5e-5)
@@ -211,7 +211,7 @@ def test_class_caps():
 
 
 def test_a_learned_cost_is_a_price():
-    fit = PassCost()
+    fit = StepCostModel()
     with pytest.raises(DraftError, match="observe passes before planning"):
         makespan_optimum(np.array([100.0]), 0.7, 1.3, fit)
     for n in range(1, 100):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_accel.draft import cost
-from rl_accel.draft.cost import PassCost
+from rl_accel.draft.cost import StepCostModel
 from rl_accel.errors import DraftError
 
 TRUE = (8e-3, 5e-5, 2e-5)
@@ -37,7 +37,7 @@ def feed(fit, rng, num_passes, noise=0.2, outliers=0.02, slower=1.0, drafts=lamb
 @pytest.mark.parametrize("seed", range(8))
 def test_known_coefficients_under_noise_and_outliers(seed):
     """Over 150 seeds the standard deviations are 2.0, 4.1, 3.8 % and the bias is 1 %; the bounds are five of them."""
-    fit = feed(PassCost(), np.random.default_rng(seed), 1500)
+    fit = feed(StepCostModel(), np.random.default_rng(seed), 1500)
     for got, want, tolerance in zip(coefficients(fit), TRUE, (0.11, 0.22, 0.21), strict=True):
         assert got == pytest.approx(want, rel=tolerance)
     assert fit.predict(128, 256) == pytest.approx(seconds(128, 256), rel=0.1)
@@ -46,7 +46,7 @@ def test_known_coefficients_under_noise_and_outliers(seed):
 
 def test_equals_the_batch_solution():
     """Against numpy's least squares on all rows with both priors as further rows; noise too small to be clipped."""
-    rng, fit, rows, times = np.random.default_rng(0), PassCost(), [], []
+    rng, fit, rows, times = np.random.default_rng(0), StepCostModel(), [], []
     for _ in range(300):
         n, d = int(rng.integers(1, 65)), int(rng.integers(0, 2)) * int(rng.integers(0, 200))
         time = seconds(n, d, speculation=1e-3) * rng.uniform(0.99, 1.01)
@@ -66,7 +66,7 @@ def test_equals_the_batch_solution():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_price_of_speculating_at_all_is_told_from_that_of_a_token(seed):
-    fit, rng = PassCost(), np.random.default_rng(seed)
+    fit, rng = StepCostModel(), np.random.default_rng(seed)
     for _ in range(1000):
         n, d = int(rng.integers(1, 257)), int(rng.integers(0, 2)) * int(rng.integers(1, 300))
         fit.observe(seconds(n, d, speculation=4e-3) * (1.0 + 0.1 * rng.standard_normal()), n, d)
@@ -77,7 +77,7 @@ def test_the_price_of_speculating_at_all_is_told_from_that_of_a_token(seed):
 
 def test_where_every_pass_speculates_nothing_is_said_to_be_its_price():
     fit = feed(
-        PassCost(), np.random.default_rng(0), 1000, noise=0.05, drafts=lambda rng, n: n * int(rng.integers(1, 5))
+        StepCostModel(), np.random.default_rng(0), 1000, noise=0.05, drafts=lambda rng, n: n * int(rng.integers(1, 5))
     )
     assert fit.speculation_s < 0.05 * fit.base_s
     assert fit.predict(200, 600) == pytest.approx(seconds(200, 600), rel=0.05)
@@ -86,14 +86,14 @@ def test_where_every_pass_speculates_nothing_is_said_to_be_its_price():
 @pytest.mark.parametrize("slower", [2.0, 0.5, 4.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_follows_a_lasting_change_within_200_passes(seed, slower):
-    rng, fit = np.random.default_rng(seed), PassCost()
+    rng, fit = np.random.default_rng(seed), StepCostModel()
     feed(fit, rng, 1000)
     feed(fit, rng, 200, slower=slower)
     assert fit.predict(128, 256) == pytest.approx(slower * seconds(128, 256), rel=0.15)
 
 
 def test_single_outliers_hardly_move_the_fit():
-    fit = feed(PassCost(), np.random.default_rng(0), 600, noise=0.05, outliers=0.0)
+    fit = feed(StepCostModel(), np.random.default_rng(0), 600, noise=0.05, outliers=0.0)
     before = fit.predict(128, 256)
     for factor in (10.0, 1000.0, 1e-3):
         fit.observe(factor * seconds(128, 256), 128, 256)
@@ -101,7 +101,7 @@ def test_single_outliers_hardly_move_the_fit():
 
 
 def test_recovers_from_a_slow_first_pass():
-    fit = PassCost()
+    fit = StepCostModel()
     fit.observe(100.0 * seconds(128, 256), 128, 256)
     feed(fit, np.random.default_rng(0), 150)
     assert fit.predict(128, 256) == pytest.approx(seconds(128, 256), rel=0.2)
@@ -109,7 +109,7 @@ def test_recovers_from_a_slow_first_pass():
 
 def test_noise_alone_is_no_change_of_regime():
     """At each of 20,000 passes the memory stays long; a false alarm would cut it to PASSES_KEPT."""
-    fit, rng = feed(PassCost(), np.random.default_rng(1), 200), np.random.default_rng(2)
+    fit, rng = feed(StepCostModel(), np.random.default_rng(1), 200), np.random.default_rng(2)
     for _ in range(200):
         feed(fit, rng, 100)
         assert fit.state_dict()["weight"] > 160.0
@@ -122,7 +122,7 @@ def test_noise_alone_is_no_change_of_regime():
     )
 )
 def test_coefficients_are_finite_and_never_negative(passes):
-    fit = PassCost()
+    fit = StepCostModel()
     for observed in passes:
         fit.observe(*observed)
         assert all(0.0 <= x < math.inf for x in coefficients(fit))
@@ -130,7 +130,7 @@ def test_coefficients_are_finite_and_never_negative(passes):
 
 
 def test_drafts_that_speed_passes_up_cost_nothing():
-    fit, rng = PassCost(), np.random.default_rng(0)
+    fit, rng = StepCostModel(), np.random.default_rng(0)
     for _ in range(300):
         n, d = int(rng.integers(1, 257)), int(rng.integers(0, 100))
         fit.observe(seconds(n, 0) - 5e-5 * d, n, d)
@@ -139,14 +139,14 @@ def test_drafts_that_speed_passes_up_cost_nothing():
 
 def test_collinear_inputs_give_the_papers_model():
     """Three drafts a request in every pass: only per_request_s + 3 per_draft_s shows, and both come out equal."""
-    fit = feed(PassCost(), np.random.default_rng(0), 2000, noise=0.05, drafts=lambda rng, n: 3 * n)
+    fit = feed(StepCostModel(), np.random.default_rng(0), 2000, noise=0.05, drafts=lambda rng, n: 3 * n)
     token_s = (TRUE[1] + 3 * TRUE[2]) / 4
     assert coefficients(fit) == pytest.approx((TRUE[0], token_s, token_s), rel=0.1)
     assert fit.predict(200, 600) == pytest.approx(seconds(200, 600), rel=0.05)
 
 
 def test_passes_of_one_size_predict_themselves_and_are_not_ready():
-    fit = PassCost()
+    fit = StepCostModel()
     for _ in range(1000):
         fit.observe(0.02, 64, 128)
     assert fit.predict(64, 128) == pytest.approx(0.02, rel=0.01)
@@ -156,7 +156,7 @@ def test_passes_of_one_size_predict_themselves_and_are_not_ready():
 
 
 def test_ready_needs_drafts_and_forgets_them():
-    fit, rng = PassCost(), np.random.default_rng(0)
+    fit, rng = StepCostModel(), np.random.default_rng(0)
     feed(fit, rng, 500, drafts=lambda rng, n: 0)
     assert not fit.ready and fit.per_draft_s == pytest.approx(fit.per_request_s, rel=1e-6)
     feed(fit, rng, 50)
@@ -166,13 +166,13 @@ def test_ready_needs_drafts_and_forgets_them():
 
 
 def test_state_round_trip_through_json():
-    fit = feed(PassCost(), np.random.default_rng(0), 700)
-    other = PassCost()
+    fit = feed(StepCostModel(), np.random.default_rng(0), 700)
+    other = StepCostModel()
     other.load_state_dict(json.loads(json.dumps(fit.state_dict())))
     for model in (fit, other):
         feed(model, np.random.default_rng(5), 50)
     assert other.state_dict() == fit.state_dict() and coefficients(other) == coefficients(fit)
-    other.load_state_dict(PassCost().state_dict())
+    other.load_state_dict(StepCostModel().state_dict())
     assert coefficients(other) == (0.0, 0.0, 0.0) and not other.ready
 
 
@@ -194,16 +194,16 @@ def test_state_round_trip_through_json():
     ],
 )
 def test_bad_state_is_refused_and_changes_nothing(change):
-    fit = feed(PassCost(), np.random.default_rng(0), 100)
+    fit = feed(StepCostModel(), np.random.default_rng(0), 100)
     before = fit.state_dict()
-    with pytest.raises(DraftError, match="not a saved state of PassCost"):
+    with pytest.raises(DraftError, match="not a saved state of StepCostModel"):
         fit.load_state_dict({**before, **change})
     assert fit.state_dict() == before
 
 
 @pytest.mark.parametrize("observed", [(0.0, 1, 0), (math.nan, 1, 0), (math.inf, 1, 0), (0.1, 0, 0), (0.1, 1, -1)])
 def test_impossible_pass_is_refused(observed):
-    fit = PassCost()
+    fit = StepCostModel()
     with pytest.raises(DraftError, match="expected seconds > 0"):
         fit.observe(*observed)
-    assert fit.state_dict() == PassCost().state_dict()
+    assert fit.state_dict() == StepCostModel().state_dict()

@@ -71,12 +71,12 @@ def test_caps_are_per_call_or_per_request_and_zero_only_appends(teach) -> None:
 def test_no_request_is_no_work() -> None:
     drafter = SuffixDrafter(das())
     for number in range(200):
-        drafter.observe_pass(0.01 + 1e-4 * (number % 7), 1 + number % 3, number % 7)
+        drafter.observe_step(0.01 + 1e-4 * (number % 7), 1 + number % 3, number % 7)
     assert drafter.planner.cost.ready
     assert drafter.propose([], [], 4) == []
     assert drafter.propose_rows([], np.zeros((2, 2), np.int32), np.zeros(0, np.uint32), np.zeros(0, np.uint32)) == []
     with pytest.raises(DraftError, match="seconds > 0"):
-        SuffixDrafter(das()).observe_pass(0.0, 1, 0)
+        SuffixDrafter(das()).observe_step(0.0, 1, 0)
 
 
 def test_drafts_end_before_the_limit_of_a_request(teach) -> None:

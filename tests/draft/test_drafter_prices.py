@@ -43,7 +43,7 @@ class Engine:
         if observe:
             base, per_request, per_draft = self.costs
             seconds = (base + per_request * len(names) + per_draft * num_drafted) * self.noise.lognormvariate(0.0, 0.05)
-            self.drafter.observe_pass(seconds, len(names), num_drafted)
+            self.drafter.observe_step(seconds, len(names), num_drafted)
         return drafts
 
 
@@ -134,7 +134,7 @@ def test_the_budget_lets_stragglers_draft_more(teach, seed) -> None:
     drafter.close_epoch(0)
     for _ in range(200):
         n, d = noise.randint(1, 64), noise.randint(0, 200)
-        drafter.observe_pass((0.02 + 5e-4 * d) * noise.lognormvariate(0.0, 0.02), n, d)
+        drafter.observe_step((0.02 + 5e-4 * d) * noise.lognormvariate(0.0, 0.02), n, d)
     assert drafter.planner.cost.ready
     engine = Engine(drafter, {n: variants(5, seed + i)[4] for i, n in enumerate(names)}, {n: n for n in names})
     engine.costs = (0.02, 0.0, 5e-4)

@@ -21,7 +21,7 @@ def measured(policy: str = "budget", costs=(0.02, 1e-4, 1e-4), seed: int = 0, **
     planner, rng = Planner(policy, 16, **kwargs), random.Random(seed)
     for _ in range(200):
         n, d = rng.randint(1, 64), rng.randint(0, 200)
-        planner.observe_pass(costs[0] + costs[1] * n + costs[2] * d, n, d)
+        planner.observe_step(costs[0] + costs[1] * n + costs[2] * d, n, d)
     assert planner.cost.ready and not planner.probing
     return planner
 
@@ -54,7 +54,7 @@ def test_without_pass_times_nothing_has_a_price() -> None:
 
 def test_until_prices_are_known_likely_tokens_are_drafted() -> None:
     planner = Planner("budget", 16)
-    planner.observe_pass(0.01, 4, 0)
+    planner.observe_step(0.01, 4, 0)
     assert planner.probing
     assert np.allclose(plan(planner)[1], FIRST_THRESHOLD)
 
@@ -77,10 +77,10 @@ def test_a_probe_comes_after_passes_without_drafts_and_ends_with_the_next_draft(
     planner = measured()
     for _ in range(PROBE_EVERY):
         assert not planner.probing
-        planner.observe_pass(0.024, 40, 0)
+        planner.observe_step(0.024, 40, 0)
     assert planner.probing
     assert np.allclose(plan(planner)[1], FIRST_THRESHOLD)
-    planner.observe_pass(0.024 + 4e-3, 40, 40)
+    planner.observe_step(0.024 + 4e-3, 40, 40)
     assert not planner.probing
     assert not np.allclose(plan(planner)[1], FIRST_THRESHOLD)
 
@@ -88,14 +88,14 @@ def test_a_probe_comes_after_passes_without_drafts_and_ends_with_the_next_draft(
 def test_a_probe_goes_on_while_passes_are_shorter_than_predicted() -> None:
     planner = measured(costs=(0.02, 1e-4, 2e-3))
     for _ in range(PROBE_EVERY):
-        planner.observe_pass(0.024, 40, 0)
+        planner.observe_step(0.024, 40, 0)
     plan(planner)
     for _ in range(15):
-        planner.observe_pass(0.024, 40, 40)
+        planner.observe_step(0.024, 40, 40)
     assert not planner.probing
     assert np.allclose(plan(planner)[1], FIRST_THRESHOLD), "drafts cost nothing now, the fit does not know yet"
     for _ in range(100):
-        planner.observe_pass(0.024, 40, 40)
+        planner.observe_step(0.024, 40, 40)
         if planner.probed:
             thresholds = plan(planner)[1]
     assert not planner.probed and thresholds.max() < 0.3, "now it does"
@@ -105,7 +105,7 @@ def test_a_pass_that_cannot_be_is_refused_and_not_learned() -> None:
     planner = Planner("budget", 16)
     for bad in ((0.0, 1, 0), (0.01, 0, 0), (0.01, 1, -1), (float("nan"), 1, 0)):
         with pytest.raises(DraftError):
-            planner.observe_pass(*bad)
+            planner.observe_step(*bad)
     assert not planner.timed and planner.cost.predict(1, 1) == 0.0
 
 
@@ -119,7 +119,7 @@ def test_a_pass_that_cannot_be_is_refused_and_not_learned() -> None:
 def test_thresholds_and_caps_are_in_range_whatever_was_measured(seconds, n, candidates, seed) -> None:
     planner, rng = Planner("budget", 16, seed), np.random.default_rng(seed)
     for s in seconds:
-        planner.observe_pass(s, int(rng.integers(1, 300)), int(rng.integers(0, 900)))
+        planner.observe_step(s, int(rng.integers(1, 300)), int(rng.integers(0, 900)))
     planner.observe_candidates(100, 100 * candidates[0], 100 * candidates[1])
     for problem, length in zip(rng.integers(0, 30, 50).tolist(), rng.integers(1, 9000, 50).tolist(), strict=True):
         planner.lengths.observe(problem, length)
@@ -159,8 +159,8 @@ def test_a_saved_state_comes_back_whole() -> None:
     assert plain(copy) == plain(planner) == state
     assert copy.cost.predict(9, 9) == planner.cost.predict(9, 9)
     assert not copy.timed, "until this host reports pass times, nothing has a price"
-    copy.observe_pass(0.03, 40, 40)
-    planner.observe_pass(0.03, 40, 40)
+    copy.observe_step(0.03, 40, 40)
+    planner.observe_step(0.03, 40, 40)
     assert np.array_equal(plan(copy)[1], plan(planner)[1])
 
 

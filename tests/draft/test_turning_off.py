@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from rl_accel.config import DraftConfig
+from rl_accel.draft.config import DraftConfig
 from rl_accel.draft.drafter import SLEEP_AFTER, SLEEP_CALLS, WAKE_CALLS, SuffixDrafter
 from rl_accel.draft.index import NO_TOTALS, SuffixIndex, problem_key
 from rl_accel.draft.planner import BLANK_EVERY, Planner
@@ -64,7 +64,7 @@ def fed(speculation: float, policy: str = "budget") -> Planner:
     planner, rng = Planner(policy, 16), np.random.default_rng(0)
     for _ in range(600):
         n, d = int(rng.integers(1, 64)), int(rng.integers(0, 2)) * int(rng.integers(1, 200))
-        planner.observe_pass(0.005 + 1e-4 * n + 5e-5 * d + speculation * (d > 0), n, d)
+        planner.observe_step(0.005 + 1e-4 * n + 5e-5 * d + speculation * (d > 0), n, d)
     n = np.arange(40)
     planner.plan(n, np.full(40, 5), np.full(40, 100))
     return planner
@@ -82,7 +82,7 @@ def test_one_pass_in_many_has_no_drafts_whatever_they_would_gain() -> None:
     fees = []
     for _ in range(4 * BLANK_EVERY):
         fees.append(planner.next_fee())
-        planner.observe_pass(0.01, 40, 0 if math.isinf(fees[-1]) else 40)
+        planner.observe_step(0.01, 40, 0 if math.isinf(fees[-1]) else 40)
     blank = [i for i, fee in enumerate(fees) if math.isinf(fee)]
     assert len(blank) == 4 and set(np.diff(blank)) == {BLANK_EVERY}
 
@@ -175,7 +175,7 @@ def test_drafts_that_became_cheap_wake_the_index(seed) -> None:
         for _ in range(count):
             drafted = sum(map(len, rows.one_pass([TEXT[sum(rows.num_tokens) // 2 % 9]] * 2)))
             seconds = (0.01 + per_draft_s * drafted) * (1.0 + 0.03 * rng.standard_normal())
-            rows.drafter.observe_pass(seconds, 2, drafted)
+            rows.drafter.observe_step(seconds, 2, drafted)
             sizes.append(drafted)
         return sizes
 

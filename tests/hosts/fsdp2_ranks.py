@@ -14,8 +14,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from rl_accel.comm import SDP4BitConfig, attach
+from rl_accel.comm.hosts.fsdp2 import DifferenceAllGather, QuantisedReduceScatter
 from rl_accel.errors import CommError
-from rl_accel.hosts.fsdp2 import DifferenceAllGather, QuantisedReduceScatter
 from rl_accel.quickstart.tiny_gpt import MarkovText, TinyGPT, loss_of
 
 TEXT = MarkovText(length=32)

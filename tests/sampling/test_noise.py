@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rl_accel.lossless import chi_square, count_tokens
 from rl_accel.sampling import noise
-from rl_accel.sampling.lossless import chi_square, count_tokens
 
 MASK = (1 << 64) - 1
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)

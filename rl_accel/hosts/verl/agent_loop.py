@@ -1,7 +1,7 @@
 """Rollout requests that know which problem, sample and step they are (`agent.agent_loop_manager_class` of verl 0.9.1).
 
 Everything that keys on the identity of a rollout, exact sampling and history drafting, reads it in vLLM from
-`SamplingParams.extra_args["rl_accel"]` (`sampling/identity.py`). `(problem_id, sample_index, step, validate)` names a
+`SamplingParams.extra_args["rl_accel"]` (`rl_accel/identity.py`). `(problem_id, sample_index, step, validate)` names a
 session: unique in a run, also when a problem occurs twice in a batch, and the same in every run of the same data and
 seed, whatever the order in which requests are served. A generation of a session has a number besides (`session.py`).
 
@@ -17,22 +17,27 @@ import ray
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils import tensordict_utils as tu
 
-from rl_accel.hosts.verl import lean_rollout
+from rl_accel.config import AccelConfig
 from rl_accel.hosts.verl.identity import OCCURRENCE, PROBLEM_ID, problem_id_of
+from rl_accel.hosts.verl.prepare import accel_block
 from rl_accel.hosts.verl.session import SessionClient
 
 
 class IdentifiedAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
-    """Gives every agent loop a client that names its generations."""
+    """Gives every agent loop a client that names its generations, and asks the features on the way."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._local_reward = lean_rollout.LocalReward(self.config, self.tokenizer)
+        accel = AccelConfig.from_mapping(accel_block(self.config))
+        self._features = [
+            feature.role("agent_loop")(accel.settings[feature.name], self)
+            for feature in accel.enabled()
+            if feature.agent_loop
+        ]
 
     async def _compute_score(self, outputs, kwargs):
-        if outputs[-1].reward_score is None and self.reward_loop_worker_handles and self._local_reward.applies:
-            self._local_reward.score(outputs[-1], kwargs)
-        else:
+        wanted = outputs[-1].reward_score is None and self.reward_loop_worker_handles
+        if not wanted or not any(feature.score(outputs[-1], kwargs) for feature in self._features):
             await super()._compute_score(outputs, kwargs)
 
     async def _run_agent_loop(self, sampling_params, trajectory, *, agent_name, trace=True, **kwargs):
@@ -46,12 +51,10 @@ class IdentifiedAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
         }
         worker = copy.copy(self)  # verl hands `llm_client` to the loop that it makes in here
         worker.llm_client = SessionClient(self.llm_client, identity)
+        for feature in self._features:
+            sampling_params = feature.sampling_params(sampling_params)
         return await super(IdentifiedAgentLoopWorker, worker)._run_agent_loop(
-            lean_rollout.final_output_only(sampling_params),
-            trajectory,
-            agent_name=agent_name,
-            trace=trace,
-            **kwargs,
+            sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
         )
 
 

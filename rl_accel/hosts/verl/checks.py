@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,10 +17,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rl_accel import data, recipes
-from rl_accel.config import AccelConfig
 from rl_accel.errors import ConfigError
-from rl_accel.hosts import versions
-from rl_accel.hosts.verl import deepspeed_checks, model_files, ranges
+from rl_accel.feature import Driver
+from rl_accel.hosts.verl import model_files, ranges
 
 MIN_FREE_MEMORY_CPU = 8 << 30
 """Bytes. A run of the tiny policy without a GPU was measured to need about 7 GB."""
@@ -53,30 +52,29 @@ ESTIMATORS = (
 """Of verl 0.9.1. A recipe with code of its own (`model.external_lib`) may register others."""
 
 
-def check(config: DictConfig, accel: AccelConfig) -> None:
-    """Raise ConfigError for what cannot work, cheapest checks first."""
-    check_settings(config, accel)
-    with _as_config_errors():
-        _check_run_dir(accel)
-        _check_paths(config)
-        _check_machine(config)
-
-
-def check_settings(config: DictConfig, accel: AccelConfig) -> None:
-    """The part of `check` that looks at nothing but the configuration."""
+def check_settings(config: DictConfig, drivers: Sequence[Driver]) -> None:
+    """Raise ConfigError for what cannot work, looking at nothing but the configuration."""
     with _as_config_errors():
         _check_groups(config)
         ranges.check(config, recipes.verl_config_dir())
         _check_hosts(config)
-        _check_drafting(accel)
-        deepspeed_checks.check(config, accel.deepspeed, asked_for=deepspeed_checks.given(accel))
-        deepspeed_checks.check_comm(config, accel)
+        for driver in drivers:
+            driver.check(config)
         _check_algorithm(config)
         _check_engines(config)
         _check_lengths(config)
         _check_batches(config)
         if config.trainer.device == "cpu":
             _check_without_gpu(config)
+
+
+def check_run(config: DictConfig, drivers: Sequence[Driver]) -> None:
+    """Raise ConfigError for files, folders and a machine that do not fit the configuration."""
+    with _as_config_errors():
+        for driver in drivers:
+            driver.check_run(config)
+        _check_paths(config)
+        _check_machine(config)
 
 
 @contextmanager
@@ -109,21 +107,6 @@ def _check_hosts(config: DictConfig) -> None:
         )
 
 
-def _check_drafting(accel: AccelConfig) -> None:
-    if accel.draft.method == "suffix" and versions.installed("arctic-inference") is None:
-        raise ConfigError(
-            "rl_accel.draft.method=suffix is vLLM's suffix decoding, which needs the package arctic-inference: "
-            "run scripts/install_arctic.sh"
-        )
-
-
-def _check_run_dir(accel: AccelConfig) -> None:
-    """`rl_accel.train` always has a folder; a plain verl command has one where it names one."""
-    for asked, name in ((accel.trace.tokens, "trace.tokens"), (accel.draft.record, "draft.record")):
-        if asked and not accel.run_dir:
-            raise ConfigError(f"rl_accel.{name} writes into rl_accel.run_dir, which is not set")
-
-
 def _check_algorithm(config: DictConfig) -> None:
     name = config.algorithm.adv_estimator
     if name not in ESTIMATORS and not config.actor_rollout_ref.model.get("external_lib"):
@@ -153,8 +136,8 @@ def _check_lengths(config: DictConfig) -> None:
     """All lengths in tokens."""
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
     limit = model_files.max_position_embeddings(config)
-    longest = rollout.max_model_len or limit
-    if limit is not None and longest > limit:
+    longest: int | None = rollout.max_model_len or limit
+    if limit is not None and longest is not None and longest > limit:
         raise ConfigError(
             f"actor_rollout_ref.rollout.max_model_len={longest}: the model has {limit} positions "
             "(max_position_embeddings)"

@@ -16,15 +16,16 @@ import functools
 import resource
 import types
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
 from wrapt import register_post_import_hook, wrap_function_wrapper
 
 
-def _device_module() -> types.ModuleType:
+def _device_module() -> Any:
     """`torch.cpu` plus the allocator interface of `torch.cuda`; memory is that of this process, in bytes."""
-    module = types.ModuleType("rl_accel_cpu_device")
+    module: Any = types.ModuleType("rl_accel_cpu_device")
     for name in dir(torch.cpu):
         if not name.startswith("__"):
             setattr(module, name, getattr(torch.cpu, name))

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rl_accel.compare.tokens import save_tokens
-from rl_accel.draft.record import Rollout, append_rollouts
 from rl_accel.errors import MismatchError
+from rl_accel.feature import Metric
 from rl_accel.hosts.verl.identity import OCCURRENCE, PROBLEM_ID
 from rl_accel.hosts.vllm import faults
 
@@ -30,14 +29,37 @@ FIELDS = [
 ]
 """TransferQueue fields that this module reads; log-prob fields may be absent."""
 
-FAULTS = {
-    "rl_accel/sampling/malformed_identities": faults.MALFORMED,
-    "rl_accel/draft/undrafted_requests": faults.UNDRAFTED,
-    "rl_accel/draft/engines_off": faults.DRAFTING_OFF,
-}
-"""Metric -> the engines' counter."""
-MIN_PEARSON = 0.9
-MAX_PROBS_DIFF = 0.1
+METRICS = (
+    Metric("response_length/p50", "tokens", "median", "over rollouts; verl has mean, min, max"),
+    Metric("response_length/p95", "tokens", "95th percentile", "over rollouts"),
+    Metric("rollout/num_response_tokens", "tokens", "sum", "tokens generated"),
+    Metric(
+        "rollout/slowest_request_s",
+        "s",
+        "max",
+        "over rollouts, from request to last token; absent where an agent loop of your own does not measure it",
+    ),
+    Metric("rollout/median_request_s", "s", "median", "the same"),
+    Metric("rollout/spec_accept_rate", "1", "accepted / drafted", "over all engines; 0 without drafts"),
+    Metric("rollout/spec_accept_length", "tokens", "mean", "emitted per verified draft; 1 without drafts"),
+    Metric("rollout/spec_num_drafts", "drafts", "sum", "verified drafts: requests with a draft, over engine steps"),
+    Metric("rollout/spec_num_draft_tokens", "tokens", "sum", "drafted"),
+    Metric("rollout/spec_num_accepted_tokens", "tokens", "sum", "accepted"),
+    Metric(
+        "rl_accel/rollout/logprob_abs_diff_mean",
+        "nat",
+        "mean",
+        "over tokens: engine's against trainer's log-prob of the sampled token",
+    ),
+    Metric("rl_accel/rollout/logprob_abs_diff_max", "nat", "max", "the same"),
+    Metric(
+        "rl_accel/rollout/malformed_identities",
+        "requests",
+        "sum",
+        'since the start: requests whose `extra_args["rl_accel"]` cannot be read; served as anonymous',
+    ),
+)
+"""Of every run, by their full names; those of features are in their descriptors."""
 
 
 def sum_counts(counts: Sequence[Mapping[str, int] | None]) -> dict[str, int]:
@@ -68,7 +90,7 @@ def rollout_metrics(rollouts, spec_counts: Mapping[str, int]) -> dict[str, float
         metrics["rollout/slowest_request_s"] = max(seconds)
         metrics["rollout/median_request_s"] = float(np.median(seconds))
     metrics.update(speculation_metrics(spec_counts))
-    metrics.update({name: float(spec_counts.get(count, 0)) for name, count in FAULTS.items()})
+    metrics["rl_accel/rollout/malformed_identities"] = float(spec_counts.get(faults.MALFORMED, 0))
     if "rollout_log_probs" in rollouts and "old_log_probs" in rollouts:
         mask = rollouts["response_mask"].values().bool()
         difference = (rollouts["rollout_log_probs"].values() - rollouts["old_log_probs"].values()).abs()[mask]
@@ -93,13 +115,16 @@ def speculation_metrics(counts: Mapping[str, int]) -> dict[str, float]:
     }
 
 
-def check_mismatch(metrics: Mapping[str, float], step: int, truncated: bool) -> None:
+def check_mismatch(
+    metrics: Mapping[str, float], step: int, truncated: bool, max_probs_diff: float = 0.1, min_pearson: float = 0.9
+) -> None:
     """Stop a run whose engine and trainer do not hold the same policy.
 
     Args:
         metrics: of the step, with verl's `training/rollout_probs_diff_max` if it has log-probs of the rollout.
         truncated: sampling by top-k or top-p. The engine's probabilities are then those after truncation, which the
             trainer does not apply, so that a large difference means nothing.
+        max_probs_diff, min_pearson: what the features that are on may do.
 
     Raises:
         MismatchError: if the difference is not a number, or large while the probabilities do not correlate either.
@@ -108,41 +133,13 @@ def check_mismatch(metrics: Mapping[str, float], step: int, truncated: bool) -> 
     if difference is None:
         return
     pearson = metrics.get("training/rollout_actor_probs_pearson_corr", 1.0)
-    unrelated = not truncated and difference > MAX_PROBS_DIFF and not pearson >= MIN_PEARSON
+    unrelated = not truncated and difference > max_probs_diff and not pearson >= min_pearson
     if unrelated or not math.isfinite(difference):
         raise MismatchError(
             f"step {step}: rollout engine and trainer disagree on the probabilities of the sampled tokens: largest "
             f"difference {difference:.3g}, correlation {pearson:.3g}. The engine samples from other weights or its "
             "log-probs are wrong; training on them would be off-policy without saying so"
         )
-
-
-def save_rollout_tokens(path: str, keys: Sequence[str], rollouts) -> None:
-    """Write the token ids of one step for `rl_accel.compare`.
-
-    An agent loop may return several outputs a session; those after the first are rows of `PROBLEM [output I]`.
-    """
-    names = row_names(keys, rollouts)
-    save_tokens(
-        path,
-        problem_ids=[f"{problem} [output {output}]" if output else problem for problem, _, output in names],
-        sample_indices=[sample for _, sample, _ in names],
-        prompt_lengths=rollouts["prompts"].offsets().diff().tolist(),
-        responses=[row.tolist() for row in rollouts["responses"].unbind()],
-    )
-
-
-def record_rollouts(path: str, keys: Sequence[str], rollouts, epoch: int, step: int) -> None:
-    """Append the rollouts of one step to a file for `scripts/bench_draft.py`."""
-    append_rollouts(
-        path,
-        [
-            Rollout(int(epoch), int(step), problem, sample, tuple(prompt.tolist()), tuple(response.tolist()))
-            for (problem, sample, _), prompt, response in zip(
-                row_names(keys, rollouts), rollouts["prompts"].unbind(), rollouts["responses"].unbind(), strict=True
-            )
-        ],
-    )
 
 
 def split_key(key: str) -> tuple[str, int, int]:

@@ -26,17 +26,17 @@ def max_position_embeddings(config: DictConfig) -> int | None:
     """
     model = config.actor_rollout_ref.model
     found = {**_config(str(model.get("hf_config_path") or model.path)), **(model.get("override_config") or {})}
-    text = found.get("text_config") if isinstance(found.get("text_config"), dict) else found
+    nested = found.get("text_config")
+    text = nested if isinstance(nested, dict) else found
     length = text.get("max_position_embeddings", found.get("max_position_embeddings"))
     return length if isinstance(length, int) and length > 0 else None
 
 
 def _config(model: str) -> dict[str, Any]:
-    path = Path(model).expanduser() / "config.json"
-    if not path.is_file():
-        path = _cached(model)
-        if path is None:
-            return {}
+    own = Path(model).expanduser() / "config.json"
+    path = own if own.is_file() else _cached(model)
+    if path is None:
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

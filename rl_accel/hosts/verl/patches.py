@@ -1,4 +1,4 @@
-"""Named patches of verl 0.9.1, one class each: the symbol, why it must change, and what replaces it.
+"""Named patches of verl 0.9.1 that every run with rl_accel has, one class each.
 
 `apply(module)` runs once in a process, right after verl imported the module. `tests/hosts/verl/test_patches.py` fails
 when a symbol moves.
@@ -12,21 +12,22 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import TextIO
+from typing import Any, TextIO
+
+from rl_accel.hosts.verl import RUN_ENV
+from rl_accel.patching import HostPatch
 
 logger = logging.getLogger(__name__)
 
-RUN_ENV = "RL_ACCEL_RUN"
-"""A random name of the run, in all of its processes."""
 
-
-class AppendFileLogger:
+class AppendFileLogger(HostPatch):
     """`verl.utils.tracking.FileLogger.__init__` opens its file for writing: a resumed run loses its metrics."""
 
     target = "verl.utils.tracking:FileLogger.__init__"
+    parameters = ("self", "project_name", "experiment_name")
 
     @classmethod
-    def apply(cls, module: ModuleType) -> None:
+    def replace(cls, module: Any) -> None:
         original = module.FileLogger.__init__
 
         @functools.wraps(original)
@@ -52,7 +53,7 @@ class AppendFileLogger:
         module.FileLogger.__init__ = init
 
 
-class CheckpointTracker:
+class CheckpointTracker(HostPatch):
     """`PPOTrainer._save_checkpoint` truncates `latest_checkpointed_iteration.txt` and then writes it: a run that is
     killed or finds its disk full in between leaves an empty file, with which verl does not resume. And it does so
     before the step's metrics are logged: a run that is killed in between never logs that step.
@@ -61,10 +62,11 @@ class CheckpointTracker:
     """
 
     target = "verl.trainer.ppo.v1.trainer_base:PPOTrainer._save_checkpoint"
+    parameters = ("self",)
     file_name = "latest_checkpointed_iteration.txt"
 
     @classmethod
-    def apply(cls, module: ModuleType) -> None:
+    def replace(cls, module: Any) -> None:
         @contextlib.contextmanager
         def replacing(path: str) -> Iterator[TextIO]:
             with open(f"{path}.pending", "w") as file:
@@ -91,20 +93,21 @@ class CheckpointTracker:
         return getattr(module, "open", open).__module__ == __name__
 
 
-class ReturnCollectiveRpc:
+class ReturnCollectiveRpc(HostPatch):
     """`vLLMHttpServer.collective_rpc` awaits the workers' answers and drops them; the caller gets None."""
 
     target = "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer.collective_rpc"
+    parameters = ("self", "method", "timeout", "args", "kwargs")
 
     @classmethod
-    def apply(cls, module: ModuleType) -> None:
+    def replace(cls, module: Any) -> None:
         async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
             return await self.engine.collective_rpc(method=method, timeout=timeout, args=args, kwargs=kwargs)
 
         module.vLLMHttpServer.collective_rpc = collective_rpc
 
 
-class DrainFailedReceive:
+class DrainFailedReceive(HostPatch):
     """`BucketedWeightReceiver.receive_weights` leaves its sender waiting for ever when a bucket cannot be loaded.
 
     The receiver drops the socket on an exception, and the sender's `recv` has no timeout. With the patch the remaining
@@ -112,9 +115,10 @@ class DrainFailedReceive:
     """
 
     target = "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer:BucketedWeightReceiver.receive_weights"
+    parameters = ("self", "on_bucket_received")
 
     @classmethod
-    def apply(cls, module: ModuleType) -> None:
+    def replace(cls, module: Any) -> None:
         original = module.BucketedWeightReceiver.receive_weights
 
         @functools.wraps(original)
@@ -138,19 +142,20 @@ class DrainFailedReceive:
         module.BucketedWeightReceiver.receive_weights = receive_weights
 
 
-class SocketOfThisRun:
+class SocketOfThisRun(HostPatch):
     """Sender and receiver of weights meet at a path in /tmp that names the Ray job, and the first job of every Ray
     cluster has the same id: of two trainings on a machine one is left waiting for ever, or loads the other's weights.
 
-    The path gets a part that `prepare.py` draws for every run. Upstream: verl-project/verl#6233, whose mend (#6246) was
-    the job id.
+    The path gets a part that `prepare.py` draws for every run. The host's own mend was the job id.
     """
 
     target = "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer:BucketedWeightSender.__init__"
+    issue = "https://github.com/verl-project/verl/issues/6233"
+    parameters = ("self", "zmq_handle")
     prefix, suffix = "ipc:///tmp/rl-colocate-zmq-", ".sock"
 
     @classmethod
-    def apply(cls, module: ModuleType) -> None:
+    def replace(cls, module: Any) -> None:
         for name in ("BucketedWeightSender", "BucketedWeightReceiver"):
             owner = getattr(module, name)
             owner.__init__ = cls._with_own_path(owner.__init__)
@@ -167,4 +172,4 @@ class SocketOfThisRun:
         return init
 
 
-ALL = (AppendFileLogger, ReturnCollectiveRpc, DrainFailedReceive, CheckpointTracker, SocketOfThisRun)
+PATCHES = (AppendFileLogger, ReturnCollectiveRpc, DrainFailedReceive, CheckpointTracker, SocketOfThisRun)

@@ -1,10 +1,9 @@
 """From settings to a verl configuration, the same for `rl_accel.train` and for a plain verl command.
 
 `prepare(config)` reads the block `rl_accel`, which stands at the top of a configuration or, as verl's own place for
-settings of others, under `actor_rollout_ref.rollout.custom`. Without that block nothing is changed, except that
-`strategy=deepspeed`, which names an engine of ours, is checked and given its settings. With it, everything is checked
-first and then the configuration is pointed at rl_accel's classes through the keys that verl offers for that. Nothing
-has been started by then.
+settings of others, under `actor_rollout_ref.rollout.custom`. Without that block nothing is changed, except by features
+that a setting of verl's own asks for (`Driver.always`). With it, everything is checked first and then the configuration
+is pointed at rl_accel's classes through the keys that verl offers for that. Nothing has been started by then.
 """
 
 from __future__ import annotations
@@ -12,23 +11,21 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from dataclasses import asdict
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from rl_accel.config import AccelConfig, CommConfig, DeepSpeedConfig
+from rl_accel.config import AccelConfig
 from rl_accel.errors import ConfigError
+from rl_accel.feature import Driver, features
 from rl_accel.hosts import versions
-from rl_accel.hosts.verl import checks, deepspeed_checks, deepspeed_settings, model_files
-from rl_accel.hosts.verl.patches import RUN_ENV
+from rl_accel.hosts.verl import ACTIVE_ENV, RUN_ENV, checks, training_roles
 
 logger = logging.getLogger(__name__)
 
 TRAINER_NAME = "rl_accel_sync"
 BLOCK = "actor_rollout_ref.rollout.custom.rl_accel"
 MANAGER_CLASS = "rl_accel.hosts.verl.agent_loop.IdentifiedAgentLoopManager"
-DAS_PROPOSER = "rl_accel.hosts.vllm.das.DASProposer"
 WORKER_EXTENSION = "rl_accel.hosts.verl.worker_extension.AcceleratedWorkerExtension"
 
 
@@ -87,6 +84,11 @@ def _class_name(task_runner_class: Any) -> str:
     return str(getattr(metadata, "class_name", getattr(task_runner_class, "__name__", task_runner_class)))
 
 
+def drivers(accel: AccelConfig) -> list[Driver]:
+    """Return the part of every feature that looks at configurations, also of those that are off."""
+    return [feature.role("driver")(feature, accel.settings[name], accel) for name, feature in features().items()]
+
+
 def preflight(config: DictConfig) -> AccelConfig:
     """Check everything that can be told from the configuration alone; changes nothing, takes milliseconds.
 
@@ -95,7 +97,19 @@ def preflight(config: DictConfig) -> AccelConfig:
     """
     accel = AccelConfig.from_mapping(accel_block(config))
     versions.check()
-    checks.check_settings(config, accel)
+    accel.check()
+    checks.check_settings(config, drivers(accel))
+    return accel
+
+
+def check(config: DictConfig) -> AccelConfig:
+    """Check everything, also files, folders and the machine; changes nothing.
+
+    Raises:
+        ConfigError, VersionError: with the setting to change.
+    """
+    accel = preflight(config)
+    checks.check_run(config, drivers(accel))
     return accel
 
 
@@ -110,18 +124,21 @@ def prepare(config: DictConfig) -> AccelConfig | None:
     """
     block = accel_block(config)
     if block is None:
-        deepspeed_checks.check(config, DeepSpeedConfig(), asked_for=False)
-        deepspeed_settings.apply(config, DeepSpeedConfig(), CommConfig())
+        for driver in drivers(AccelConfig()):
+            if driver.always:
+                driver.check(config)
+                driver.prepare(config)
         return None
-    accel = AccelConfig.from_mapping(block)
-    versions.check()
-    checks.check(config, accel)
-    deepspeed_settings.apply(config, accel.deepspeed, accel.comm)
+    accel = check(config)
+    acting = drivers(accel)
     with open_dict(config):
         OmegaConf.update(config, BLOCK, block, force_add=True)
         _use_our_classes(config)
         _train_in_the_dtype_asked_for(config)
         _pass_settings_to_vllm(config, accel)
+        for driver in acting:
+            driver.prepare(config)
+        _pass_settings_to_ranks(config, acting)
         _set_worker_environment(config, accel)
     return accel
 
@@ -134,75 +151,53 @@ def _use_our_classes(config: DictConfig) -> None:
 
 def _train_in_the_dtype_asked_for(config: DictConfig) -> None:
     """verl's FSDP engine computes in bf16 unless mixed_precision says otherwise, also with dtype=float32."""
-    for role, node in deepspeed_checks.ROLES.items():
-        fsdp = OmegaConf.select(config, f"{role}.{node}")
+    for role in training_roles.NODES:
+        fsdp = training_roles.node(config, role)
         if fsdp is not None and fsdp.get("dtype") == "float32" and fsdp.get("mixed_precision") is None:
             fsdp.mixed_precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
 
 def _pass_settings_to_vllm(config: DictConfig, accel: AccelConfig) -> None:
-    rollout = config.actor_rollout_ref.rollout
-    engine = rollout.engine_kwargs.vllm
-    additional = OmegaConf.to_container(engine.get("additional_config") or OmegaConf.create({}), resolve=True)
-    additional["rl_accel"] = {
-        "sampling": {"exact": accel.sampling.exact, "seed": accel.sampling.seed},
-        "draft": draft_settings(accel),
-        "sync": {"readback": accel.sync.readback},
-    }
+    engine = config.actor_rollout_ref.rollout.engine_kwargs.vllm
+    additional: Any = OmegaConf.to_container(engine.get("additional_config") or OmegaConf.create({}), resolve=True)
+    additional["rl_accel"] = engine_settings(accel)
     engine.additional_config = additional
-    speculative = speculative_config(accel)
-    if speculative is None:
-        return
-    if engine.get("speculative_config"):
-        raise ConfigError(
-            f"rl_accel.draft.method={accel.draft.method} and engine_kwargs.vllm.speculative_config are both set; "
-            "keep one"
-        )
-    engine.speculative_config = speculative
-    if rollout.max_model_len is not None and not engine.get("max_model_len"):
-        engine.max_model_len = _length_with_a_draft(config, accel.draft.max_draft)
+    for name, (value, feature) in engine_args(accel).items():
+        if engine.get(name):
+            raise ConfigError(f"rl_accel.{feature} and engine_kwargs.vllm.{name} are both set; keep one")
+        engine[name] = value
 
 
-def _length_with_a_draft(config: DictConfig, max_draft: int) -> int:
-    """Return the context length of the engine, in tokens.
-
-    vLLM stops drafting for the whole batch while one request is within a draft of it. So the engine gets a draft more
-    than the user's `max_model_len`, by which verl goes on limiting responses: they are as long as without drafts. A
-    model without room for it, or whose files are not here to ask, keeps the user's length and drafts less at its end.
-    """
-    asked = config.actor_rollout_ref.rollout.max_model_len
-    return max(asked, min(asked + max_draft, model_files.max_position_embeddings(config) or asked))
+def engine_settings(accel: AccelConfig) -> dict[str, Any]:
+    """Return what rollout engines need of the settings, as plain values: `additional_config["rl_accel"]`."""
+    acting = [driver for driver in drivers(accel) if driver.feature.engine and driver.settings.enabled]
+    permitted = {"allow_lossy": True} if accel.run.allow_lossy else {}
+    return {**permitted, **{driver.feature.name: driver.engine_settings() for driver in acting}}
 
 
-def draft_settings(accel: AccelConfig) -> dict[str, Any]:
-    """Return what the engine needs of `rl_accel.draft`, as plain values."""
-    if accel.draft.method != "das":
-        return {"method": accel.draft.method}
-    return {name: value for name, value in asdict(accel.draft).items() if name not in ("record",)}
+def engine_args(accel: AccelConfig) -> dict[str, tuple[Any, str]]:
+    """Return arguments of vLLM's engine that features ask for: name -> value, feature."""
+    return {
+        name: (value, driver.feature.name)
+        for driver in drivers(accel)
+        if driver.settings.enabled
+        for name, value in driver.engine_args().items()
+    }
 
 
-def speculative_config(accel: AccelConfig) -> dict[str, Any] | None:
-    """Return vLLM's `speculative_config` for the chosen method, or None."""
-    draft = accel.draft
-    if draft.method == "none":
-        return None
-    if draft.method == "das":
-        return {"model": DAS_PROPOSER, "num_speculative_tokens": draft.max_draft}
-    common = {"method": draft.method, "num_speculative_tokens": draft.max_draft}
-    if draft.method == "ngram":
-        return {
-            **common,
-            "prompt_lookup_min": draft.prompt_lookup_min,
-            "prompt_lookup_max": draft.prompt_lookup_max,
-        }
-    return common
+def _pass_settings_to_ranks(config: DictConfig, acting: list[Driver]) -> None:
+    for driver in acting:
+        for role in training_roles.NODES if driver.feature.rank and driver.settings.enabled else ():
+            if settings := driver.rank_settings(config, role):
+                training_roles.give(config, role, driver.feature.name, settings)
 
 
 def _needs_v1_runner(config: DictConfig, accel: AccelConfig) -> bool:
-    """Our sampler, and the counters and self-test of whatever speculates, fit vLLM's V1 model runner only."""
+    """Some features, and the counters and self-test of whatever speculates, fit vLLM's V1 model runner only."""
     mtp = OmegaConf.select(config, "actor_rollout_ref.model.mtp") or {}
     speculates = config.actor_rollout_ref.rollout.engine_kwargs.vllm.get("speculative_config")
-    return accel.sampling.exact or bool(speculates) or bool(mtp.get("enable") and mtp.get("enable_rollout"))
+    fits = all("V2" in feature.model_runners for feature in accel.enabled() if feature.engine)
+    return not fits or bool(speculates) or bool(mtp.get("enable") and mtp.get("enable_rollout"))
 
 
 def _set_worker_environment(config: DictConfig, accel: AccelConfig) -> None:
@@ -220,13 +215,13 @@ def _set_worker_environment(config: DictConfig, accel: AccelConfig) -> None:
         if name in os.environ
     }
     ray_init = config.ray_kwargs.ray_init
-    runtime_env = OmegaConf.to_container(ray_init.get("runtime_env") or OmegaConf.create({}), resolve=True)
-    ours = {"RL_ACCEL_ACTIVE": "1", RUN_ENV: os.urandom(4).hex()}
+    runtime_env: Any = OmegaConf.to_container(ray_init.get("runtime_env") or OmegaConf.create({}), resolve=True)
+    ours = {ACTIVE_ENV: ",".join(feature.name for feature in accel.enabled()), RUN_ENV: os.urandom(4).hex()}
     if _needs_v1_runner(config, accel):
         ours["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         logger.info(
-            "rollouts run on vLLM's V1 model runner, which exact sampling and drafting need; this gives up V2, vLLM's "
-            "default for dense models on a GPU"
+            "rollouts run on vLLM's V1 model runner, which exact sampling and speculation need; this gives up V2, "
+            "vLLM's default for dense models on a GPU"
         )
     runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **forwarded, **ours}
     ray_init.runtime_env = runtime_env

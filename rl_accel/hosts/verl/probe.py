@@ -6,11 +6,13 @@ import importlib
 import json
 import os
 
-from rl_accel.hosts.verl import lean_rollout, patches
+from rl_accel.feature import load
+from rl_accel.hosts.verl import plugin
 
 
 def probe() -> dict[str, bool]:
-    """Return hook -> live. Run in a fresh process with `RL_ACCEL_ACTIVE=1`, and `VERL_PLATFORM=cpu` without a GPU."""
+    """Return hook -> live. Run in a fresh process with `RL_ACCEL_ACTIVE` set to the features that are on, and
+    `VERL_PLATFORM=cpu` without a GPU."""
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
     from verl.utils.config import validate_config
 
@@ -21,20 +23,8 @@ def probe() -> dict[str, bool]:
         "validate_config": hasattr(validate_config, "__wrapped__"),
         "trainer": TRAINER_NAME in TRAINER_REGISTRY,
     }
-    for patch in patches.ALL:
-        if hasattr(patch, "is_live"):
-            module = importlib.import_module(patch.target.partition(":")[0])
-            live[f"patch {patch.__name__}"] = patch.is_live(module)
-            continue
-        module_name, _, symbol = patch.target.partition(":")
-        owner, _, name = symbol.partition(".")
-        function = getattr(getattr(importlib.import_module(module_name), owner), name)
-        live[f"patch {patch.__name__}"] = function.__module__ == patches.__name__ or (
-            getattr(function, "__globals__", {}).get("__name__") == patches.__name__
-        )
-    for patch in lean_rollout.PATCHES:
-        module = importlib.import_module(patch.target.partition(":")[0])
-        live[f"patch {patch.__name__}"] = patch.is_live(module)
+    for patch in [*plugin.patches(), load(plugin.RANKS[1])]:
+        live[f"patch {patch.__name__}"] = patch.is_live(importlib.import_module(patch.module_name()))
     if os.environ.get("VERL_PLATFORM") == "cpu":
         from verl.utils.device import get_device_name
 

@@ -194,7 +194,7 @@ def check(config: DictConfig, verl_config_dir: Path) -> None:
     Args:
         verl_config_dir: folder of verl's own configuration; without the flattened file in it types are not checked.
     """
-    values = dict(leaves(OmegaConf.to_container(config, resolve=True)))
+    values = dict(leaves(OmegaConf.to_container(config, resolve=True)))  # type: ignore[arg-type]
     groups = {group for name in values for group in _groups_of(name)}
     for name, allowed in RANGES.items():
         if name in groups:

@@ -15,7 +15,7 @@ from typing import Any
 
 from verl.utils import normalize_token_ids
 
-from rl_accel.sampling.identity import FIELD, CallNumbers
+from rl_accel.identity import FIELD, CallNumbers
 
 
 class SessionClient:

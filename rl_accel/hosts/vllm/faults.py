@@ -1,6 +1,6 @@
 """What went wrong in an engine and was contained: counted since the start, and each kind logged once.
 
-A request may carry anything, and a drafter may fail; neither may end an engine that serves others. So the code that
+A request may carry anything, and a feature may fail; neither may end an engine that serves others. So the code that
 runs inside the engine's step keeps a fault to the request that caused it and says so here. The counts reach verl's
 metrics through the worker extension.
 """
@@ -8,23 +8,19 @@ metrics through the worker extension.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 logger = logging.getLogger(__name__)
 
-MALFORMED = "num_malformed_identities"
+MALFORMED = "malformed_identities"
 """Requests whose `extra_args["rl_accel"]` cannot be read; they are served as anonymous ones."""
-UNDRAFTED = "num_undrafted_requests"
-"""Requests for which the drafter failed; they go on without drafts and are not learned from."""
-DRAFTING_OFF = "num_engines_drafting_off"
-"""1 once the drafter has failed as a whole, so that the engine goes on without it."""
-KINDS = (MALFORMED, UNDRAFTED, DRAFTING_OFF)
 
 
 class Faults:
-    """Counters of one engine."""
+    """Counters of one engine, by kind."""
 
     def __init__(self) -> None:
-        self.counts = dict.fromkeys(KINDS, 0)
+        self.counts: Counter[str] = Counter()
 
     def note(self, kind: str, message: str, *arguments: object, error: BaseException | None = None) -> None:
         """Count a fault; log the first of its kind, with the traceback of `error`."""

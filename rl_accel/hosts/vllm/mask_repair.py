@@ -18,12 +18,14 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker import gpu_input_batch
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
+from rl_accel.patching import HostPatch
+
 logger = logging.getLogger(__name__)
 
 _VOCAB_SIZE = 4
 
 
-class ClearReusedMaskPatch:
+class ClearReusedMaskPatch(HostPatch):
     """Clears the mask of a row that is given to a request without `allowed_token_ids`.
 
     `condense` copies the mask of a request that moves down and leaves it in the row that it came from, and
@@ -31,7 +33,8 @@ class ClearReusedMaskPatch:
     from the tokens of another one, as long as any request with `allowed_token_ids` runs.
     """
 
-    symbol = "vllm.v1.worker.gpu_input_batch.InputBatch.add_request"
+    target = "vllm.v1.worker.gpu_input_batch:InputBatch.add_request"
+    parameters = ("self", "request")
     issue = "https://github.com/vllm-project/vllm/issues/43894"
     versions = "vllm 0.28.0; applied wherever the probe finds the bug"
 
@@ -44,9 +47,9 @@ class ClearReusedMaskPatch:
         row = batch.add_request(_request("d"))
         return bool(_mask(batch)[row].any())
 
-    @staticmethod
-    def apply() -> None:
-        add_request = InputBatch.add_request
+    @classmethod
+    def replace(cls, module: Any) -> None:
+        add_request = module.InputBatch.add_request
 
         @functools.wraps(add_request)
         def add_with_its_own_mask(self: InputBatch, request: CachedRequestState) -> int:
@@ -56,17 +59,18 @@ class ClearReusedMaskPatch:
                 mask[row] = False
             return row
 
-        gpu_input_batch.InputBatch.add_request = add_with_its_own_mask  # type: ignore[method-assign]
+        module.InputBatch.add_request = add_with_its_own_mask
 
 
-class SwapMasksPatch:
+class SwapMasksPatch(HostPatch):
     """Keeps the first of two masks that `swap_states` exchanges.
 
     It assigns the rows of a tensor to each other, which are views, so that both end as the second. Attention backends
     that put decodes before prefills call it in every mixed batch.
     """
 
-    symbol = "vllm.v1.worker.gpu_input_batch.InputBatch.swap_states"
+    target = "vllm.v1.worker.gpu_input_batch:InputBatch.swap_states"
+    parameters = ("self", "i1", "i2")
     issue = "https://github.com/vllm-project/vllm/pull/48419"
     versions = "vllm 0.28.0; applied wherever the probe finds the bug"
 
@@ -78,9 +82,9 @@ class SwapMasksPatch:
         batch.swap_states(0, 1)
         return not torch.equal(_mask(batch)[:2], before.flip(0))
 
-    @staticmethod
-    def apply() -> None:
-        swap_states = InputBatch.swap_states
+    @classmethod
+    def replace(cls, module: Any) -> None:
+        swap_states = module.InputBatch.swap_states
 
         @functools.wraps(swap_states)
         def swap_with_masks(self: InputBatch, i1: int, i2: int) -> None:
@@ -90,7 +94,7 @@ class SwapMasksPatch:
             if mask is not None:
                 mask[i2] = first
 
-        gpu_input_batch.InputBatch.swap_states = swap_with_masks  # type: ignore[method-assign]
+        module.InputBatch.swap_states = swap_with_masks
 
 
 PATCHES = (ClearReusedMaskPatch, SwapMasksPatch)
@@ -101,9 +105,9 @@ def repair_if_needed() -> list[str]:
     """Apply, in this process, the patches whose probe finds the bug; return the symbols that are repaired."""
     for patch in PATCHES:
         if patch.is_broken():
-            patch.apply()
-            _applied.append(patch.symbol)
-            logger.info("rl_accel repaired %s (%s)", patch.symbol, patch.issue)
+            patch.apply(gpu_input_batch)
+            _applied.append(patch.target)
+            logger.info("rl_accel repaired %s (%s)", patch.target, patch.issue)
     return list(_applied)
 
 

@@ -1,14 +1,14 @@
 """Entry point of the group `vllm.general_plugins`: runs in every vLLM process and decides whether rl_accel
 acts there.
 
-`register()` only arranges that `load_model` of vLLM's model runners calls `install` first. `install` returns
-at once unless `vllm_config.additional_config["rl_accel"]` is a dict, so vLLM without rl_accel settings stays
-as it is. `load_model` is the seam because it runs once, after every constructor: `CPUModelRunner.__init__`
-replaces device tensors and kernels after `GPUModelRunner.__init__` has returned.
+`register()` lets features make their names known to vLLM, and arranges that `load_model` of vLLM's model runners calls
+`install` first. `install` returns at once unless `vllm_config.additional_config["rl_accel"]` is a dict, so vLLM without
+rl_accel settings stays as it is. `load_model` is the seam because it runs once, after every constructor:
+`CPUModelRunner.__init__` replaces device tensors and kernels after `GPUModelRunner.__init__` has returned.
 
 Host symbols: `GPUModelRunner.load_model` (v1/worker/gpu_model_runner.py), `CPUModelRunner.load_model`
 (v1/worker/cpu_model_runner.py, does not call the former), and `GPUModelRunner.load_model` of the V2 runner
-(v1/worker/gpu/model_runner.py), where rl_accel refuses: its sampler has another interface.
+(v1/worker/gpu/model_runner.py), whose sampler has another interface.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any
 
 import wrapt
 
-from rl_accel.errors import ConfigError, NotLiveError
+from rl_accel.config import AccelConfig
+from rl_accel.errors import NotLiveError
+from rl_accel.feature import Engine, Feature, features, load
 from rl_accel.hosts.vllm.faults import Faults
 
 logger = logging.getLogger(__name__)
 
-DAS_PROPOSER = "rl_accel.hosts.vllm.das.DASProposer"
 CONFIG_KEY = "rl_accel"
 """Where rl_accel's settings live in vLLM's `additional_config`."""
 
@@ -32,16 +33,6 @@ _RUNNERS = {
     "vllm.v1.worker.gpu_model_runner": "GPUModelRunner",
     "vllm.v1.worker.cpu_model_runner": "CPUModelRunner",
 }
-NOTHING_LIVE = {
-    "model_runner": "V1",
-    "exact_sampling": False,
-    "cpu_repair": False,
-    "repairs": [],
-    "spec_stats": False,
-    "das": False,
-    "self_test": "not needed",
-}
-"""What came up in an engine, before anything has."""
 _V2_RUNNER = ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner")
 _registered = False
 
@@ -52,51 +43,45 @@ def register() -> None:
     if _registered:
         return
     _registered = True
+    for feature in features().values():
+        if feature.register:
+            load(feature.register)()
     for module, name in _RUNNERS.items():
-        wrapt.register_post_import_hook(_wrapping(f"{name}.load_model", _install_then_load), module)
+        wrapt.register_post_import_hook(_wrapping(f"{name}.load_model", _install_then_load("V1")), module)
     module, name = _V2_RUNNER
-    wrapt.register_post_import_hook(_wrapping(f"{name}.load_model", _refuse_v2), module)
+    wrapt.register_post_import_hook(_wrapping(f"{name}.load_model", _install_then_load("V2")), module)
 
 
-def install(runner: Any, config: Mapping[str, Any]) -> None:
-    """Bring up what the settings ask for on one V1 model runner.
+def install(runner: Any, config: Mapping[str, Any], model_runner: str = "V1") -> None:
+    """Bring up what the settings ask for on one model runner.
 
-    Sets on the runner: `rl_accel_spec_stats` (a `SpecDecodeCounter`, or None without speculation),
-    `rl_accel_faults` (`Faults`) and `rl_accel_live`, a dict that says what came up.
+    Sets on the runner: `rl_accel`, feature -> its `Engine`; `rl_accel_spec_stats`, a `SpecDecodeCounter`, or None
+    without speculation; `rl_accel_faults` (`Faults`); and `rl_accel_live`, a dict that says what came up.
 
     Args:
-        runner: a constructed GPUModelRunner or subclass, before its model is loaded.
-        config: `{"sampling": {"exact": bool, "seed": int}, "draft": {"method": str}}`; other keys are not
-            ours to judge.
+        runner: a constructed model runner, before its model is loaded.
+        config: settings as `AccelConfig.from_mapping` reads them, of the features that act in engines.
+        model_runner: vLLM's generation of it.
 
     Raises:
-        ConfigError: if a setting has the wrong type, or contradicts vLLM's.
-        NotLiveError: if a draft method was asked for and vLLM does not speculate.
+        ConfigError: if a setting is not known or has the wrong type or range, or contradicts vLLM's.
+        NotLiveError: if a feature that was asked for cannot act on this runner.
         SpeculationUnsafeError: if speculative decoding would not sample from the target.
     """
-    exact, seed, draft_method = _read(config)
-    speculating = runner.speculative_config is not None
-    if draft_method != "none" and not speculating:
-        raise NotLiveError(
-            f"rl_accel.draft.method is {draft_method!r}, but vLLM was started without speculative_config; "
-            "pass one, or set rl_accel.draft.method=none"
-        )
-    verifies = hasattr(runner, "rejection_sampler")  # only on the last pipeline rank
-    live: dict[str, Any] = dict(NOTHING_LIVE)
-    runner.rl_accel_spec_stats, runner.rl_accel_faults = None, Faults()
-    if verifies or (exact and not runner.is_pooling_model):
-        from rl_accel.hosts.vllm import mask_repair, runner_repair
-
-        live["repairs"] = mask_repair.repair_if_needed() + runner_repair.repair_if_needed(runner)
-    if verifies:
-        from rl_accel.hosts.vllm import cpu_repair
-
-        live["cpu_repair"] = cpu_repair.repair_if_needed(runner.device)
-    if exact and not runner.is_pooling_model:
-        from rl_accel.hosts.vllm import exact_sampler
-
-        exact_sampler.install(runner, seed)
-        live["exact_sampling"] = True
+    accel = AccelConfig.from_mapping(_with_implied(config, runner.vllm_config))
+    accel.check()
+    wanted = [feature for feature in accel.enabled() if feature.engine]
+    live: dict[str, Any] = {"model_runner": model_runner, "repairs": [], "self_test": "not needed", "features": {}}
+    runner.rl_accel, runner.rl_accel_spec_stats, runner.rl_accel_faults = {}, None, Faults()
+    _refuse(model_runner, wanted, runner.vllm_config)
+    for feature in wanted:
+        role: Engine = feature.role("engine")(accel.settings[feature.name], runner.vllm_config)
+        runner.rl_accel[feature.name] = role
+    verifies = model_runner == "V1" and hasattr(runner, "rejection_sampler")  # only on the last pipeline rank
+    if verifies or (any(feature.samples for feature in wanted) and not runner.is_pooling_model):
+        live["repairs"] = _repair(runner, verifies)
+    for role in runner.rl_accel.values():
+        role.install(runner)
     if verifies:
         from rl_accel.hosts.vllm import spec_stats
         from rl_accel.hosts.vllm.self_test import self_test
@@ -104,15 +89,9 @@ def install(runner: Any, config: Mapping[str, Any]) -> None:
         self_test(runner.rejection_sampler, runner.device)
         live["self_test"] = "passed"
         runner.rl_accel_spec_stats = spec_stats.install(runner)
-        live["spec_stats"] = True
-        if _drafts_by_das(runner.vllm_config):
-            runner.drafter.attach(runner)
-            live["das"] = True
-        elif draft_method == "das":
-            raise NotLiveError(
-                f"rl_accel.draft.method is 'das', but speculative_config names another drafter; its model must be "
-                f"{DAS_PROPOSER}"
-            )
+    for role in runner.rl_accel.values():
+        role.installed(runner)
+    live["features"] = {name: role.live() for name, role in runner.rl_accel.items()}
     runner.rl_accel_live = live
     logger.info("rl_accel on %s: %s", type(runner).__name__, live)
 
@@ -124,46 +103,51 @@ def settings(vllm_config: Any) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _drafts_by_das(vllm_config: Any) -> bool:
-    speculative = getattr(vllm_config, "speculative_config", None)
-    return speculative is not None and getattr(speculative, "model", None) == DAS_PROPOSER
+def _repair(runner: Any, verifies: bool) -> list[str]:
+    from rl_accel.hosts.vllm import mask_repair, runner_repair
+
+    repaired = []
+    if verifies:
+        from rl_accel.hosts.vllm import cpu_repair
+
+        repaired += cpu_repair.repair_if_needed(runner.device)
+    return repaired + mask_repair.repair_if_needed() + runner_repair.repair_if_needed(runner)
+
+
+def _implied(vllm_config: Any) -> dict[str, Mapping[str, Any]]:
+    """Return the features that vLLM's own settings ask for, with the settings that follow."""
+    model = str(getattr(getattr(vllm_config, "speculative_config", None), "model", None))
+    return {name: f.speculators[model] for name, f in features().items() if model in f.speculators}
+
+
+def _with_implied(config: Mapping[str, Any], vllm_config: Any) -> dict[str, Any]:
+    implied = _implied(vllm_config)
+    return {**config, **{name: {**config.get(name, {}), **values} for name, values in implied.items()}}
+
+
+def _refuse(model_runner: str, wanted: list[Feature], vllm_config: Any) -> None:
+    """Raise NotLiveError if a feature, or the counting of drafts, does not fit this generation of the model runner."""
+    unfit = [feature.title for feature in wanted if model_runner not in feature.model_runners]
+    if model_runner != "V1" and vllm_config.speculative_config is not None:
+        unfit.append("counting of drafts")
+    if unfit:
+        raise NotLiveError(
+            f"rl_accel's {', '.join(unfit)} need vLLM's V1 model runner, and vLLM chose {model_runner}, its default "
+            "for dense models on GPU; set VLLM_USE_V2_MODEL_RUNNER=0 in the environment of the engine"
+        )
 
 
 def _wrapping(symbol: str, wrapper: Callable[..., Any]) -> Callable[[Any], Any]:
     return lambda module: wrapt.wrap_function_wrapper(module, symbol, wrapper)
 
 
-def _install_then_load(load_model: Callable[..., Any], runner: Any, args: tuple, kwargs: dict) -> Any:
-    config = settings(runner.vllm_config)
-    if config is None and _drafts_by_das(runner.vllm_config):
-        config = {}  # `vllm serve --speculative-config`: our drafter without any other setting
-    if config is not None and not hasattr(runner, "rl_accel_live"):
-        install(runner, config)
-    return load_model(*args, **kwargs)
+def _install_then_load(model_runner: str) -> Callable[..., Any]:
+    def wrapper(load_model: Callable[..., Any], runner: Any, args: tuple, kwargs: dict) -> Any:
+        config = settings(runner.vllm_config)
+        if config is None and _implied(runner.vllm_config):
+            config = {}  # `vllm serve --speculative-config`: a drafter of ours without any other setting
+        if config is not None and not hasattr(runner, "rl_accel_live"):
+            install(runner, config, model_runner)
+        return load_model(*args, **kwargs)
 
-
-def _refuse_v2(load_model: Callable[..., Any], runner: Any, args: tuple, kwargs: dict) -> Any:
-    config = settings(runner.vllm_config)
-    if config is not None:
-        exact, _, draft_method = _read(config)
-        if exact or draft_method != "none" or runner.vllm_config.speculative_config is not None:
-            raise NotLiveError(
-                "rl_accel's sampling and drafting need vLLM's V1 model runner, and vLLM chose V2, its "
-                "default for dense models on GPU; set VLLM_USE_V2_MODEL_RUNNER=0 in the environment of the "
-                "engine"
-            )
-        runner.rl_accel_live = {**NOTHING_LIVE, "model_runner": "V2"}
-    return load_model(*args, **kwargs)
-
-
-def _read(config: Mapping[str, Any]) -> tuple[bool, int, str]:
-    sampling, draft = config.get("sampling") or {}, config.get("draft") or {}
-    exact, seed, method = sampling.get("exact", False), sampling.get("seed", 0), draft.get("method", "none")
-    for name, value, kind in (
-        ("sampling.exact", exact, bool),
-        ("sampling.seed", seed, int),
-        ("draft.method", method, str),
-    ):
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(f"rl_accel.{name} must be {kind.__name__}; got {value!r}")
-    return exact, seed, method
+    return wrapper

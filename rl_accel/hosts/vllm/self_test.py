@@ -1,7 +1,7 @@
 """Self-test without which rl_accel does not speculate: do speculative tokens follow the target distribution?
 
 Run once at engine start, on every platform. It asks the very functions that the engine will use for a few
-thousand tokens under hostile drafts. Its random numbers are fixed and the global generators are restored, so
+thousand tokens under adversarial drafts. Its random numbers are fixed and the global generators are restored, so
 it gives the same answer every time and disturbs nothing. Left out: bonus tokens, which come from the plain
 sampler, and draft models with probabilities. Cost: about 0.2 s on CPU.
 
@@ -21,15 +21,13 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from rl_accel.errors import SpeculationUnsafeError
-from rl_accel.hosts.vllm.exact_sampler import ExactRejectionSampler
-from rl_accel.hosts.vllm.row_identity import StepRows
-from rl_accel.sampling.lossless import chi_square, count_tokens
+from rl_accel.lossless import chi_square, count_tokens
 
 NUM_REQUESTS = 2000
-"""Requests of two draft tokens per hostile draft; finds a total-variation distance of about 0.1."""
+"""Requests of two draft tokens per adversarial draft; finds a total-variation distance of about 0.1."""
 LOGITS = (1.5, 1.0, 0.6, 0.2, -0.1, -0.4, -0.6, -4.0)
 TEMPERATURE, TOP_K, TOP_P = 0.7, 6, 0.95
-HOSTILE_DRAFTS = (0, 5, 7)
+ADVERSARIAL_DRAFTS = (0, 5, 7)
 """The likeliest token, one that top-p removes, one that top-k removes."""
 
 
@@ -46,8 +44,8 @@ def self_test(rejection_sampler: RejectionSampler, device: torch.device) -> None
     _check_expansion(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(0)
-        for draft_token in HOSTILE_DRAFTS:
-            _check_law(_sample(rejection_sampler, draft_token, device), draft_token)
+        for draft_token in ADVERSARIAL_DRAFTS:
+            _check_distribution(_sample(rejection_sampler, draft_token, device), draft_token)
 
 
 def sampling_metadata(
@@ -81,15 +79,15 @@ def sampling_metadata(
     )
 
 
-def target_law(logits_V: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+def target_distribution(logits_V: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
     """Return float64 [V] by definition: of the top_k largest logits, the fewest that hold top_p."""
     logits_V = logits_V.double() / temperature
     order = logits_V.argsort(descending=True)[:top_k]
     probs = logits_V[order].softmax(dim=0)
     kept = probs.cumsum(dim=0) - probs < top_p
-    law_V = torch.zeros_like(logits_V)
-    law_V[order[kept]] = probs[kept]
-    return law_V / law_V.sum()
+    probs_V = torch.zeros_like(logits_V)
+    probs_V[order[kept]] = probs[kept]
+    return probs_V / probs_V.sum()
 
 
 def _check_expansion(device: torch.device) -> None:
@@ -122,7 +120,7 @@ def _sample(rejection_sampler: RejectionSampler, draft_token: int, device: torch
         logits_V.repeat(2 * NUM_REQUESTS, 1), metadata.cu_num_draft_tokens, batch
     )
     bonus_B1 = torch.zeros(NUM_REQUESTS, 1, dtype=torch.int32, device=device)
-    if not isinstance(rejection_sampler, ExactRejectionSampler):
+    if not hasattr(rejection_sampler, "verify_for_self_test"):
         return vllm_rejection.rejection_sample(
             metadata.draft_token_ids,
             metadata.num_draft_tokens,
@@ -134,24 +132,20 @@ def _sample(rejection_sampler: RejectionSampler, draft_token: int, device: torch
             batch,
             use_fp64_gumbel=rejection_sampler.use_fp64_gumbel,
         )
-    keys_B = torch.arange(NUM_REQUESTS, device=device)
-    request_T = keys_B.repeat_interleave(2)
-    positions_T = torch.arange(2, device=device).repeat(NUM_REQUESTS)
-    with rejection_sampler.rows.of(StepRows(keys_B, keys_B, request_T, positions_T, request_T)):
-        return rejection_sampler.verify(metadata, logits_TV, bonus_B1, batch)
+    return rejection_sampler.verify_for_self_test(metadata, logits_TV, bonus_B1, batch)
 
 
-def _check_law(output_token_ids: torch.Tensor, draft_token: int) -> None:
+def _check_distribution(output_token_ids: torch.Tensor, draft_token: int) -> None:
     """Where a first or second token is emitted, it must follow the target."""
-    law_V = target_law(torch.tensor(LOGITS), TEMPERATURE, TOP_K, TOP_P)
+    probs_V = target_distribution(torch.tensor(LOGITS), TEMPERATURE, TOP_K, TOP_P)
     output_token_ids = output_token_ids.cpu()
     for place in range(2):
         emitted = (output_token_ids[:, :place] == draft_token).all(dim=1)
         tokens = output_token_ids[emitted, place]
         if not len(tokens):
             continue
-        in_vocabulary = bool(((tokens >= 0) & (tokens < len(law_V))).all())
-        result = chi_square(count_tokens(tokens, len(law_V)), law_V) if in_vocabulary else None
+        in_vocabulary = bool(((tokens >= 0) & (tokens < len(probs_V))).all())
+        result = chi_square(count_tokens(tokens, len(probs_V)), probs_V) if in_vocabulary else None
         if result is None or not result.passed:
             raise SpeculationUnsafeError(
                 f"speculative sampling does not follow the target: {len(tokens)} tokens at place {place} "

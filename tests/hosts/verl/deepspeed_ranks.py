@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 os.environ["VERL_PLATFORM"] = "cpu"
-os.environ["RL_ACCEL_ACTIVE"] = "1"
+os.environ["RL_ACCEL_ACTIVE"] = "sync"
 
 import torch
 from tensordict import TensorDict
@@ -27,9 +27,9 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.utils.losses import sft_loss
 
 import rl_accel
+from rl_accel.deepspeed.hosts.engine_config import DeepSpeedEngineConfig
 from rl_accel.errors import ConfigError
-from rl_accel.hosts.verl.deepspeed_config import DeepSpeedEngineConfig
-from rl_accel.hosts.verl.fsdp2_comm import FSDP2CommConfig
+from rl_accel.hosts.verl.fsdp2_ranks import FSDP2Config
 
 POLICY = str(Path(rl_accel.__file__).parent / "quickstart" / "policy")
 STEPS = 3
@@ -67,11 +67,11 @@ def make_engine(
         "use_remove_padding": False,
     }
     if kind == "fsdp2" and comm:
-        engine_config = FSDP2CommConfig(comm=comm, **common)
+        engine_config = FSDP2Config(rl_accel={"comm": comm}, **common)
     elif kind == "fsdp2":
         engine_config = FSDPEngineConfig(strategy="fsdp2", **common)
     else:
-        common["comm"] = comm or {}
+        common["rl_accel"] = {"comm": comm} if comm else {}
         engine_config = DeepSpeedEngineConfig(zero_stage=ENGINES[kind], ds_config=PARTITION_ALL, **common)
     engine = EngineRegistry.new(
         model_type=model_type,
@@ -346,7 +346,7 @@ def four_bits():
             "resumed": [train(fresh, step) for step in (1, 2)],
             "weights": (weights_of(engine), weights_of(fresh)),
             "log_probs": (log_probs(plain), log_probs(engine)),
-            "stats": (engine.fsdp2_comm if kind == "fsdp2" else engine.comm).stats(),
+            "stats": (engine.fsdp2_ranks if kind == "fsdp2" else engine.ranks).roles["comm"].handle.stats(),
         }
         with engine.train_mode():
             metrics = engine.train_batch(make_batch(3, 1), loss_of_lm)["metrics"]

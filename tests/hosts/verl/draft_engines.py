@@ -10,19 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from rl_accel.hosts.vllm.das import DASProposer
+from rl_accel.draft.hosts.proposer import DASProposer
 from rl_accel.hosts.vllm.faults import Faults
 
 PROMPT = [5, 6, 7]
-ANSWERS = {
-    "rl_accel_draft_close_epoch": "close_epoch",
-    "rl_accel_draft_take_segment": "take_segment",
-    "rl_accel_draft_add_segment": "add_segment",
-    "rl_accel_draft_save": "save",
-    "rl_accel_draft_open": "open",
-    "rl_accel_draft_metrics": "drain_metrics",
-}
-"""What the worker extension passes on."""
 
 
 def new_proposer(tokenizer: str = "none", history_gib: float = 2.0, rank: int = 0) -> DASProposer:
@@ -78,7 +69,11 @@ class Engine:
         self.ranks[1].drafter = None
 
     async def collective_rpc(self, method: str, timeout: Any = None, args: tuple = (), kwargs: Any = None) -> list:
-        return [getattr(rank, ANSWERS[method])(*args) for rank in self.ranks]
+        if method == "rl_accel_drain":
+            return [{"counts": {}, "features": {"draft": rank.drain_metrics()}} for rank in self.ranks]
+        feature, name, arguments = args
+        assert (method, feature) == ("rl_accel_call", "draft")
+        return [getattr(rank, name)(*arguments) for rank in self.ranks]
 
     async def sample(self, problem: str, tokens: list[int], ends: bool = True) -> list[int]:
         return sample(self.ranks[0], problem, tokens, ends)

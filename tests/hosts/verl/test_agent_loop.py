@@ -54,7 +54,7 @@ def test_every_output_has_a_row_and_a_text_of_its_own(best_of, plain_run) -> Non
 def test_the_step_is_measured_over_all_outputs(best_of) -> None:
     metrics = best_of.metrics()[1]
     assert metrics["rollout/num_response_tokens"] == sum(map(len, rows(best_of).values()))
-    assert metrics["rl_accel/sampling/malformed_identities"] == 0
+    assert metrics["rl_accel/rollout/malformed_identities"] == 0
     assert metrics["training/rollout_probs_diff_max"] < 1e-4
 
 

@@ -1,11 +1,13 @@
 """DAS in the real trainer: the same run as without drafts, and a history that survives checkpoints.
 
-Eight problems in two epochs of two steps, so steps 3 and 4 meet the problems of steps 1 and 2 again.
+Eight problems in two epochs of two steps, so steps 3 and 4 meet the problems of steps 1 and 2 again. The toy feature of
+`tests/feature` is on as well: what the contract gives to a feature is asserted here.
 """
 
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -13,12 +15,19 @@ from rl_accel.compare.tokens import load_tokens
 from rl_accel.draft.record import read_rollouts
 
 TWO_EPOCHS = ("data.train_size=8",)
-DAS = (*TWO_EPOCHS, "rl_accel.draft.method=das", "rl_accel.draft.record=true")
+TOY = (Path(__file__).parents[2] / "feature" / "toy", "rl_accel.toy.enable=true", "rl_accel.toy.size=7")
+DAS = (*TWO_EPOCHS, "rl_accel.draft.method=das", "rl_accel.draft.record=true", *TOY[1:])
+
+
+def run_das(trainings, name):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(TOY[0]))
+        return trainings.run(name, *DAS)
 
 
 @pytest.fixture(scope="module")
 def das(trainings):
-    return trainings.run("das", *DAS)
+    return run_das(trainings, "das")
 
 
 def tokens_of(run, step):
@@ -31,7 +40,7 @@ def resumed_from_step_2(trainings, das, name):
     shutil.copytree(das.path, target)
     shutil.rmtree(target / "checkpoints" / "global_step_4")
     (target / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
-    return trainings.run(name, *DAS)
+    return run_das(trainings, name)
 
 
 def test_tokens_and_training_are_those_without_drafts(trainings, das) -> None:
@@ -63,9 +72,26 @@ def test_rollouts_are_recorded(das) -> None:
     assert all(r.prompt_token_ids for r in recorded)
 
 
-def test_history_comes_back_with_the_checkpoint(trainings, das) -> None:
-    resumed = resumed_from_step_2(trainings, das, "das_resumed")
+@pytest.fixture(scope="module")
+def resumed(trainings, das):
+    return resumed_from_step_2(trainings, das, "das_resumed")
+
+
+def test_history_comes_back_with_the_checkpoint(resumed, das) -> None:
     metrics = resumed.metrics()
     assert metrics[3]["rl_accel/draft/history_refused"] == 0
     assert metrics[3]["rl_accel/draft/accepted_by_past1"] > 0, "nothing was drafted from before the resume"
     assert tokens_of(resumed, 4) == tokens_of(das, 4)
+
+
+def test_a_feature_of_another_package_takes_part_everywhere(das, resumed) -> None:
+    """In the driver's summary, engine, rank, trainer, patches, and a checkpoint of its own."""
+    assert "drafting by das, a toy of size 7" in das.output
+    assert (das.path / "checkpoints" / "global_step_4" / "rl_accel" / "toy" / "steps").read_text() == "4"
+    for step, metrics in das.metrics().items():
+        assert metrics["toy/patched"] == 1
+        assert metrics["rl_accel/toy/weight_syncs"] == step, "the first is that of the start"
+        assert metrics["rl_accel/toy/steps"] == metrics["actor/rl_accel/toy/updates"] == step
+    third = resumed.metrics()[3]
+    assert third["rl_accel/toy/weight_syncs"] == 1, "engines are new"
+    assert third["rl_accel/toy/steps"] == third["actor/rl_accel/toy/updates"] == 3, "restored"

@@ -31,6 +31,9 @@ def make_config(tmp_path):
     return make
 
 
+COMM = ("rl_accel.comm.enable=true", "rl_accel.allow_lossy=true")
+
+
 def without_our_block(config):
     """The same training as a plain verl command would ask for it."""
     plain = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
@@ -49,10 +52,10 @@ def test_every_role_gets_the_settings_class(make_config):
         config.actor_rollout_ref.ref.fsdp_config,
         config.critic.fsdp,
     ):
-        assert node._target_ == "rl_accel.hosts.verl.deepspeed_config.DeepSpeedEngineConfig"
+        assert node._target_ == "rl_accel.deepspeed.hosts.engine_config.DeepSpeedEngineConfig"
         assert node.zero_stage == 3
         assert node.ds_config.zero_optimization.stage3_param_persistence_threshold == 7
-        assert node.comm == {}
+        assert node.get("rl_accel") is None
 
 
 def test_a_plain_verl_configuration_may_name_the_engine(make_config):
@@ -66,7 +69,7 @@ def test_verl_builds_the_settings_and_deepspeed_accepts_them(make_config, monkey
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     from verl.utils.config import omega_conf_to_dataclass
 
-    from rl_accel.hosts.verl.deepspeed_config import DeepSpeedEngineConfig, make_ds_config, param_dtype
+    from rl_accel.deepspeed.hosts.engine_config import DeepSpeedEngineConfig, make_ds_config, param_dtype
 
     config = make_config("rl_accel.deepspeed.ds_config={zero_optimization: {round_robin_gradients: true}}")
     prepare(config)
@@ -119,26 +122,26 @@ def test_settings_that_no_role_uses_are_refused(make_config):
 
 
 def test_communication_goes_to_the_roles_that_train(make_config):
-    config = make_config("rl_accel.comm.enable=true", "rl_accel.comm.bypass=never")
+    config = make_config(*COMM, "rl_accel.comm.bypass=never")
     prepare(config)
     actor, ref, critic = config.actor_rollout_ref.actor.fsdp_config, config.actor_rollout_ref.ref, config.critic.fsdp
-    assert actor.comm.bypass == critic.comm.bypass == "never"
-    assert "enable" not in actor.comm
-    assert ref.fsdp_config.comm == {}
+    assert actor.rl_accel.comm.bypass == critic.rl_accel.comm.bypass == "never"
+    assert "enable" not in actor.rl_accel.comm
+    assert ref.fsdp_config.get("rl_accel") is None
 
 
 def test_communication_goes_into_verls_fsdp2_engine(make_config):
-    config = make_config("rl_accel.comm.enable=true", "rl_accel.comm.bypass=never", trainer="fsdp")
+    config = make_config(*COMM, "rl_accel.comm.bypass=never", trainer="fsdp")
     prepare(config)
     actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
     assert actor.strategy == actor.fsdp_config.strategy == "fsdp2"
     built = instantiate(actor.fsdp_config)
-    assert type(built).__name__ == "FSDP2CommConfig"
-    assert built.comm["bypass"] == "never"
-    assert "comm" not in ref.fsdp_config
+    assert type(built).__name__ == "FSDP2Config"
+    assert built.rl_accel["comm"]["bypass"] == "never"
+    assert "rl_accel" not in ref.fsdp_config
     off = make_config(trainer="fsdp")
     prepare(off)
-    assert "comm" not in off.actor_rollout_ref.actor.fsdp_config
+    assert "rl_accel" not in off.actor_rollout_ref.actor.fsdp_config
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_communication_goes_into_verls_fsdp2_engine(make_config):
 )
 def test_communication_that_could_not_work_is_refused(make_config, overrides, trainer, message):
     with pytest.raises(ConfigError, match=message):
-        prepare(make_config("rl_accel.comm.enable=true", *overrides, trainer=trainer))
+        prepare(make_config(*COMM, *overrides, trainer=trainer))
 
 
 def test_without_our_block_the_checks_run_too(make_config):
@@ -206,3 +209,8 @@ def test_verl_knows_the_engine_and_deepspeed_is_not_imported_for_it():
     env = {**os.environ, "VERL_PLATFORM": "cpu"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert result.stdout.split() == ["DeepSpeedEngineWithLMHead", "DeepSpeedEngineWithValueHead", "False"]
+
+
+def test_a_lossy_feature_has_to_be_permitted(make_config):
+    with pytest.raises(ConfigError, match=r"rl_accel\.comm .* is lossy.*rl_accel\.allow_lossy=true"):
+        prepare(make_config("rl_accel.comm.enable=true"))

@@ -1,7 +1,7 @@
 """Drafting history between engines and checkpoints.
 
 Engines are real processes with real drafters, and Ray is real; what is left out of an engine is the model, and of the
-trainer all but the names that `DraftHistory` reads.
+trainer all but the names that `DraftTrainer` reads.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ def trainer(tmp_path):
     """Of two steps an epoch."""
 
     def make(servers: list, step: int = 2, resumed_from: int = -1):
-        from rl_accel.hosts.verl.draft_history import DraftHistory
+        from rl_accel.draft.config import DraftConfig
+        from rl_accel.draft.feature import FEATURE
+        from rl_accel.draft.hosts.trainer import DraftTrainer
+        from rl_accel.hosts.verl.engines import RolloutEngines, add_up
 
         replicas = [SimpleNamespace(servers=[server]) for server in servers]
         found = SimpleNamespace(
-            accel=SimpleNamespace(draft=SimpleNamespace(method="das", window=8), run_dir=None),
             config=SimpleNamespace(
                 trainer=SimpleNamespace(default_local_dir=str(tmp_path / "run"), resume_mode="auto")
             ),
@@ -67,7 +69,13 @@ def trainer(tmp_path):
             global_steps=step,
             resumed_from_step=resumed_from,
         )
-        found.history = DraftHistory(found)
+        found.engines = RolloutEngines(found)
+        found.feature_folder = lambda name: tmp_path / "run" / f"global_step_{found.global_steps}" / "rl_accel" / name
+        found.history = DraftTrainer(FEATURE, DraftConfig(method="das"), found)
+        found.metrics = lambda: {
+            **add_up(answer["features"] for answer in found.engines.ask("rl_accel_drain")),
+            **add_up([{"draft": found.history.metrics()}]),
+        }
         return found
 
     return make
@@ -98,7 +106,7 @@ def test_engines_learn_from_each_other_without_a_common_folder(engines, trainer,
         assert sorted(s["foreign"] for s in call(server, "segments")) == [False, True, True]
         for i in range(3):
             assert call(server, "sample", f"p{i}", text(i)[:2]) == text(i)[2:10]
-    metrics = train.history.metrics()
+    metrics = train.metrics()
     assert metrics["rl_accel/draft/history_not_shared"] == 0
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
@@ -135,7 +143,7 @@ def test_a_resume_at_the_end_of_an_epoch_is_as_if_there_was_none(engines, traine
         assert call(old, "segments") == call(new, "segments")
         assert len(call(new, "segments")) == 2
         assert call(new, "sample", "p0", text(0)[:2]) == text(0)[2:10]
-    assert resumed.history.metrics()["rl_accel/draft/history_refused"] == 0
+    assert resumed.metrics()["rl_accel/draft/history_refused"] == 0
 
 
 def test_another_number_of_engines_goes_on_with_the_same_history(engines, trainer) -> None:
@@ -165,7 +173,7 @@ def test_a_segment_that_an_engine_refuses_is_counted_and_harms_nobody(engines, t
         call(server, "sample", f"p{i}", text(i))
     train.history.on_step_end()
     assert [len(call(server, "segments")) for server in servers] == [2, 2, 1]
-    metrics = train.history.metrics()
+    metrics = train.metrics()
     assert metrics["rl_accel/draft/history_not_shared"] == 4
 
 
@@ -182,7 +190,7 @@ def test_what_all_engines_said_may_be_too_much_for_each(engines, trainer) -> Non
         own = sum(s["num_tokens"] for s in segments if not s["foreign"])
         assert own == 24 * 1500, f"engine {number} forgot {24 * 1500 - own} tokens of its own"
         assert 0.7 * 2**20 < sum(s["num_bytes"] for s in segments) <= 2**20
-    assert train.history.metrics()["rl_accel/draft/segments_dropped"] > 0
+    assert train.metrics()["rl_accel/draft/segments_dropped"] > 0
 
 
 def test_a_failed_save_stops_nothing_and_is_said(engines, trainer, tmp_path, caplog) -> None:
@@ -191,19 +199,19 @@ def test_a_failed_save_stops_nothing_and_is_said(engines, trainer, tmp_path, cap
     train = trainer(servers)
     for i, server in enumerate(servers):
         call(server, "sample", f"p{i}", text(i))
-    folder = tmp_path / "run" / "global_step_2" / "rl_accel_draft"
+    folder = tmp_path / "run" / "global_step_2" / "rl_accel" / "draft"
     folder.mkdir(parents=True)
     (folder / "engine000").write_text("")
     train.history.save()
-    assert train.history.metrics()["rl_accel/draft/history_not_saved"] == 1
+    assert train.metrics()["rl_accel/draft/history_not_saved"] == 1
     assert "engine000" in caplog.text and (folder / "engine001" / "manifest.json").exists()
     shutil.rmtree(folder)
     folder.write_text("")
     train.history.save()
-    assert train.history.metrics()["rl_accel/draft/history_not_saved"] == 2
+    assert train.metrics()["rl_accel/draft/history_not_saved"] == 2
     folder.unlink()
     train.history.save()
-    assert train.history.metrics()["rl_accel/draft/history_not_saved"] == 2
+    assert train.metrics()["rl_accel/draft/history_not_saved"] == 2
     assert sorted(path.name for path in folder.iterdir()) == ["engine000", "engine001"]
 
 
@@ -211,15 +219,15 @@ def test_a_snapshot_that_the_trainer_does_not_see_is_said(engines, trainer, tmp_
     """An engine on another node wrote to a folder of the same name there."""
     train = trainer(engines(1))
     elsewhere = tmp_path / "other node"
-    answer = train.history._call_each
-    monkeypatch.setattr(
-        train.history,
-        "_call_each",
-        lambda method, arguments: answer(method, [(str(elsewhere / "engine000"),)] if "save" in method else arguments),
-    )
+    answer = train.engines.call_each
+
+    def on_another_node(feature, method, arguments):
+        return answer(feature, method, [(str(elsewhere / "engine000"),)] if method == "save" else arguments)
+
+    monkeypatch.setattr(train.engines, "call_each", on_another_node)
     train.history.save()
     assert (elsewhere / "engine000" / "manifest.json").exists()
-    assert train.history.metrics()["rl_accel/draft/history_not_saved"] == 1
+    assert train.metrics()["rl_accel/draft/history_not_saved"] == 1
     assert "not seen here" in caplog.text
 
 
@@ -229,7 +237,7 @@ def test_what_earlier_runs_left_in_a_checkpoint_is_not_restored(engines, trainer
     train = trainer(servers)
     call(servers[0], "sample", "p0", text(0))
     train.history.save()
-    folder = tmp_path / "run" / "global_step_2" / "rl_accel_draft"
+    folder = tmp_path / "run" / "global_step_2" / "rl_accel" / "draft"
     shutil.copytree(folder / "engine000", folder / "engine002")
     shutil.copytree(folder / "engine000", folder / "engine001.old4194304")
     (folder / "engine003.tmp77").mkdir()
@@ -237,7 +245,21 @@ def test_what_earlier_runs_left_in_a_checkpoint_is_not_restored(engines, trainer
     assert sorted(path.name for path in folder.iterdir()) == ["engine000", "engine001", "engine003.tmp77"]
     resumed = trainer(engines(2), step=2, resumed_from=2)
     resumed.history.restore()
-    assert resumed.history.metrics()["rl_accel/draft/history_refused"] == 0
+    assert resumed.metrics()["rl_accel/draft/history_refused"] == 0
+
+
+def test_a_checkpoint_of_an_older_version_is_restored(engines, trainer, tmp_path) -> None:
+    """It has its snapshots in a folder of another name."""
+    servers = engines(1)
+    train = trainer(servers)
+    call(servers[0], "sample", "p0", text(0))
+    train.history.save()
+    folder = tmp_path / "run" / "global_step_2"
+    (folder / "rl_accel" / "draft").rename(folder / "rl_accel_draft")
+    resumed = trainer(engines(1), step=2, resumed_from=2)
+    resumed.history.restore()
+    assert resumed.metrics()["rl_accel/draft/history_refused"] == 0
+    assert len(call(resumed.engines.servers()[0], "segments")) == 1
 
 
 def test_data_parallel_ranks_never_write_one_path(tmp_path) -> None:

@@ -47,12 +47,14 @@ def test_with_everything_off_rollouts_and_losses_are_those_of_plain_verl(trainin
         "off",
         *DETERMINISTIC,
         "rl_accel.sampling.exact=false",
+        "rl_accel.fast_path.enable=false",  # on in all other trainings
         f"trainer.rollout_data_dir={trainings.root}/off/rollouts",
     )
     plain = trainings.run_plain_verl(
         "plain_verl", off, f"trainer.rollout_data_dir={trainings.root}/plain_verl/rollouts"
     )
     assert "rl_accel" not in json.dumps(sorted(plain.metrics()[1]))
+    assert "on: no fast path" in off.output
     assert rollouts(off) == rollouts(plain)
     gradients = [step["actor/grad_norm"] for step in off.metrics().values()]
     assert min(gradients) > 1e-4, "a run without gradients proves nothing"

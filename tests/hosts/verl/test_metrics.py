@@ -7,18 +7,19 @@ import torch
 from tensordict import NonTensorStack, TensorDict
 
 from rl_accel.compare.tokens import load_tokens
+from rl_accel.draft.hosts.trainer import record_rollouts
 from rl_accel.draft.record import read_rollouts
 from rl_accel.errors import MismatchError
+from rl_accel.hosts.verl.engines import add_up
 from rl_accel.hosts.verl.identity import OCCURRENCE, PROBLEM_ID, problem_id_of
 from rl_accel.hosts.verl.metrics import (
     check_mismatch,
-    record_rollouts,
     rollout_metrics,
-    save_rollout_tokens,
     speculation_metrics,
     split_key,
     sum_counts,
 )
+from rl_accel.trace.hosts.trainer import save_rollout_tokens
 
 
 def test_acceptance_over_replicas():
@@ -132,8 +133,22 @@ def test_a_loop_that_measures_no_times_is_measured_otherwise():
 
 
 def test_faults_of_the_engines_are_metrics():
-    counts = sum_counts([{"num_malformed_identities": 2, "num_drafts": 1}, {"num_malformed_identities": 1}, None])
+    counts = sum_counts([{"malformed_identities": 2, "num_drafts": 1}, {"malformed_identities": 1}, None])
     _, step = rollouts(("g_0_0", "p", 0, [5]))
-    found = rollout_metrics(step, counts | {"num_engines_drafting_off": 1})
-    assert found["rl_accel/sampling/malformed_identities"] == 3
-    assert found["rl_accel/draft/undrafted_requests"] == 0 and found["rl_accel/draft/engines_off"] == 1
+    assert rollout_metrics(step, counts)["rl_accel/rollout/malformed_identities"] == 3
+
+
+def test_what_features_drained_is_reduced_by_their_tables():
+    drained = [
+        {"draft": {"engines_off": 1.0, "propose_ms": 2.0, "drafted_by_own": 3.0}},
+        {"draft": {"engines_off": 0.0, "propose_ms": 5.0, "drafted_by_past1": 4.0}, "sync": {"seconds": 0.5}},
+    ]
+    assert add_up(drained) == {
+        "rl_accel/draft/engines_off": 1.0,
+        "rl_accel/draft/propose_ms": 5.0,
+        "rl_accel/draft/drafted_by_own": 3.0,
+        "rl_accel/draft/drafted_by_past1": 4.0,
+        "rl_accel/sync/seconds": 0.5,
+    }
+    with pytest.raises(KeyError, match="feature draft has no metric 'unheard_of' in its table"):
+        add_up([{"draft": {"unheard_of": 1.0}}])

@@ -14,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rl_accel.errors import WeightSyncError
-from rl_accel.hosts.verl import fsdp2_comm, patches
-from rl_accel.hosts.verl.watchdog import call_within
+from rl_accel.fast_path.hosts.patches import PATCHES as FAST_PATH
+from rl_accel.hosts.verl.fsdp2_ranks import RanksOnFSDP2
+from rl_accel.hosts.verl.patches import PATCHES
+from rl_accel.weight_sync.watchdog import call_within
 
 
 def in_fresh_process(code, timeout=120, **env):
@@ -25,34 +27,50 @@ def in_fresh_process(code, timeout=120, **env):
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "VERL_PLATFORM": "cpu", "RL_ACCEL_ACTIVE": "1", **env},
+        env={**os.environ, "VERL_PLATFORM": "cpu", "RL_ACCEL_ACTIVE": "sync,fast_path", **env},
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("patch", (*patches.ALL, fsdp2_comm.AttachToFSDP2), ids=lambda patch: patch.__name__)
-def test_the_patched_symbol_exists(patch):
-    module_name, _, symbol = patch.target.partition(":")
+ALL = (*PATCHES, *FAST_PATH, RanksOnFSDP2)
+
+
+@pytest.fixture(scope="module")
+def checked():
+    """Patch -> what a process that has imported verl, with nothing patched, finds wrong with its symbol."""
+    names = [(patch.__module__, patch.__name__) for patch in ALL]
     code = f"""
-        import functools, importlib
-        print(callable(functools.reduce(getattr, {symbol!r}.split("."), importlib.import_module({module_name!r}))))
+        import importlib, json
+        found = {{}}
+        for module, name in {names!r}:
+            try:
+                getattr(importlib.import_module(module), name).check_signature()
+                found[name] = ""
+            except Exception as error:
+                found[name] = str(error)
+        print(json.dumps(found))
     """
-    assert in_fresh_process(code, RL_ACCEL_ACTIVE="0") == "True"
+    return json.loads(in_fresh_process(code, RL_ACCEL_ACTIVE=""))
+
+
+@pytest.mark.parametrize("patch", ALL, ids=lambda patch: patch.__name__)
+def test_the_patched_symbol_exists_and_takes_what_was_tested(patch, checked):
+    assert checked[patch.__name__] == ""
 
 
 def test_the_probe_finds_every_hook_live():
     live = json.loads(
         in_fresh_process("import json; from rl_accel.hosts.verl.probe import probe; print(json.dumps(probe()))")
     )
-    assert len(live) == 12
+    assert len(live) == 13
     assert all(live.values()), live
 
 
 def test_without_our_environment_nothing_is_patched():
     code = "import json; from rl_accel.hosts.verl.probe import probe; print(json.dumps(probe()))"
-    live = json.loads(in_fresh_process(code, RL_ACCEL_ACTIVE="0"))
+    live = json.loads(in_fresh_process(code, RL_ACCEL_ACTIVE=""))
     assert live.pop("validate_config") and live.pop("cpu platform")
     assert not any(live.values()), live
 
@@ -102,7 +120,7 @@ def test_a_failing_receiver_lets_its_sender_finish(tmp_path):
 
 def test_without_the_patch_the_sender_waits_for_ever(tmp_path):
     """The bug that the patch is for; if this fails, verl has mended it and the patch can go."""
-    assert "sent" not in in_fresh_process(TRANSFER.format(folder=tmp_path), RL_ACCEL_ACTIVE="0")
+    assert "sent" not in in_fresh_process(TRANSFER.format(folder=tmp_path), RL_ACCEL_ACTIVE="")
 
 
 TWO_RUNS = """
@@ -158,6 +176,6 @@ def test_the_watchdog_passes_failures_on_and_lets_a_good_call_through():
 
 
 def test_the_reasons_are_written_down():
-    for patch in patches.ALL:
+    for patch in ALL:
         assert len(patch.__doc__) > 60
     assert importlib.import_module("verl").__version__ == "0.9.1"

@@ -21,6 +21,7 @@ POLICY = Path(checks.__file__).parents[2] / "quickstart" / "policy"
 DEFAULTS = yaml.load((recipes.verl_config_dir() / ranges.FLATTENED).read_bytes(), yaml.CSafeLoader)
 OURS = [f"rl_accel.{name}" for name in ("draft.method", "draft.window", "draft.history_gib", "sync.timeout_s", "seed")]
 OURS += [f"rl_accel.{name}" for name in ("draft", "sampling.exact", "comm.enable", "deepspeed.zero_stage", "trace")]
+OURS += ["rl_accel.allow_lossy", "rl_accel.fast_path.enable"]
 IN_USE = ("actor_rollout_ref.actor", "actor_rollout_ref.rollout", "algorithm", "data", "trainer", "ray_kwargs.ray_init")
 NAMES = sorted({*ranges.RANGES, *OURS, *(name for name, _ in leaves(DEFAULTS) if name.startswith(IN_USE))})
 NAMES = [name for name in NAMES if not name.endswith("_target_") and "profiler" not in name]

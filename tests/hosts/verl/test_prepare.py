@@ -55,7 +55,7 @@ def test_the_block_points_verl_at_our_classes(make_config):
     assert rollout.engine_kwargs.vllm.additional_config.rl_accel.sampling.exact is True
     assert rollout.engine_kwargs.vllm.speculative_config.num_speculative_tokens == 3
     assert (rollout.max_model_len, rollout.engine_kwargs.vllm.max_model_len) == (640, 640 + 3)
-    assert config.ray_kwargs.ray_init.runtime_env.env_vars.RL_ACCEL_ACTIVE == "1"
+    assert "sync" in config.ray_kwargs.ray_init.runtime_env.env_vars.RL_ACCEL_ACTIVE.split(",")
 
 
 def test_das_names_its_proposer_and_passes_its_settings(make_config):
@@ -63,7 +63,7 @@ def test_das_names_its_proposer_and_passes_its_settings(make_config):
     prepare(config)
     rollout = config.actor_rollout_ref.rollout
     speculative = rollout.engine_kwargs.vllm.speculative_config
-    assert speculative.model == "rl_accel.hosts.vllm.das.DASProposer"
+    assert speculative.model == "rl_accel.draft.hosts.proposer.DASProposer"
     assert speculative.num_speculative_tokens == 16
     assert rollout.engine_kwargs.vllm.additional_config.rl_accel.draft.window == 3
     assert (rollout.max_model_len, rollout.engine_kwargs.vllm.max_model_len) == (640, 640 + 16)
@@ -85,7 +85,7 @@ def test_vllms_default_runner_is_given_up_only_where_something_needs_it(make_con
     with caplog.at_level("INFO", "rl_accel"):
         prepare(config)
     environment = config.ray_kwargs.ray_init.runtime_env.env_vars
-    assert environment.RL_ACCEL_ACTIVE == "1" and len(environment.RL_ACCEL_RUN) == 8
+    assert "sync" in environment.RL_ACCEL_ACTIVE.split(",") and len(environment.RL_ACCEL_RUN) == 8
     assert environment.get("VLLM_USE_V2_MODEL_RUNNER") == ("0" if forced else None)
     assert ("gives up V2" in caplog.text) == forced
 

@@ -27,8 +27,9 @@ def tokens(run):
 
 
 def trained(metrics):
-    """The metrics that follow from tokens and weights: not times, not throughput, not speculation."""
-    kept = ("actor/", "critic/", "response_length/", "val-core/", "training/rollout_probs_diff")
+    """The metrics that follow from tokens and weights: not times, not throughput, not speculation, and not the engine's
+    log-probs, whose last bits depend on what was in a batch together."""
+    kept = ("actor/", "critic/", "response_length/", "val-core/")
     skipped = ("actor/perf", "actor/mfu")
     return {key: value for key, value in metrics.items() if key.startswith(kept) and not key.startswith(skipped)}
 

@@ -318,7 +318,7 @@ def state(worker) -> dict:
         "slots": len(proposer.drafter),
         "scheduled": len(scheduler.requests),
         "blocks_in_use": scheduler.kv_cache_manager.usage,
-        "faults": runner.rl_accel_faults.counts,
+        "faults": dict(runner.rl_accel_faults.counts),
         "counts": runner.rl_accel_spec_stats.drain(),
         "live": runner.rl_accel_live,
     }
@@ -332,10 +332,10 @@ async def serve(factor: float) -> dict:
 
     import rl_accel
     from rl_accel.config import AccelConfig
-    from rl_accel.hosts.verl.prepare import draft_settings, speculative_config
+    from rl_accel.hosts.verl.prepare import engine_args, engine_settings
 
     accel = AccelConfig.from_mapping({"draft": {"method": "das", "num_speculative_tokens": 8}})
-    settings = {"sampling": {"exact": True, "seed": 7}, "draft": draft_settings(accel)}
+    settings = {"sampling": {"exact": True, "seed": 7}, **engine_settings(accel)}
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(
         [
             "--model", str(Path(rl_accel.__file__).parent / "quickstart" / "policy"), "--served-model-name", "m",
@@ -343,7 +343,7 @@ async def serve(factor: float) -> dict:
             "--max-num-batched-tokens", "512", "--block-size", "16", "--num-gpu-blocks-override", "700",
             "--distributed-executor-backend", "uni", "--enable-prompt-embeds", "--disable-uvicorn-access-log",
             "--uvicorn-log-level", "warning", "--host", "127.0.0.1", "--port", "0", "--generation-config", "vllm",
-            "--speculative-config", json.dumps(speculative_config(accel)),
+            "--speculative-config", json.dumps(engine_args(accel)["speculative_config"][0]),
             "--additional-config", json.dumps({"rl_accel": settings}),
         ]
     )  # fmt: skip

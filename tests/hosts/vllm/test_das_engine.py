@@ -47,7 +47,7 @@ def run_engine(model: str, mode: str) -> dict:
     from vllm import LLM
 
     from rl_accel.config import AccelConfig
-    from rl_accel.hosts.verl.prepare import draft_settings, speculative_config
+    from rl_accel.hosts.verl.prepare import engine_args, engine_settings
 
     speculates, foreign = not mode.startswith("plain"), mode == "serve"
     accel = AccelConfig.from_mapping(
@@ -61,7 +61,7 @@ def run_engine(model: str, mode: str) -> dict:
     )
     additional = {"rl_accel": {"sampling": {"exact": True, "seed": 7}}}
     if speculates:
-        additional["rl_accel"]["draft"] = draft_settings(accel)
+        additional["rl_accel"] |= engine_settings(accel)
     llm = LLM(
         model,
         skip_tokenizer_init=True,
@@ -73,7 +73,7 @@ def run_engine(model: str, mode: str) -> dict:
         block_size=16,
         num_gpu_blocks_override=30 if "preempt" in mode else None,
         tensor_parallel_size=2 if mode == "tp2" else 1,
-        speculative_config=speculative_config(accel) if speculates else None,
+        speculative_config=engine_args(accel)["speculative_config"][0] if speculates else None,
         additional_config={} if foreign else additional,
         disable_log_stats=False,
         hf_overrides={"eos_token_id": None},
@@ -162,7 +162,7 @@ def _teach_that_drafts_are_dear(worker) -> None:
     planner = worker.model_runner.drafter.drafter.planner
     for i in range(200):
         n, d = 1 + i % 24, (i % 2) * (1 + i % 7)
-        planner.observe_pass(0.01 + 1e-4 * n + 0.01 * d, n, d)
+        planner.observe_step(0.01 + 1e-4 * n + 0.01 * d, n, d)
 
 
 def _close_epoch(worker, epoch: int) -> dict:
@@ -222,7 +222,7 @@ def accepted(result: dict, epoch: int) -> int:
 
 def test_tokens_are_those_without_drafts(engines) -> None:
     das, plain = engines("das"), engines("plain")
-    assert das["live"][0]["das"] is True and plain["live"][0]["das"] is False
+    assert das["live"][0]["features"]["draft"] == "das" and "draft" not in plain["live"][0]["features"]
     assert das["tokens"] == plain["tokens"]
 
 
@@ -292,7 +292,7 @@ def test_preempted_requests_go_on_where_they_were(engines) -> None:
 def test_serving_without_verl_learns_from_its_own_traffic(engines) -> None:
     """No settings but `speculative_config`; problems are told apart by their prompts."""
     serve = engines("serve")
-    assert serve["live"][0]["das"] is True and serve["live"][0]["cpu_repair"] is True
+    assert serve["live"][0]["features"]["draft"] == "das" and serve["live"][0]["self_test"] == "passed"
     assert accepted(serve, 2) > accepted(serve, 0) > 0
     assert serve["stats"][0][0]["segment"]["num_problems"] == NUM_PROBLEMS
 
@@ -318,8 +318,8 @@ def test_segments_of_any_size_pass_between_engine_and_trainer(engines) -> None:
 def test_a_custom_class_without_the_plugin_is_refused() -> None:
     from types import SimpleNamespace
 
+    from rl_accel.draft.hosts.proposer import DASProposer
     from rl_accel.errors import NotLiveError
-    from rl_accel.hosts.vllm.das import DASProposer
 
     config = SimpleNamespace(
         additional_config=None,

@@ -48,8 +48,8 @@ def test_tokens_are_those_of_a_calm_server_without_drafts(soak) -> None:
 
 def test_what_cannot_be_read_harms_nobody(soak) -> None:
     faults = soak["state"]["faults"]
-    assert faults["num_malformed_identities"] > 10 * FACTOR
-    assert faults["num_undrafted_requests"] == faults["num_engines_drafting_off"] == 0
+    assert faults["malformed_identities"] > 10 * FACTOR
+    assert "undrafted_requests" not in faults and "engines_off" not in faults
     assert soak["refused"] == 0 and soak["nested_xargs"] == soak["empty_prompt"] == 400
     assert "served" not in (*soak["unsendable"], soak["pooling"])
     assert soak["embedded"] == ["length"] * 2

@@ -16,11 +16,12 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from rl_accel.errors import RLAccelError
-from rl_accel.hosts.vllm import cpu_repair, row_identity
-from rl_accel.hosts.vllm.exact_sampler import ExactRejectionSampler, ExactSampler
+from rl_accel.hosts.vllm import cpu_repair
 from rl_accel.hosts.vllm.faults import Faults
-from rl_accel.hosts.vllm.row_identity import RowSource, StepRows
 from rl_accel.hosts.vllm.self_test import sampling_metadata
+from rl_accel.sampling.hosts import row_identity
+from rl_accel.sampling.hosts.exact_sampler import ExactRejectionSampler, ExactSampler
+from rl_accel.sampling.hosts.row_identity import RowSource, StepRows
 from rl_accel.sampling.noise import request_key
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the samplers are driven on CPU tensors")
@@ -163,7 +164,7 @@ def test_a_malformed_identity_is_served_as_anonymous_and_counted_once(identity):
     asked = request(seed=3, identity=identity)
     assert key_of(asked, faults) == key_of(asked, faults) == key_of(request(seed=3))
     assert row_identity.identity_of(asked, faults) is None
-    assert faults.counts["num_malformed_identities"] == 1
+    assert faults.counts["malformed_identities"] == 1
 
 
 @pytest.mark.parametrize("name", ["9" * 5000 + "_x", "\udc80", "", "_", "\u0663_x", "-1_x", "1" * 6 + "_x"])

@@ -35,11 +35,17 @@ for load_model in (gpu_model_runner.GPUModelRunner.__dict__["load_model"],
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def bare_runner() -> SimpleNamespace:
+    """What `install` looks at on a runner that neither speculates nor pools."""
+    config = SimpleNamespace(speculative_config=None, additional_config={})
+    return SimpleNamespace(vllm_config=config, speculative_config=None, is_pooling_model=False)
+
+
 @pytest.mark.parametrize("additional", [{}, {"rl_accel": None}, {"other": {}}, None])
 def test_without_settings_only_the_model_is_loaded(additional, monkeypatch):
     monkeypatch.setattr(plugin, "install", lambda *_: pytest.fail("installed unasked"))
     runner = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=additional))
-    for hook in (plugin._install_then_load, plugin._refuse_v2):
+    for hook in map(plugin._install_then_load, ("V1", "V2")):
         assert hook(lambda *args, **kwargs: (args, kwargs), runner, (1,), {"a": 2}) == ((1,), {"a": 2})
     assert not hasattr(runner, "rl_accel_live")
 
@@ -51,25 +57,28 @@ def test_without_settings_only_the_model_is_loaded(additional, monkeypatch):
 def test_the_v2_runner_is_refused(settings, speculative_config):
     config = SimpleNamespace(additional_config={"rl_accel": settings}, speculative_config=speculative_config)
     with pytest.raises(NotLiveError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
-        plugin._refuse_v2(lambda: None, SimpleNamespace(vllm_config=config), (), {})
+        plugin._install_then_load("V2")(lambda: None, SimpleNamespace(vllm_config=config), (), {})
 
 
 def test_the_v2_runner_runs_where_nothing_of_ours_needs_v1():
     """And says that it is one; verl's questions to the engine get an answer."""
     config = SimpleNamespace(additional_config={"rl_accel": {"sampling": {"exact": False}}}, speculative_config=None)
     runner = SimpleNamespace(vllm_config=config)
-    assert plugin._refuse_v2(lambda: "loaded", runner, (), {}) == "loaded"
+    assert plugin._install_then_load("V2")(lambda: "loaded", runner, (), {}) == "loaded"
     assert runner.rl_accel_live["model_runner"] == "V2"
-    assert not any(value is True for value in runner.rl_accel_live.values())
+    assert runner.rl_accel_live["features"] == {"sync": True}
     worker = AcceleratedWorkerExtension()
     worker.model_runner = runner
     assert worker.rl_accel_live() == runner.rl_accel_live
-    assert worker.rl_accel_drain_spec_stats() is None and worker.rl_accel_sync_report() == {}
+    assert worker.rl_accel_drain() == {"counts": {"malformed_identities": 0}, "features": {"sync": {}}}
+    assert worker.rl_accel_call("sync", "last_sync", ()) == {}
+    with pytest.raises(NotLiveError, match="feature draft is not on in this engine; on are sync"):
+        worker.rl_accel_call("draft", "take_segment", ())
 
 
 def test_a_draft_method_without_speculation_is_refused():
     with pytest.raises(NotLiveError, match="without speculative_config"):
-        plugin.install(SimpleNamespace(speculative_config=None), {"draft": {"method": "suffix"}})
+        plugin.install(bare_runner(), {"draft": {"method": "suffix"}})
 
 
 @pytest.mark.parametrize(
@@ -77,22 +86,16 @@ def test_a_draft_method_without_speculation_is_refused():
 )
 def test_settings_of_a_wrong_type_are_refused(settings):
     with pytest.raises(ConfigError, match="must be"):
-        plugin.install(SimpleNamespace(speculative_config=None), settings)
+        plugin.install(bare_runner(), settings)
 
 
 def test_settings_that_ask_for_nothing_install_nothing():
-    runner = SimpleNamespace(speculative_config=None, is_pooling_model=False)
+    runner = bare_runner()
+    before = set(vars(runner))
     plugin.install(runner, {"sampling": {"exact": False}, "draft": {"method": "none"}, "sync": {}})
-    assert set(vars(runner)) == {
-        "speculative_config",
-        "is_pooling_model",
-        "rl_accel_live",
-        "rl_accel_spec_stats",
-        "rl_accel_faults",
-    }
-    assert runner.rl_accel_spec_stats is None and not any(
-        runner.rl_accel_live[k] for k in ("exact_sampling", "spec_stats")
-    )
+    ours = {"rl_accel", "rl_accel_live", "rl_accel_spec_stats", "rl_accel_faults"}
+    assert set(vars(runner)) == before | ours
+    assert runner.rl_accel_spec_stats is None and list(runner.rl_accel) == ["sync"]
 
 
 def test_counter_counts_and_drains():

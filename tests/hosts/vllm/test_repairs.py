@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm.v1.worker import gpu_input_batch
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
-from rl_accel.hosts.vllm import mask_repair, runner_repair
+from rl_accel.errors import RLAccelError
+from rl_accel.hosts.vllm import cpu_repair, mask_repair, runner_repair
 
 
 @pytest.fixture
@@ -18,6 +20,7 @@ def own_methods(monkeypatch):
     """Whatever is patched in this process is put back."""
     for name in ("add_request", "swap_states"):
         monkeypatch.setattr(InputBatch, name, getattr(InputBatch, name))
+    monkeypatch.setattr(gpu_input_batch, "_rl_accel_patches", {}, raising=False)
 
 
 def stray_masks(seed: int, swaps: bool) -> int:
@@ -52,7 +55,9 @@ def test_masks_follow_their_requests(own_methods) -> None:
         assert sum(stray_masks(seed, swaps=False) for seed in range(10)) > 0
         assert sum(stray_masks(seed, swaps=True) for seed in range(10)) > 0
     for patch in broken:
-        patch.apply()
+        patch.apply(gpu_input_batch)
+        with pytest.raises(RLAccelError, match="is replaced by"):
+            patch.apply(gpu_input_batch)
         assert not patch.is_broken()
     assert sum(stray_masks(seed, swaps) for seed in range(20) for swaps in (False, True)) == 0
 
@@ -90,3 +95,13 @@ def test_generators_come_back_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="of vLLM"):
         asked._bookkeeping_sync()
     assert generators == {0: "a"}
+
+
+@pytest.mark.parametrize(
+    "patch",
+    (*mask_repair.PATCHES, *runner_repair.PATCHES, cpu_repair.ExpandBatchToTokensPatch),
+    ids=lambda patch: patch.__name__,
+)
+def test_what_a_repair_replaces_is_there_and_takes_what_was_tested(patch) -> None:
+    patch.check_signature()
+    assert len(patch.__doc__) > 60 and "0.28.0" in patch.versions

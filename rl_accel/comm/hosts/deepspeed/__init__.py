@@ -1,0 +1,1 @@
+"""Glue of `comm` to its hosts."""

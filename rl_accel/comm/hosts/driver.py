@@ -1,0 +1,65 @@
+"""4-bit communication before a run starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from rl_accel.errors import ConfigError
+from rl_accel.feature import Driver
+from rl_accel.hosts.verl.training_roles import FORWARD_ONLY, NODES, node, with_strategy
+
+
+class CommDriver(Driver):
+    """Serves actor and critic where they train with FSDP2 or DeepSpeed."""
+
+    def check(self, config: DictConfig) -> None:
+        if self.settings.enabled:
+            _check(config, self.settings, self.accel.settings["deepspeed"].zero_stage)
+
+    def rank_settings(self, config: DictConfig, role: str) -> dict[str, Any]:
+        served = [*with_strategy(config, "fsdp2"), *with_strategy(config, "deepspeed")]
+        return self.settings.settings() if role in served and role != FORWARD_ONLY else {}
+
+    def summary(self, config: DictConfig) -> str:
+        return "4-bit communication (lossy)" if self.settings.enabled else ""
+
+
+def _check(config: DictConfig, comm: Any, zero_stage: int) -> None:
+    """Raise ConfigError for 4-bit communication that this configuration could not carry."""
+    actor = config.actor_rollout_ref.actor.strategy
+    if actor not in ("deepspeed", "fsdp2"):
+        raise ConfigError(
+            f"rl_accel.comm.enable=true serves actor_rollout_ref.actor.strategy=fsdp2 and deepspeed (trainer=deepspeed "
+            f"with a recipe); it is {actor}"
+        )
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    if comm.local_size is not None and ranks % comm.local_size:
+        raise ConfigError(f"rl_accel.comm.local_size={comm.local_size} does not divide the {ranks} ranks")
+    if with_strategy(config, "deepspeed") and zero_stage == 3:
+        _refuse_weights(comm, "at ZeRO 3 ranks keep no copy of the weights", "use rl_accel.deepspeed.zero_stage=2")
+    for role in with_strategy(config, "fsdp2"):
+        if role == FORWARD_ONLY:
+            continue
+        _refuse_weights(
+            comm, "FSDP2 shards the weights, and verl sends the shards to the rollout engines", "leave it out"
+        )
+        settings = node(config, role)
+        if settings.get("fsdp_size", -1) not in (-1, ranks):
+            raise ConfigError(
+                f"{role}.{NODES[role]}.fsdp_size={settings.fsdp_size}: 4-bit communication shards over all ranks; "
+                "leave it at -1"
+            )
+        if settings.get("offload_policy", False):
+            raise ConfigError(f"{role}.{NODES[role]}.offload_policy: 4-bit communication does not cover CPU offload")
+
+
+def _refuse_weights(comm: Any, reason: str, instead: str) -> None:
+    for refused, key in (
+        (not comm.gradients, "gradients=false"),
+        (comm.sharded_weights, "sharded_weights=true"),
+        (comm.check_every > 0, f"check_every={comm.check_every}"),
+    ):
+        if refused:
+            raise ConfigError(f"rl_accel.comm.{key}: {reason}, to send differences to or to compare; {instead}")

@@ -1,0 +1,204 @@
+"""4-bit communication for FSDP2 (`torch.distributed.fsdp.fully_shard`), through its public custom collectives.
+
+Gradients: every sharded module gets a reduce-scatter of ours. Weights, only with `sharded_weights=true`: every module
+gets an all-gather that keeps what it gathered last, sends differences after an optimizer step, and serves the second
+gather of a step, in backward, from the copy. That copy is a whole replica, P weights in the all-gather's dtype on
+every rank, which gives up the memory that sharding saved. Collectives over other ranks than the mesh's, as the backward
+gather of `reshard_after_forward=<int>`, stay FSDP2's own.
+
+The copy must not outlive the weights. Who else than the optimizer changes them (an in-place edit, another optimizer,
+`dcp.load`, an average swapped in) changes the fingerprint of a shard, which is taken before each forward of the root
+module and around each step: versions of tensors do not tell, neither `torch._foreach_*` nor `.data` counts one. The
+ranks tell each other in an all-reduce of three numbers, because an edit on one rank must renew the copy on all, and
+then all gathers are full once. A forward of a part alone, or `unshard()`, does not look.
+
+Host symbols: `FSDPModule.set_custom_all_gather`, `set_custom_reduce_scatter`, `reshard`, `AllGather`, `ReduceScatter`
+and the defaults to go back to; `DTensor.device_mesh`; step hooks of `Optimizer`. Not covered: HSDP and other meshes
+of more than one dimension, gradient divide factors, parameters of mixed dtypes in one module.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch.distributed.tensor import DTensor
+
+from rl_accel.comm import codec, topology
+from rl_accel.comm.agreement import on_all_ranks
+from rl_accel.comm.config import SDP4BitConfig
+from rl_accel.comm.fingerprint import Watch
+from rl_accel.comm.handle import CommHandle
+from rl_accel.errors import CommError
+
+logger = logging.getLogger(__name__)
+
+
+class QuantisedReduceScatter(ReduceScatter):
+    """Two-level quantised reduce-scatter of one FSDP module."""
+
+    def __init__(self, handle: CommHandle):
+        self.handle = handle
+        self.plain = DefaultReduceScatter()
+
+    def allocate(self, size, *, dtype, device):
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        if not self.handle.topology.is_of(group):
+            return self.plain(output_tensor, input_tensor, group, op, async_op)
+        with self.handle.timed("gradients"):
+            if not self.handle.quantise_gradients():
+                return self.plain(output_tensor, input_tensor, group, op, async_op)
+            if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+                raise CommError("4-bit communication does not cover FSDP2's gradient divide factors")
+            world_size = self.handle.topology.world_size
+            self.handle.collectives.reduce_scatter(input_tensor.view(-1).chunk(world_size), output_tensor)
+            if op == dist.ReduceOp.AVG:
+                output_tensor.div_(world_size)
+            return None
+
+
+class DifferenceAllGather(AllGather):
+    """All-gather of one FSDP module that keeps what the ranks hold and sends what an optimizer step changed."""
+
+    def __init__(self, handle: CommHandle, weights: _Weights):
+        self.handle, self.weights = handle, weights
+        self.plain = DefaultAllGather()
+        self.held: torch.Tensor | None = None
+        self.held_step = -1
+
+    def allocate(self, size, *, dtype, device):
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        if not self.handle.topology.is_of(group):
+            # reshard_after_forward=<int>: in backward a module gathers what forward left on a smaller mesh.
+            return self.plain(output_tensor, input_tensor, group, async_op)
+        if input_tensor.dtype == torch.uint8:
+            raise CommError("comm.sharded_weights does not cover FSDP modules with parameters of several dtypes")
+        if self.held_step != self.weights.count:
+            with self.handle.timed("weights"):
+                self._renew(output_tensor, input_tensor, group)
+            self.held_step = self.weights.count
+        output_tensor.copy_(self.held)
+        return None
+
+    def _renew(self, output: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup) -> None:
+        """Bring `held` up to date; `shard` is a part of `output`, which may be overwritten."""
+        if self.held is None or self.held_step < self.weights.full_from or not self.handle.quantise_weights():
+            self.plain(output, shard, group)
+            self.held = output.clone() if self.held is None else self.held.copy_(output)
+            return
+        own = self.held.view(self.handle.topology.world_size, -1)[self.handle.topology.rank]
+        self.handle.collectives.gather_difference(self.held, shard.contiguous(), own.clone())
+
+
+class _Weights:
+    """What is known of the shards: optimizer steps so far, and whether somebody else changed them."""
+
+    def __init__(self, shards: list[DTensor], handle: CommHandle) -> None:
+        self.handle = handle
+        self.count = 0
+        self.full_from = 0
+        """From this count on held weights are worth a difference."""
+        self._watch = Watch(lambda: [shard.to_local() for shard in shards])
+
+    def look(self, *_: Any) -> None:
+        """Notice what others changed."""
+        self.handle.wants_resync |= self._watch.look()
+
+    def before_forward(self, *_: Any) -> None:
+        """Collective over the mesh."""
+        self.look()
+        if self.handle.agree():
+            self.handle.wants_resync = False
+            self.count += 1
+            self.full_from = self.count
+            self.handle.count_resync()
+
+    def after_step(self, *_: Any) -> None:
+        self.count += 1
+        self.handle.end_step()
+        if self.handle.config.weights:
+            self._watch.forget()
+            self._watch.look()
+
+
+def attach(module: Any, config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> CommHandle:
+    """Attach to the root module of FSDP2; see `rl_accel.comm.attach`. Collective over the mesh."""
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.reshard()  # a forward leaves the root's parameters whole
+    group, device = _mesh_group(module)
+    with on_all_ranks(group) as facts:
+        _check(config, optimizer)
+        facts |= {"settings": asdict(config), "torch": torch.__version__}
+        facts["backend"] = codec.load_backend(config.backend, device).__name__
+    config = replace(config, weights=config.weights and config.sharded_weights)
+    handle = CommHandle(topology.build(group, config.local_size), config, "FSDP2", device)
+    weights = _Weights([parameter for parameter in module.parameters() if isinstance(parameter, DTensor)], handle)
+    try:
+        with on_all_ranks(group):
+            gathers = [_replace_collectives(part, handle, weights) for part in parts]
+            _hook(module, optimizer, handle, weights)
+    except BaseException:
+        handle.detach()
+        raise
+    if config.weights:
+        handle.register_replicas(lambda: [gather.held for gather in gathers if gather.held is not None])
+    shape = handle.topology
+    logger.info(
+        "4-bit communication on FSDP2: %d ranks, %d nodes of %d", shape.world_size, shape.num_nodes, shape.local_size
+    )
+    return handle
+
+
+def _check(config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> None:
+    if not config.sharded_weights and not config.gradients:
+        raise CommError("FSDP2 shards its weights: comm.gradients=false leaves nothing without sharded_weights=true")
+    if not config.sharded_weights and config.check_every:
+        raise CommError("comm.check_every needs replicas to compare, which FSDP2 has with comm.sharded_weights=true")
+    if optimizer is None:
+        raise CommError("attach to FSDP2 needs optimizer=, whose steps tell when weights changed")
+
+
+def _replace_collectives(part: FSDPModule, handle: CommHandle, weights: _Weights) -> DifferenceAllGather:
+    gather = DifferenceAllGather(handle, weights)
+    if handle.config.gradients:
+        part.set_custom_reduce_scatter(QuantisedReduceScatter(handle))
+        handle.on_detach(lambda: part.set_custom_reduce_scatter(DefaultReduceScatter()))
+    if handle.config.weights:
+        part.set_custom_all_gather(gather)
+        handle.on_detach(lambda: part.set_custom_all_gather(DefaultAllGather()))
+    return gather
+
+
+def _hook(module: Any, optimizer: Any, handle: CommHandle, weights: _Weights) -> None:
+    hooks = [optimizer.register_step_post_hook(weights.after_step)]
+    if handle.config.weights:
+        hooks += [
+            optimizer.register_step_pre_hook(weights.look),
+            module.register_forward_pre_hook(weights.before_forward, prepend=True),
+        ]
+    for hook in hooks:
+        handle.on_detach(hook.remove)
+
+
+def _mesh_group(module: Any) -> tuple[dist.ProcessGroup, torch.device]:
+    meshes = {parameter.device_mesh for parameter in module.parameters() if isinstance(parameter, DTensor)}
+    if len(meshes) != 1:
+        raise CommError(f"4-bit communication needs all parameters on one device mesh; found {len(meshes)}")
+    (mesh,) = meshes
+    if mesh.ndim != 1:
+        raise CommError(f"4-bit communication covers meshes of one dimension; this one has {mesh.ndim} (HSDP, TP)")
+    device = next(module.parameters()).to_local().device
+    if device.type != mesh.device_type:
+        raise CommError("4-bit communication does not cover FSDP2's CPU offload")
+    return mesh.get_group(), device

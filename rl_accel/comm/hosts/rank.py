@@ -1,0 +1,55 @@
+"""4-bit communication on a training rank of verl.
+
+On DeepSpeed it covers weights and gradients, on FSDP2 gradients only: verl keeps shards and sends them to the rollout
+engines; a copy of the weights that gets differences (`sharded_weights`) would train another policy than the one that
+generates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rl_accel.comm import CommHandle, SDP4BitConfig, attach
+from rl_accel.config import build
+from rl_accel.feature import Rank
+
+_COUNTED = (
+    "gradient_intra_bytes",
+    "gradient_inter_bytes",
+    "weight_intra_bytes",
+    "weight_inter_bytes",
+    "gradients_s",
+    "weights_s",
+    "weight_resyncs",
+)
+
+
+class CommRank(Rank):
+    """Holds the handle of one engine."""
+
+    def __init__(self, settings: Mapping[str, Any]):
+        super().__init__(settings)
+        self.handle: CommHandle | None = None
+        self._before: dict[str, Any] = {}
+
+    def attach(self, engine: Any, optimizer: Any) -> None:
+        self.handle = attach(engine, build(SDP4BitConfig, self.settings, "rl_accel.comm"), optimizer)
+
+    def begin_update(self) -> None:
+        assert self.handle is not None
+        self._before = self.handle.stats()
+
+    def metrics(self) -> dict[str, float]:
+        assert self.handle is not None
+        before, after = self._before, self.handle.stats()
+        found = {name: after[name] - before[name] for name in _COUNTED}
+        return found | {f"{what}_quantised": before[f"{what}_quantised"] for what in ("gradients", "weights")}
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.handle is not None
+        return self.handle.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert self.handle is not None
+        self.handle.load_state_dict(state)

@@ -1,0 +1,1 @@
+"""Glue of `deepspeed` to its hosts."""

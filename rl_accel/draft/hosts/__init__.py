@@ -1,0 +1,1 @@
+"""Glue of `draft` to its hosts."""

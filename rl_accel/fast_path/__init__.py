@@ -1,0 +1,1 @@
+"""Cheaper ways through verl's rollout plumbing: the same rollouts, sooner."""

@@ -1,0 +1,1 @@
+"""Glue of `fast_path` to its hosts."""

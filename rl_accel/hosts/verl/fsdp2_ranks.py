@@ -1,0 +1,110 @@
+"""Features on the training ranks of verl's own FSDP2 engine: their settings, and a named patch of `FSDPEngine`, which
+does nothing where no feature acts.
+
+Host symbols: `FSDPEngine._build_model_optimizer`, `.train_batch`, `.save_checkpoint`, `.load_checkpoint`; the settings
+class that a node `fsdp_config` names as its `_target_`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from verl.workers.config import FSDPEngineConfig
+
+from rl_accel.hosts.verl.ranks import Ranks
+from rl_accel.patching import HostPatch
+
+
+@dataclass
+class FSDP2Config(FSDPEngineConfig):
+    """verl's settings and ours."""
+
+    strategy: str = "fsdp2"
+    rl_accel: dict[str, Any] = field(default_factory=dict)
+    """Feature -> settings of its `Rank`."""
+
+
+class RanksOnFSDP2(HostPatch):
+    """verl's engine has no place to attach to: `_build_model_optimizer` makes module and optimizer and is the last to
+    run before training and checkpoints use them."""
+
+    target = "verl.workers.engine.fsdp.transformer_impl:FSDPEngine._build_model_optimizer"
+    parameters = ("self",)
+
+    @classmethod
+    def replace(cls, module: ModuleType) -> None:
+        engine = module.FSDPEngine
+        for name in ("_build_model_optimizer", "train_batch", "save_checkpoint", "load_checkpoint"):
+            setattr(engine, name, getattr(cls, name)(getattr(engine, name)))
+
+    @staticmethod
+    def _build_model_optimizer(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def build_model_optimizer(self) -> None:
+            original(self)
+            ranks = Ranks(getattr(self.engine_config, "rl_accel", None))
+            if ranks and self.optimizer is not None:
+                ranks.attach(self.module, self.optimizer)
+                self.fsdp2_ranks = ranks
+
+        return build_model_optimizer
+
+    @staticmethod
+    def train_batch(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def train_batch(self, data, loss_function):
+            ranks = getattr(self, "fsdp2_ranks", None)
+            if ranks is None:
+                return original(self, data, loss_function)
+            ranks.begin_update()
+            output = original(self, data, loss_function)
+            output["metrics"].update(ranks.metrics())
+            return output
+
+        return train_batch
+
+    @staticmethod
+    def save_checkpoint(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def save_checkpoint(self, local_path, *args, **kwargs):
+            result = original(self, local_path, *args, **kwargs)
+            ranks = getattr(self, "fsdp2_ranks", None)
+            if ranks is not None and local_path is not None:
+                torch.save(ranks.state_dict(), _path(self, local_path))
+                torch.distributed.barrier()
+            return result
+
+        return save_checkpoint
+
+    @staticmethod
+    def load_checkpoint(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def load_checkpoint(self, local_path, *args, **kwargs):
+            ranks = getattr(self, "fsdp2_ranks", None)
+            # Read before verl, which may delete the folder afterwards.
+            states = {} if ranks is None or local_path is None else _read(self, local_path, ranks)
+            result = original(self, local_path, *args, **kwargs)
+            if ranks is not None:
+                ranks.load_state_dict(states)
+            return result
+
+        return load_checkpoint
+
+
+def _path(engine: Any, local_path: str, what: str = "rl_accel") -> Path:
+    return Path(local_path) / f"{what}_world_size_{torch.distributed.get_world_size()}_rank_{engine.rank}.pt"
+
+
+def _read(engine: Any, local_path: str, ranks: Ranks) -> dict[str, Any]:
+    """Return the states in a checkpoint; older ones have a file for every feature."""
+    path = _path(engine, local_path)
+    if path.is_file():
+        return torch.load(path, weights_only=False)
+    older = {name: _path(engine, local_path, name) for name in ranks.roles}
+    return {name: torch.load(path, weights_only=False) for name, path in older.items() if path.is_file()}

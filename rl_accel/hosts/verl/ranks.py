@@ -1,0 +1,54 @@
+"""The features that act on one training rank, together; training engines call them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rl_accel.errors import ConfigError
+from rl_accel.feature import Rank, features
+
+
+class Ranks:
+    """Made of the field `rl_accel` of an engine's settings: feature -> settings of its `Rank`."""
+
+    def __init__(self, settings: Mapping[str, Mapping[str, Any]] | None):
+        unknown = set(settings or {}) - set(features())
+        if unknown:
+            raise ConfigError(
+                f"engine settings name features that are not installed here: {', '.join(sorted(unknown))}"
+            )
+        self.roles: dict[str, Rank] = {
+            name: features()[name].role("rank")(dict(values)) for name, values in (settings or {}).items()
+        }
+
+    def __bool__(self) -> bool:
+        return bool(self.roles)
+
+    def attach(self, engine: Any, optimizer: Any) -> None:
+        """Bind all to a `DeepSpeedEngine` or the root module of FSDP2."""
+        for role in self.roles.values():
+            role.attach(engine, optimizer)
+
+    def begin_update(self) -> None:
+        for role in self.roles.values():
+            role.begin_update()
+
+    def metrics(self) -> dict[str, list[float]]:
+        """Return the numbers of the update by their full names; each a list, which verl joins over ranks and updates
+        and averages."""
+        return {
+            f"rl_accel/{name}/{metric}": [float(value)]
+            for name, role in self.roles.items()
+            for metric, value in role.metrics().items()
+            if features()[name].metric(metric)
+        }
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        return {name: role.state_dict() for name, role in self.roles.items()}
+
+    def load_state_dict(self, states: Mapping[str, dict[str, Any]]) -> None:
+        """Restore what is there; a feature that was off when the checkpoint was written starts anew."""
+        for name, role in self.roles.items():
+            if states.get(name):
+                role.load_state_dict(states[name])

@@ -1,0 +1,1 @@
+"""Glue of `sampling` to its hosts."""

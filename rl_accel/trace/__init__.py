@@ -1,0 +1,1 @@
+"""What a run keeps for `rl_accel.compare`."""

@@ -1,0 +1,1 @@
+"""Glue of `trace` to its hosts."""

@@ -1,0 +1,1 @@
+"""Glue of `weight_sync` to its hosts."""
