@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from .test_training import STEPS, tokens, trained
+from .test_training import STEPS, probs_diff, tokens, trained
 
 BLOCK = "+actor_rollout_ref.rollout.custom.rl_accel"
 DETERMINISTIC = (
@@ -40,6 +40,7 @@ def test_a_plain_verl_command_with_flags_is_the_same_run(trainings, plain_run):
     assert tokens(dropped_in) == tokens(plain_run)
     for step, metrics in plain_run.metrics().items():
         assert trained(dropped_in.metrics()[step]) == pytest.approx(trained(metrics), rel=1e-5, abs=1e-7)
+        assert probs_diff(dropped_in.metrics()[step]) == pytest.approx(probs_diff(metrics), abs=1e-5)
 
 
 def test_with_everything_off_rollouts_and_losses_are_those_of_plain_verl(trainings):

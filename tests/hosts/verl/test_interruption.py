@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 
 from .conftest import STEPS, TIMEOUT_S, Run, marked_processes
-from .test_training import tokens, trained, weights
+from .test_training import probs_diff, tokens, trained, weights
 
 SOAK = int(os.environ.get("RL_ACCEL_SOAK", "1"))
 
@@ -22,8 +23,9 @@ SOAK = int(os.environ.get("RL_ACCEL_SOAK", "1"))
 def wait_for_text(path, text, process):
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and text in path.read_text():
-            return
+        with contextlib.suppress(FileNotFoundError):  # it may be renamed at any moment
+            if text in path.read_text():
+                return
         time.sleep(0.01)
     raise AssertionError(f"{text!r} is not in {path}; exit status {process.poll()}")
 
@@ -40,6 +42,7 @@ def assert_same_run(resumed, plain_run):
     assert sorted(resumed.metrics()) == list(range(1, STEPS + 1))
     assert tokens(resumed) == tokens(plain_run)
     assert trained(resumed.metrics()[STEPS]) == trained(plain_run.metrics()[STEPS])
+    assert probs_diff(resumed.metrics()[STEPS]) == pytest.approx(probs_diff(plain_run.metrics()[STEPS]), abs=1e-5)
     expected, found = weights(plain_run.path), weights(resumed.path)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -34,6 +34,13 @@ def trained(metrics):
     return {key: value for key, value in metrics.items() if key.startswith(kept) and not key.startswith(skipped)}
 
 
+def probs_diff(metrics):
+    """How far engine and trainer are apart in a step; about 1e-6, of which the last bits depend on the batch."""
+    found = {key: value for key, value in metrics.items() if key.startswith("training/rollout_probs_diff")}
+    assert found
+    return found
+
+
 def weights(path):
     state = torch.load(path / f"checkpoints/global_step_{STEPS}/actor/model_world_size_1_rank_0.pt", weights_only=False)
     return {name: getattr(tensor, "_local_tensor", tensor) for name, tensor in state.items()}
@@ -87,6 +94,7 @@ def test_ngram_drafts_change_no_token_and_no_weight(trainings, plain_run):
     assert tokens(ngram) == tokens(plain_run)
     for step, metrics in plain_run.metrics().items():
         assert trained(ngram.metrics()[step]) == pytest.approx(trained(metrics), rel=1e-5, abs=1e-7), step
+        assert probs_diff(ngram.metrics()[step]) == pytest.approx(probs_diff(metrics), abs=1e-5), step
 
 
 def test_samples_of_a_step_differ(plain_run):
