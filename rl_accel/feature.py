@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
+from rl_accel.errors import ConfigError
+
 BUILT_IN = (
     "rl_accel.sampling.feature:FEATURE",
     "rl_accel.draft.feature:FEATURE",
@@ -286,10 +288,19 @@ ROLES: dict[str, type[Any]] = {
 
 @functools.lru_cache(maxsize=1)
 def features() -> dict[str, Feature]:
-    """Return all features by name, in the order of the registry."""
-    found = [load(line) for line in BUILT_IN]
-    found += [entry.load() for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)]
-    return {feature.name: feature for feature in found}
+    """Return all features by name, in the order of the registry.
+
+    Raises:
+        ConfigError: if two have one name.
+    """
+    lines = [*BUILT_IN, *sorted(entry.value for entry in entry_points(group=GROUP))]
+    found: dict[str, Feature] = {}
+    for line in lines:
+        feature = load(line)
+        if feature.name in found:
+            raise ConfigError(f"{line}: there is another feature named {feature.name!r}; uninstall one of them")
+        found[feature.name] = feature
+    return found
 
 
 def load(name: str) -> Any:

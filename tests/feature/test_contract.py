@@ -101,6 +101,12 @@ def test_a_feature_from_elsewhere_has_settings(toy):
         AccelConfig.from_mapping({"toy": {"sizes": 0}})
 
 
+def test_two_features_of_one_name_are_refused(toy, monkeypatch):
+    monkeypatch.setattr(feature, "BUILT_IN", (*feature.BUILT_IN, "toy_feature:FEATURE"))
+    with pytest.raises(ConfigError, match="another feature named 'toy'"):
+        feature.features()
+
+
 def test_two_features_that_claim_one_position_are_refused_by_name(toy):
     accel = AccelConfig.from_mapping(
         {"toy": {"enable": True, "claim": "vllm.speculative_config"}, "draft": {"method": "ngram"}}
