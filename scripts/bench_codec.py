@@ -4,7 +4,7 @@
 
 One process; on the CPU one core and the C++ backend, on CUDA the Triton backend. Each operation takes turns with
 
-    specification   the same call in plain PyTorch (rl_accel/comm/reference.py)
+    specification   the same call in plain PyTorch (kernels/codec/reference.py)
     cast            `x.to(bfloat16)`: what is sent where nothing is quantised
     copy            memcpy on the CPU, `Tensor.copy_` on CUDA, of as many values: the bound
 
@@ -31,9 +31,9 @@ from pathlib import Path
 import torch
 
 from rl_accel import machine
-from rl_accel.comm import codec
-from rl_accel.comm.layout import packed_bytes
 from rl_accel.hosts import versions
+from rl_accel.kernels.codec import api as codec
+from rl_accel.kernels.codec.layout import packed_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 2

@@ -35,11 +35,11 @@ from pathlib import Path
 import numpy as np
 
 from rl_accel import machine
-from rl_accel.draft.index import MATCH_LENGTHS, SOURCES
 from rl_accel.draft.record import Rollout, read_rollouts
 from rl_accel.draft.replay import Arctic, Counts, Das, Ngram, ReplayResult, replay
 from rl_accel.errors import DraftError
 from rl_accel.hosts import versions
+from rl_accel.kernels.suffix.api import MATCH_LENGTHS, SOURCES
 
 ARCTIC_DEFAULT = (24, 1.0, 0.1)
 ARCTIC_SETTINGS = tuple(product((24, 64), (1.0, 2.0, 4.0), (0.2, 0.1, 0.05, 0.0)))

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from rl_accel.sampling.noise import gumbel_argmax, gumbel_argmax_reference
+from rl_accel.kernels.gumbel_argmax.api import gumbel_argmax
+from rl_accel.kernels.gumbel_argmax.reference import gumbel_argmax_reference
 
 TESTS = ("tests/sampling/test_noise.py", "tests/kernels/test_gumbel_argmax.py")
 

@@ -37,9 +37,9 @@ import numpy as np
 from rl_accel import machine
 from rl_accel.draft.config import DraftConfig
 from rl_accel.draft.drafter import SuffixDrafter
-from rl_accel.draft.index import SuffixIndex, problem_key
 from rl_accel.draft.replay import Das
 from rl_accel.hosts import versions
+from rl_accel.kernels.suffix.api import SuffixIndex, problem_key
 
 NUM_PROBLEMS, NUM_SAMPLES = 64, 8
 PAST_LENGTH, LIVE_LENGTH = 2048, 1000

@@ -1,9 +1,10 @@
-"""The codec on the CPU in C++: the signatures of `rl_accel.comm.reference`, tensors in. Checks are the caller's
-(`rl_accel.comm.codec`); a call costs about a microsecond beside its work (README.md)."""
+"""The codec on the CPU in C++: the signatures of `reference.py`, tensors in. Checks are those of `api.py`; a call costs
+about a microsecond beside its work (README.md)."""
 
 from __future__ import annotations
 
 import torch
+
 from rl_accel.kernels.codec import _codec
 
 _BFLOAT16 = torch.bfloat16

@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rl_accel.comm.codec import dequantize, dequantize_add, quantize, requantize
     from rl_accel.comm.config import SDP4BitConfig
     from rl_accel.comm.entry import attach, initialize
     from rl_accel.comm.handle import CommHandle
+    from rl_accel.kernels.codec.api import dequantize, dequantize_add, quantize, requantize
 
 _WHERE = {
     "CommHandle": "handle",

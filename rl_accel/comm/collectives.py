@@ -22,8 +22,9 @@ import torch.distributed as dist
 
 from rl_accel.comm import wire
 from rl_accel.comm.config import SDP4BitConfig
-from rl_accel.comm.layout import fold_key, padded
 from rl_accel.comm.topology import Topology
+from rl_accel.kernels.codec.layout import padded
+from rl_accel.kernels.common.noise import fold_key
 
 _HOP_ONE, _HOP_TWO = 1, 2
 _WISH = 4

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rl_accel.comm.layout import MAX_GROUP, MIN_GROUP
 from rl_accel.errors import ConfigError
+from rl_accel.kernels.codec.layout import MAX_GROUP, MIN_GROUP
 
 BYPASSES = ("auto", "never")
 BACKENDS = ("auto", "torch", "cpp", "triton")

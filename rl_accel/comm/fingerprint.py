@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from rl_accel.comm.layout import fold_key
+from rl_accel.kernels.common.noise import fold_key
 
 _MULTIPLIER = 0x9E3779B1 - (1 << 32)
 """Odd, as a signed 32-bit number."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rl_accel.comm import codec
-from rl_accel.comm.layout import packed_bytes
+from rl_accel.kernels.codec import api as codec
+from rl_accel.kernels.codec.layout import packed_bytes
 
 
 @dataclass(frozen=True)

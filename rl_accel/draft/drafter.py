@@ -22,17 +22,25 @@ import numpy.typing as npt
 
 from rl_accel.draft import history
 from rl_accel.draft.config import DraftConfig
-from rl_accel.draft.index import MATCH_LENGTHS, MAX_DRAFT, NO_TOTALS, SOURCES, UNBOUNDED, SuffixIndex, problem_key
 from rl_accel.draft.lengths import BYTES_PER_PROBLEM, MAX_PROBLEMS
 from rl_accel.draft.planner import PLAN_EVERY, Planner
 from rl_accel.errors import DraftError
+from rl_accel.kernels.suffix.api import (
+    MATCH_LENGTHS,
+    MAX_DRAFT,
+    NO_TOTALS,
+    SOURCES,
+    UNBOUNDED,
+    SuffixIndex,
+    problem_key,
+)
 
 NO_LIMIT = 1 << 30
 CROSS_TOKENS = 1 << 18
 LENGTHS_SHARE = 1 / 16
 """Of the memory for history, at most: response lengths by problem. The index keeps to the rest by itself."""
 GIVEN_UP = ("problems_renewed", "requests_let_go", "segments_dropped", "rollouts_lost")
-"""Counters of what the index had no memory for, see `kernels/suffix/budget.cpp`."""
+"""Counters of what the index had no memory for, see `kernels/suffix/csrc/budget.cpp`."""
 FALLING = 0.85
 """Of the last epoch's probability that a first token is accepted; below it the window is halved."""
 SLEEP_AFTER, SLEEP_CALLS, WAKE_CALLS = 16, 8, 4

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from rl_accel.draft.index import SuffixIndex
 from rl_accel.errors import DraftError
+from rl_accel.kernels.suffix.api import SuffixIndex
 
 FORMAT, VERSION = "rl_accel.draft", 2
 MANIFEST, LEARNED, SCORING = "manifest.json", "learned.npz", "scoring"

@@ -9,10 +9,12 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from rl_accel.comm import codec, topology
+from rl_accel.comm import topology
 from rl_accel.comm.collectives import QuantisedCollectives
 from rl_accel.comm.config import SDP4BitConfig
-from rl_accel.comm.layout import fold_key, packed_bytes, padded
+from rl_accel.kernels.codec import api as codec
+from rl_accel.kernels.codec.layout import packed_bytes, padded
+from rl_accel.kernels.common.noise import fold_key
 
 SIZES = {
     "even": [1024] * 4,

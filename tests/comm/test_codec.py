@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
-from rl_accel.comm import layout, reference
-from rl_accel.comm.codec import dequantize, dequantize_add, quantize, requantize
-from rl_accel.comm.layout import fold_key, max_code, packed_bytes, padded
 from rl_accel.errors import CommError
+from rl_accel.kernels.codec import layout, reference
+from rl_accel.kernels.codec.api import dequantize, dequantize_add, quantize, requantize
+from rl_accel.kernels.codec.layout import max_code, packed_bytes, padded
+from rl_accel.kernels.common.hadamard import hadamard as transform
+from rl_accel.kernels.common.noise import fold_key, rounding_noise
 
 FORMATS = [(4, 32), (4, 128), (4, 2048), (8, 32), (8, 512)]
 SIZES = [0, 1, 31, 33, 128, 1000, 5000]
@@ -75,15 +77,15 @@ def test_stochastic_rounding_is_unbiased():
 
 def test_noise_is_uniform_and_independent_of_neighbours_steps_and_seeds():
     count = 1 << 18
-    first = reference.noise(fold_key(1, 0), 0, count).double()
+    first = rounding_noise(fold_key(1, 0), 0, count).double()
     assert first.min() >= -0.5
     assert first.max() < 0.5
     shares = torch.histc(first, bins=64, min=-0.5, max=0.5)
     chi2 = ((shares - count / 64) ** 2 / (count / 64)).sum()
     assert chi2 < 63 + 5 * math.sqrt(2 * 63)
     others = [first.roll(1), first.roll(2), first.roll(32)]
-    others += [reference.noise(key, 0, count).double() for key in (fold_key(1, 1), fold_key(2, 0), 1, 2)]
-    others += [reference.noise(fold_key(1, 0), 1 << shift, count).double() for shift in (32, 33, 40)]
+    others += [rounding_noise(key, 0, count).double() for key in (fold_key(1, 1), fold_key(2, 0), 1, 2)]
+    others += [rounding_noise(fold_key(1, 0), 1 << shift, count).double() for shift in (32, 33, 40)]
     for other in others:
         assert abs(12 * (first * other).mean()) < 5 / math.sqrt(count)
 
@@ -100,8 +102,8 @@ def test_noise_depends_on_the_global_index_alone():
 
 def test_hadamard_is_its_own_inverse_and_orthogonal():
     x = values(320)
-    assert torch.allclose(reference.rotate(reference.rotate(x)) / 32, x, rtol=1e-5, atol=1e-5)
-    matrix = torch.stack([reference.rotate(row) for row in torch.eye(32)])
+    assert torch.allclose(transform(transform(x, 32), 32) / 32, x, rtol=1e-5, atol=1e-5)
+    matrix = torch.stack([transform(row, 32) for row in torch.eye(32)])
     assert torch.equal(matrix @ matrix.T, 32 * torch.eye(32))
     assert torch.equal(matrix.abs(), torch.ones(32, 32))
 

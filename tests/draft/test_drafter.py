@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rl_accel.draft import DraftConfig, SuffixDrafter
-from rl_accel.draft.index import problem_key
 from rl_accel.errors import DraftError
+from rl_accel.kernels.suffix.api import problem_key
 
 TEXT = list(range(10, 110))
 

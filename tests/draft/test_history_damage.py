@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rl_accel.draft.history import LEARNED
-from rl_accel.draft.index import SuffixIndex
 from rl_accel.errors import DraftError
+from rl_accel.kernels.suffix.api import SuffixIndex
 
 HEADER, ENTRY = struct.Struct("<8sIIQQQqqQQQ"), struct.Struct("<QQQII")
 SIZE_AT, CHECKSUM_AT = 16, 24

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_accel.draft.index import SuffixIndex, problem_key
-from rl_accel.draft.naive import NaiveIndex
 from rl_accel.errors import DraftError
+from rl_accel.kernels.suffix.api import SuffixIndex, problem_key
+from rl_accel.kernels.suffix.reference import NaiveIndex
 
 EMPTY = np.zeros(0, np.int32)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_accel.draft import DraftConfig, SuffixDrafter
-from rl_accel.draft.index import SuffixIndex
+from rl_accel.kernels.suffix.api import SuffixIndex
 
 SOAK = int(os.environ.get("RL_ACCEL_SOAK", "1"))
 PER_REQUEST = 2048

@@ -13,7 +13,7 @@ import random
 import numpy as np
 import pytest
 
-from rl_accel.draft.index import SuffixIndex
+from rl_accel.kernels.suffix.api import SuffixIndex
 
 suffix_tree = pytest.importorskip("suffix_tree", reason="optional extra `oracle` is not installed")
 

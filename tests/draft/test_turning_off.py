@@ -9,8 +9,8 @@ import pytest
 
 from rl_accel.draft.config import DraftConfig
 from rl_accel.draft.drafter import SLEEP_AFTER, SLEEP_CALLS, WAKE_CALLS, SuffixDrafter
-from rl_accel.draft.index import NO_TOTALS, SuffixIndex, problem_key
 from rl_accel.draft.planner import BLANK_EVERY, Planner
+from rl_accel.kernels.suffix.api import NO_TOTALS, SuffixIndex, problem_key
 
 TEXT = [int(t) for t in np.random.default_rng(0).integers(10, 5000, 200)]
 STOP = 2

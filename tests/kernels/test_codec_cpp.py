@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rl_accel.kernels.codec import _codec, cpp
 
-from rl_accel.comm import codec, reference
-from rl_accel.comm.layout import max_code, packed_bytes, padded
+from rl_accel.kernels.codec import _codec, cpp, reference
+from rl_accel.kernels.codec import api as codec
+from rl_accel.kernels.codec.layout import max_code, packed_bytes, padded
+from rl_accel.kernels.common.noise import rounding_noise
 
 INSTRUCTIONS = ("scalar", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -190,7 +191,7 @@ def test_noise_where_its_index_passes_32_bits(instructions, bits, group_size) ->
 def test_noise_does_not_lift_codes_out_of_range(instructions, bits, index, sign) -> None:
     """Once in millions of values the noise takes the largest to 7.5, which rounds to 8. With key 7, it does so here."""
     offset = index - index % 4096
-    assert abs(reference.noise(7, index, 1).item() - sign * 0.5) < 2e-7
+    assert abs(rounding_noise(7, index, 1).item() - sign * 0.5) < 2e-7
     block = check_quantize(torch.full((4096,), float(sign)), None, bits, 128, True, 7, offset, False)
     codes = reference._unpack(block[: 512 * bits], bits)
     assert codes[index - offset] == sign * max_code(bits)
@@ -198,7 +199,7 @@ def test_noise_does_not_lift_codes_out_of_range(instructions, bits, index, sign)
 
 def test_noise_to_its_last_bit(instructions) -> None:
     """Values one step of the noise above where they would round down."""
-    x = 0.5 - reference.noise(7, 0, 4096) + 2.0**-24
+    x = 0.5 - rounding_noise(7, 0, 4096) + 2.0**-24
     x[::128] = 7  # its inverse is 1
     block = check_quantize(x, None, 4, 128, True, 7, 0, False)
     codes = reference._unpack(block[:2048], 4).view(-1, 128)

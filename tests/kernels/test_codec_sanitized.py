@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parents[2] / "kernels" / "codec"
+SOURCES = Path(__file__).parents[2] / "kernels" / "codec" / "csrc"
 PARTS = {"codec": [], "dispatch": [], "scalar": [], "avx2": [], "avx512": []}
 if platform.machine() in ("x86_64", "AMD64"):  # as in CMakeLists.txt
     PARTS["avx2"] = ["-mavx2", "-mfma"]

@@ -18,9 +18,9 @@ import sys
 import pytest
 import torch
 
-from rl_accel.comm import reference
-from rl_accel.comm.codec import dequantize, quantize, requantize
-from rl_accel.comm.layout import fold_key, packed_bytes
+from rl_accel.kernels.codec.api import dequantize, quantize, requantize
+from rl_accel.kernels.codec.layout import packed_bytes
+from rl_accel.kernels.common.noise import fold_key, rounding_noise
 
 FORMATS = [(4, 32), (4, 128), (4, 2048), (8, 32), (8, 512)]
 LARGE_GROUPS = [(4, 32768), (8, 8192)]
@@ -183,7 +183,7 @@ def check_extremes(device: str) -> None:
 def check_noise_at_its_ends(device: str) -> None:
     """Largest values that the noise would carry past the largest code."""
     key = fold_key(7, 0)
-    draws = reference.noise(key, 0, 1 << 22)
+    draws = rounding_noise(key, 0, 1 << 22)
     for index, sign in ((draws.argmax().item(), 1.0), (draws.argmin().item(), -1.0)):
         assert round(127 * sign + draws[index].item(), 4) == 127.5 * sign
         check_quantize(device, torch.full((32,), sign), 8, 32, rounding="stochastic", seed=7, offset=index // 32 * 32)
@@ -339,8 +339,9 @@ def check_ptx(name: str, ptx: str) -> None:
 def compile_all() -> None:
     """Compile for an H100 that is not there: the driver only says which target, and launches end after compiling."""
     import triton
-    from rl_accel.kernels.codec import triton_kernels
     from triton.backends.compiler import GPUTarget
+
+    from rl_accel.kernels.codec import triton as triton_kernels
 
     class Driver:
         get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))

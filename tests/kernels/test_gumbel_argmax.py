@@ -2,7 +2,7 @@
 
 On CPU the kernel runs in Triton's interpreter, in subprocesses of this file, because `TRITON_INTERPRET` must
 be set before Triton is imported and vLLM must not see it. On CUDA the compiled kernel runs here, through the
-dispatch of `rl_accel.sampling.noise`.
+dispatch of `rl_accel.kernels.gumbel_argmax.api`.
 """
 
 import os
@@ -32,9 +32,8 @@ def case(rows: int, vocab_size: int, dtype: torch.dtype, device: str):
 
 
 def check(device: str, logits, keys, positions) -> None:
-    from rl_accel.kernels.gumbel_argmax.kernel import gumbel_argmax
-
-    from rl_accel.sampling.noise import gumbel_argmax_reference
+    from rl_accel.kernels.gumbel_argmax.reference import gumbel_argmax_reference
+    from rl_accel.kernels.gumbel_argmax.triton import gumbel_argmax
 
     got, want = gumbel_argmax(logits, keys, positions), gumbel_argmax_reference(logits, keys, positions)
     assert got.dtype == torch.int64 and got.device == logits.device

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parents[2] / "kernels" / "suffix"
+SOURCES = Path(__file__).parents[2] / "kernels" / "suffix" / "csrc"
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-sanitize-recover=all", "-Wall", "-Wextra", "-Werror", "-pthread"]
 FLAGS += ["-D_GLIBCXX_ASSERTIONS", "-D_GLIBCXX_SANITIZE_VECTOR"]  # indexes and the unused part of vectors, too
 ENVIRONMENT = {

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_accel.identity import CallNumbers, RolloutIdentity
-from rl_accel.sampling.noise import request_key
+from rl_accel.sampling.keys import request_key
 
 GOOD = {"problem_id": "p", "sample_index": 2, "step": 9, "validate": True}
 ANYTHING = st.recursive(

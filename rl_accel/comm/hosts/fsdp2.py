@@ -30,12 +30,13 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 
-from rl_accel.comm import codec, topology
+from rl_accel.comm import topology
 from rl_accel.comm.agreement import on_all_ranks
 from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.comm.fingerprint import Watch
 from rl_accel.comm.handle import CommHandle
 from rl_accel.errors import CommError
+from rl_accel.kernels.codec import api as codec
 
 logger = logging.getLogger(__name__)
 

@@ -33,8 +33,8 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from rl_accel.errors import ConfigError
+from rl_accel.kernels.gumbel_argmax.api import gumbel_argmax
 from rl_accel.sampling.hosts.row_identity import RowSource, StepRows, rows_of_step
-from rl_accel.sampling.noise import gumbel_argmax
 from rl_accel.sampling.verify import verify_drafts
 
 

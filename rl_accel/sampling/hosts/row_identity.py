@@ -29,7 +29,7 @@ from rl_accel.errors import RLAccelError
 from rl_accel.hosts.vllm.faults import Faults
 from rl_accel.hosts.vllm.request_identity import identity_of
 from rl_accel.identity import hash64
-from rl_accel.sampling.noise import request_key
+from rl_accel.sampling.keys import request_key
 
 MAX_CHILD_DIGITS = 5
 """Of the index of a child; vLLM bounds n at 16,384 (`VLLM_MAX_N_SEQUENCES`)."""

@@ -122,7 +122,7 @@ def share(llm) -> dict:
     """Take what the engine said since; give it a segment larger than the message queue of its ranks."""
     import numpy as np
 
-    from rl_accel.draft.index import SuffixIndex
+    from rl_accel.kernels.suffix.api import SuffixIndex
 
     llm.generate([{"prompt_token_ids": prompt(0)}], [params(0, 7, 7, False)], use_tqdm=False)
     taken = llm.collective_rpc(_take_segment)

@@ -22,7 +22,7 @@ from rl_accel.hosts.vllm.self_test import sampling_metadata
 from rl_accel.sampling.hosts import row_identity
 from rl_accel.sampling.hosts.exact_sampler import ExactRejectionSampler, ExactSampler
 from rl_accel.sampling.hosts.row_identity import RowSource, StepRows
-from rl_accel.sampling.noise import request_key
+from rl_accel.sampling.keys import request_key
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the samplers are driven on CPU tensors")
 

@@ -22,10 +22,10 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from rl_accel.errors import SpeculationUnsafeError
 from rl_accel.hosts.vllm import cpu_repair
 from rl_accel.hosts.vllm.self_test import sampling_metadata, self_test, target_distribution
+from rl_accel.kernels.gumbel_argmax.api import gumbel_argmax
 from rl_accel.lossless import chi_square, count_tokens, total_variation
 from rl_accel.sampling.hosts.exact_sampler import ExactRejectionSampler, ExactSampler
 from rl_accel.sampling.hosts.row_identity import RowSource, StepRows
-from rl_accel.sampling.noise import gumbel_argmax
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the samplers are driven on CPU tensors")
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rl_accel.comm import codec
 from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.comm.hosts.deepspeed import weights
 from rl_accel.errors import CommError, VersionError
 from rl_accel.hosts import versions
+from rl_accel.kernels.codec import api as codec
 
 STAGE12 = "deepspeed.runtime.zero.stage_1_and_2"
 STAGE3 = "deepspeed.runtime.zero.stage3"

@@ -51,21 +51,8 @@ struct Scalar {
     return each([&](size_t i) { return x.at[i] > high ? high : x.at[i] < -high ? -high : x.at[i]; });
   }
 
-  template <size_t kStride>
-  static void butterfly(float* x) {
-    for (size_t i = 0; i < kBlock; i += 2 * kStride)
-      for (size_t k = i; k < i + kStride; ++k) {
-        const float first = x[k], second = x[k + kStride];
-        x[k] = first + second;
-        x[k + kStride] = first - second;
-      }
-  }
   static Block rotate(Block x) {
-    butterfly<1>(x.at);
-    butterfly<2>(x.at);
-    butterfly<4>(x.at);
-    butterfly<8>(x.at);
-    butterfly<16>(x.at);
+    hadamard<kBlock>(x.at);
     return x;
   }
 
@@ -87,18 +74,10 @@ struct Scalar {
     return static_cast<u32>(out);
   }
 
-  static Words words(Words from) { return from; }
-  static Block add_noise(const Block& x, Words& words) {
-    Block out;
-    for (size_t i = 0; i < kBlock; ++i) {
-      u32 word = words.first + static_cast<u32>(i) * kWeyl;
-      word = (word ^ word >> 16) * kMix1 ^ words.high;
-      word = (word ^ word >> 15) * kMix2;
-      word ^= word >> 16;
-      out.at[i] = x.at[i] + (static_cast<float>(static_cast<int>(word >> 8)) * 0x1p-24f - 0.5f);
-    }
-    words.first += static_cast<u32>(kBlock) * kWeyl;
-    return out;
+  static NoiseRun noise_run(NoiseRun run) { return run; }
+  static Block add_noise(Block x, NoiseRun& run) {
+    rl_accel::add_noise<kBlock>(x.at, run);
+    return x;
   }
 
   // Half to even: adding 1.5 * 2^23 leaves no bits behind the point, and its low bits are the integer.

@@ -1,4 +1,4 @@
-"""Layout of a quantised block and keys of its rounding noise: what every backend of the codec agrees on.
+"""Layout of a quantised block: what every backend of the codec agrees on.
 
 A block of N values is padded with zeros to whole groups and sent as one run of bytes:
     codes   N * bits / 8 bytes. 8 bits: int8, in order. 4 bits: byte j of each 32 values holds value j in its low and
@@ -15,7 +15,6 @@ HADAMARD_BLOCK = 32
 MIN_GROUP, MAX_GROUP = 32, 32768
 TINY = 2.0**-100
 """A group whose largest magnitude is below this is sent as zeros; the reciprocal of its scale stays finite."""
-_MASK = (1 << 64) - 1
 
 
 def max_code(bits: int) -> int:
@@ -40,15 +39,3 @@ def check_format(bits: int, group_size: int) -> None:
         raise CommError(f"codes have 4 or 8 bits; got {bits}")
     if not MIN_GROUP <= group_size <= MAX_GROUP or group_size & (group_size - 1):
         raise CommError(f"group_size must be a power of two from {MIN_GROUP} to {MAX_GROUP}; got {group_size}")
-
-
-def fold_key(*words: int) -> int:
-    """Return the 64-bit key of a stream of rounding noise: every word (seed, step, hop, rank, ...) is mixed in by a
-    round of SplitMix64."""
-    key = 0
-    for word in words:
-        key = (key + (word & _MASK) * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) & _MASK
-        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK
-        key ^= key >> 31
-    return key

@@ -1,14 +1,6 @@
 // Blocks of 32 values in two AVX-512 registers. Compiled with -mavx512f and its bw, dq and vl parts; fused
 // multiply-adds stand only where the product is exact.
 #if defined(__x86_64__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12 about its own header (its bug 105593)
-#endif
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
 #include "loops.hpp"
 
 namespace rl_accel::codec {
@@ -58,17 +50,9 @@ struct Avx512 {
     return {{clamp(x.at[0], static_cast<float>(top)), clamp(x.at[1], static_cast<float>(top))}};
   }
 
-  // Strides within a register: partner + x in the first of a pair, partner - x in the second.
-  static __m512 signs(__mmask16 second) { return _mm512_mask_blend_ps(second, _mm512_set1_ps(1), _mm512_set1_ps(-1)); }
-  static __m512 rotate_within(__m512 x) {
-    x = _mm512_fmadd_ps(x, signs(0xAAAA), _mm512_permute_ps(x, 0xB1));
-    x = _mm512_fmadd_ps(x, signs(0xCCCC), _mm512_permute_ps(x, 0x4E));
-    x = _mm512_fmadd_ps(x, signs(0xF0F0), _mm512_shuffle_f32x4(x, x, 0xB1));
-    return _mm512_fmadd_ps(x, signs(0xFF00), _mm512_shuffle_f32x4(x, x, 0x4E));
-  }
-  static Block rotate(const Block& x) {
-    const __m512 first = rotate_within(x.at[0]), second = rotate_within(x.at[1]);
-    return {{_mm512_add_ps(first, second), _mm512_sub_ps(first, second)}};
+  static Block rotate(Block x) {
+    hadamard(x.at);
+    return x;
   }
 
   struct Bits {
@@ -86,28 +70,10 @@ struct Avx512 {
     return static_cast<u32>(_mm512_reduce_max_epi32(_mm512_max_epi32(most.at[0], most.at[1])));
   }
 
-  struct Vectors {
-    __m512i next, high;
-  };
-  static __m512i set1(u32 x) { return _mm512_set1_epi32(static_cast<int>(x)); }
-  static __m512i xor3(__m512i x, __m512i y, __m512i z) { return _mm512_ternarylogic_epi32(x, y, z, 0x96); }
-  static Vectors words(Words from) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return {_mm512_add_epi32(_mm512_mullo_epi32(lane, set1(kWeyl)), set1(from.first)),
-            set1(from.high ^ from.high >> 15)};
-  }
-  static __m512 add_noise(__m512 x, Vectors& words) {
-    __m512i word = _mm512_xor_si512(words.next, _mm512_srli_epi32(words.next, 16));
-    word = _mm512_mullo_epi32(word, set1(kMix1));
-    word = _mm512_mullo_epi32(xor3(word, _mm512_srli_epi32(word, 15), words.high), set1(kMix2));
-    word = xor3(word, _mm512_srli_epi32(word, 16), set1(0x80000000));
-    words.next = _mm512_add_epi32(words.next, set1(16 * kWeyl));
-    // (word >> 8) - 2^23 in one shift, thanks to the flipped sign; the product with 2^-24 is exact.
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(word, 8)), _mm512_set1_ps(0x1p-24f), x);
-  }
-  static Block add_noise(const Block& x, Vectors& words) {
-    const __m512 first = add_noise(x.at[0], words);
-    return {{first, add_noise(x.at[1], words)}};
+  static NoiseRun16 noise_run(NoiseRun run) { return noise_run16(run); }
+  static Block add_noise(const Block& x, NoiseRun16& run) {
+    const __m512 first = rl_accel::add_noise(x.at[0], run);
+    return {{first, rl_accel::add_noise(x.at[1], run)}};
   }
 
   static void write4(u8* codes, const Block& x) {

@@ -10,9 +10,10 @@ from types import ModuleType
 
 import torch
 
-from rl_accel.comm import layout, reference
-from rl_accel.comm.layout import fold_key, packed_bytes
 from rl_accel.errors import CommError, NotLiveError
+from rl_accel.kernels.codec import layout, reference
+from rl_accel.kernels.codec.layout import packed_bytes
+from rl_accel.kernels.common.noise import fold_key
 
 BACKENDS = ("auto", "torch", "cpp", "triton")
 ROUNDINGS = ("nearest", "stochastic")
@@ -39,7 +40,7 @@ def load_backend(name: str, device: torch.device | str = "cpu") -> ModuleType:
         if name == "cpp":
             from rl_accel.kernels.codec import cpp as backend
         else:
-            from rl_accel.kernels.codec import triton_kernels as backend
+            from rl_accel.kernels.codec import triton as backend
     except ImportError as error:
         raise NotLiveError(f"codec backend {name} does not load: {error}") from error
     return backend

@@ -15,15 +15,6 @@ using std::size_t;
 
 constexpr size_t kBlock = 32;  // values that are rotated and packed together; every group is a multiple
 constexpr u32 kMagnitude = 0x7FFFFFFF;
-constexpr u32 kWeyl = 0x9E3779B9;  // the constants of reference.noise
-constexpr u32 kMix1 = 0x7FEB352D;
-constexpr u32 kMix2 = 0x846CA68B;
-
-// Noise of a group: value i starts from the word first + i * kWeyl; high stands for all bits above the lowest 32.
-struct Words {
-  u32 first;
-  u32 high;
-};
 
 struct Noise {
   u64 key;

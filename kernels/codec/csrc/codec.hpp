@@ -1,4 +1,4 @@
-// Group-wise 4- and 8-bit codec on the CPU: what rl_accel/comm/reference.py specifies, bit for bit.
+// Group-wise 4- and 8-bit codec on the CPU: what kernels/codec/reference.py specifies, bit for bit.
 //
 // A block of N values is N * bits / 8 bytes of codes, padded to whole groups, then a float32 scale per group
 // (rl_accel/comm/layout.py). Nothing here keeps state, so calls may run at the same time. Time O(R * N); memory: a

@@ -1,7 +1,7 @@
 """Triton kernel that samples one token per row: position-keyed Gumbel noise and argmax in one pass over the
 logits.
 
-Same noise as `rl_accel.sampling.noise.gumbel_argmax_reference`, its specification. The noise never leaves
+Same noise as `reference.py`, its specification. The noise never leaves
 the registers; each program writes the best score of its slice of a row, [R, S] in all, and PyTorch takes the
 best of the S slices. Runs on CUDA, and on CPU under `TRITON_INTERPRET=1`. Maths, cost and bound: README.md
 beside this file.
@@ -11,17 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from rl_accel.kernels.common.triton import mix64
+
 BLOCK = 2048
 """Logits per tile."""
 PROGRAMS = 1024
 """Programs to aim for, several per multiprocessor of a large GPU; few rows are cut into more slices each."""
-
-
-@triton.jit
-def _mix(x):  # SplitMix64 output function, uint64
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
 
 
 @triton.jit
@@ -40,7 +35,7 @@ def _slice_argmax_kernel(
     part = tl.program_id(1)
     key = tl.load(keys_ptr + row).to(tl.uint64, bitcast=True)
     position = tl.load(positions_ptr + row).to(tl.uint64, bitcast=True)
-    stream = _mix(_mix(key) + position * 0x9E3779B97F4A7C15)
+    stream = mix64(mix64(key) + position * 0x9E3779B97F4A7C15)
 
     first = part * slice_size
     last = tl.minimum(first + slice_size, vocab_size)
@@ -52,7 +47,7 @@ def _slice_argmax_kernel(
         logits = tl.where(logits == logits, logits, float("-inf"))
         # Noise is at most 36.74, so a tile this far below the best score cannot win, nor can a masked one.
         if tl.max(logits, axis=0) + 36.75 > best:
-            bits = _mix(stream + (ids + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
+            bits = mix64(stream + (ids + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
             uniform = ((bits >> 12).to(tl.float64) + 0.5) * 2.220446049250313e-16  # 2^-52
             score, index = tl.max(logits - tl.log(-tl.log(uniform)), axis=0, return_indices=True)
             if score > best:
@@ -64,7 +59,7 @@ def _slice_argmax_kernel(
 
 
 def gumbel_argmax(logits_RV: torch.Tensor, keys_R: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
-    """Sample one token per row; arguments, result and errors as `rl_accel.sampling.noise.gumbel_argmax`,
+    """Sample one token per row; arguments, result and errors as `api.gumbel_argmax`,
     which checks them.
 
     Args:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import torch
 
-from rl_accel.comm.layout import HADAMARD_BLOCK, TINY, max_code, padded
+from rl_accel.kernels.codec.layout import HADAMARD_BLOCK, TINY, max_code, padded
+from rl_accel.kernels.common.hadamard import hadamard as transform
+from rl_accel.kernels.common.noise import rounding_noise
 
-_WORD = 0xFFFFFFFF
 _INFINITY_BITS = 0x7F800000
 
 
@@ -42,7 +43,7 @@ def quantize(
     values_P = torch.zeros(padded(x_N.numel(), group_size), dtype=torch.float32, device=x_N.device)
     values_P[: x_N.numel()] = x_N.float() if subtract_N is None else x_N.float() - subtract_N.float()
     if hadamard:
-        values_P = rotate(values_P)
+        values_P = transform(values_P, HADAMARD_BLOCK)
     _encode(out_B, values_P, bits, group_size, stochastic, key, offset)
 
 
@@ -57,7 +58,7 @@ def dequantize(
     """
     sum_P = _decode_sum(blocks_RB, padded(out_N.numel(), group_size), bits, group_size)
     if hadamard:
-        sum_P = rotate(sum_P) * (1.0 / HADAMARD_BLOCK)
+        sum_P = transform(sum_P, HADAMARD_BLOCK) * (1.0 / HADAMARD_BLOCK)
     sum_N = sum_P[: out_N.numel()]
     out_N.copy_(out_N.float() + sum_N if add else sum_N)
 
@@ -87,36 +88,6 @@ def requantize(
     _encode(out_B, values_P, bits, group_size, stochastic, key, offset)
 
 
-def rotate(x_P: torch.Tensor) -> torch.Tensor:
-    """Hadamard transform of every 32 values, not normalised: `rotate(rotate(x)) == 32 * x` up to rounding. Stages of
-    stride 1, 2, 4, 8, 16."""
-    for stride in (1, 2, 4, 8, 16):
-        pairs = x_P.view(-1, 2, stride)
-        first, second = pairs[:, 0], pairs[:, 1]
-        x_P = torch.stack((first + second, first - second), dim=1).view(-1)
-    return x_P
-
-
-def noise(key: int, offset: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Rounding noise float32 [count], uniform over the 2^24 multiples of 2^-24 in [-0.5, 0.5): a function of the key
-    and of offset + i."""
-    index = torch.arange(offset, offset + count, dtype=torch.int64, device=device)
-    high = _mix((index >> 32) ^ (key >> 32))
-    word = ((index & _WORD) * 0x9E3779B9 + (key & _WORD)) & _WORD
-    word = ((word ^ (word >> 16)) * 0x7FEB352D) & _WORD
-    word = word ^ high
-    word = ((word ^ (word >> 15)) * 0x846CA68B) & _WORD
-    word = word ^ (word >> 16)
-    return (word >> 8).float() * 2.0**-24 - 0.5
-
-
-def _mix(word: torch.Tensor) -> torch.Tensor:
-    word = word & _WORD
-    word = ((word ^ (word >> 16)) * 0x7FEB352D) & _WORD
-    word = ((word ^ (word >> 15)) * 0x846CA68B) & _WORD
-    return word ^ (word >> 16)
-
-
 def _encode(
     out_B: torch.Tensor, values_P: torch.Tensor, bits: int, group_size: int, stochastic: bool, key: int, offset: int
 ) -> None:
@@ -133,7 +104,7 @@ def _encode(
     inverse_G = torch.where(live_G, top / largest_G, 0.0)
     scaled_GS = values_GS * inverse_G.unsqueeze(1)
     if stochastic:
-        scaled_GS = scaled_GS + noise(key, offset, values_P.numel(), values_P.device).view_as(scaled_GS)
+        scaled_GS = scaled_GS + rounding_noise(key, offset, values_P.numel(), values_P.device).view_as(scaled_GS)
     codes_GS = torch.where(live_G.unsqueeze(1), scaled_GS.round().clamp(-top, top), 0.0).to(torch.int8)
     num_code_bytes = values_P.numel() * bits // 8
     out_B[:num_code_bytes] = _pack(codes_GS, bits)

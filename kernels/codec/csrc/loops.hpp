@@ -5,6 +5,8 @@
 
 #include <cstring>
 
+#include "../../common/csrc/hadamard.hpp"
+#include "../../common/csrc/noise.hpp"
 #include "routines.hpp"
 
 namespace rl_accel::codec {
@@ -72,19 +74,6 @@ void largest(const float* values, size_t total, size_t group_size, u32* largest)
   }
 }
 
-u32 mix(u32 word) {
-  word = (word ^ word >> 16) * kMix1;
-  word = (word ^ word >> 15) * kMix2;
-  return word ^ word >> 16;
-}
-
-// A group starts at a multiple of its size, so all its values share the bits above the lowest 32.
-Words words_of(Noise noise, size_t i) {
-  const u64 index = noise.index + i;
-  return {static_cast<u32>(index) * kWeyl + static_cast<u32>(noise.key),
-          mix(static_cast<u32>(index >> 32) ^ static_cast<u32>(noise.key >> 32))};
-}
-
 // Nearest needs no clamp: |value| <= largest and the inverse is exact to 2^-21, so no product rounds to top + 1.
 template <class Isa, int kBits, bool kStochastic>
 void encode(u8* codes, const float* values, size_t total, size_t group_size, const float* inverses,
@@ -97,10 +86,11 @@ void encode(u8* codes, const float* values, size_t total, size_t group_size, con
       i += group_size;
       continue;
     }
-    [[maybe_unused]] auto words = Isa::words(words_of(noise, i));
+    // A group starts at a multiple of its size, so all its values share the bits above the lowest 32.
+    [[maybe_unused]] auto run = Isa::noise_run(rl_accel::noise_run(noise.key, noise.index + i));
     for (const size_t end = i + group_size; i < end; i += kBlock, codes += kBlock * kBits / 8) {
       auto block = Isa::mul(Isa::load(values + i), inverse);
-      if constexpr (kStochastic) block = Isa::clamp(Isa::add_noise(block, words), (1 << (kBits - 1)) - 1);
+      if constexpr (kStochastic) block = Isa::clamp(Isa::add_noise(block, run), (1 << (kBits - 1)) - 1);
       if constexpr (kBits == 4) {
         Isa::write4(codes, block);
       } else {

@@ -1,6 +1,6 @@
 """The suffix index as Python sees it: flat numpy arrays in, drafts out, `DraftError` for everything it refuses.
 
-The work is done by `rl_accel.kernels.suffix` (C++). Its naive twin for tests is in `naive.py`.
+The work is done in C++ (`csrc`). Its naive twin for tests is `reference.py`.
 Cost: one call per engine step for all requests, without Python's lock; 2 to 7 us a request that drafts 18 tokens.
 """
 
@@ -68,7 +68,7 @@ class SuffixIndex:
         stop_token_ids: nothing is drafted behind these.
         cross_tokens: tokens in each of two generations of the index over all problems; 0: none.
         max_bytes: of all that is held together, whenever a call returns, without 2 KB for each request that ran at
-            once. What goes first is said in `kernels/suffix/budget.cpp` and counted by `take_stats`.
+            once. What goes first is said in `kernels/suffix/csrc/budget.cpp` and counted by `take_stats`.
 
     Raises:
         NotLiveError: if the C++ extension is not built.

@@ -1,8 +1,6 @@
 // Blocks of 32 values in four AVX2 registers. Compiled with -mavx2 -mfma; fused multiply-adds stand only where the
 // product is exact.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include "loops.hpp"
 
 namespace rl_accel::codec {
@@ -58,17 +56,9 @@ struct Avx2 {
     return each([&](int i) { return _mm256_max_ps(_mm256_min_ps(x.at[i], high), low); });
   }
 
-  // Strides within a register: partner + x in the first of a pair, partner - x in the second.
-  static __m256 rotate_within(__m256 x) {
-    x = _mm256_fmadd_ps(x, _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), _mm256_permute_ps(x, 0xB1));
-    x = _mm256_fmadd_ps(x, _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1), _mm256_permute_ps(x, 0x4E));
-    return _mm256_fmadd_ps(x, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), _mm256_permute2f128_ps(x, x, 1));
-  }
-  static Block rotate(const Block& x) {
-    const Block y = each([&](int i) { return rotate_within(x.at[i]); });
-    const __m256 a = _mm256_add_ps(y.at[0], y.at[1]), b = _mm256_sub_ps(y.at[0], y.at[1]);
-    const __m256 c = _mm256_add_ps(y.at[2], y.at[3]), d = _mm256_sub_ps(y.at[2], y.at[3]);
-    return {{_mm256_add_ps(a, c), _mm256_add_ps(b, d), _mm256_sub_ps(a, c), _mm256_sub_ps(b, d)}};
+  static Block rotate(Block x) {
+    hadamard(x.at);
+    return x;
   }
 
   struct Bits {
@@ -90,24 +80,9 @@ struct Avx2 {
     return static_cast<u32>(_mm_cvtsi128_si32(half));
   }
 
-  struct Vectors {
-    __m256i next, high;
-  };
-  static Vectors words(Words from) {
-    const __m256i steps = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(static_cast<int>(kWeyl)));
-    return {_mm256_add_epi32(steps, _mm256_set1_epi32(static_cast<int>(from.first))), _mm256_set1_epi32(static_cast<int>(from.high ^ from.high >> 15))};
-  }
-  static __m256i shift_xor(__m256i x, int by) { return _mm256_xor_si256(x, _mm256_srli_epi32(x, by)); }
-  static Block add_noise(const Block& x, Vectors& words) {
-    return each([&](int i) {
-      __m256i word = _mm256_mullo_epi32(shift_xor(words.next, 16), _mm256_set1_epi32(static_cast<int>(kMix1)));
-      word = _mm256_xor_si256(shift_xor(word, 15), words.high);
-      word = shift_xor(_mm256_mullo_epi32(word, _mm256_set1_epi32(static_cast<int>(kMix2))), 16);
-      // (word >> 8) - 2^23 in one shift; the product with 2^-24 is exact.
-      word = _mm256_srai_epi32(_mm256_xor_si256(word, _mm256_set1_epi32(static_cast<int>(0x80000000))), 8);
-      words.next = _mm256_add_epi32(words.next, _mm256_set1_epi32(static_cast<int>(8 * kWeyl)));
-      return _mm256_fmadd_ps(_mm256_cvtepi32_ps(word), _mm256_set1_ps(0x1p-24f), x.at[i]);
-    });
+  static NoiseRun8 noise_run(NoiseRun run) { return noise_run8(run); }
+  static Block add_noise(const Block& x, NoiseRun8& run) {
+    return each([&](int i) { return rl_accel::add_noise(x.at[i], run); });
   }
 
   static __m256i words16(const Block& x, int i) {  // two registers' codes, crosswise by halves

@@ -1,4 +1,4 @@
-"""Triton kernels of the communication codec: bit for bit what `rl_accel.comm.reference` computes.
+"""Triton kernels of the communication codec: bit for bit what `reference.py` computes.
 
 Every operation is one pass over memory; the values, the noise and the rotation stay in registers. Groups of more than
 TILE values are read twice, the second time from the cache. Runs on CUDA on the current stream without waiting for it,
@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from rl_accel.kernels.common.triton import hadamard_stage, mix32, rounding_noise
+
 TILE = 4096
 """Values per program and pass."""
 WARPS = 8
@@ -30,40 +32,9 @@ _SCALARS = ["num_groups", "from_num_groups", "key", "offset"]
 
 
 @triton.jit
-def _mix(word):  # uint32
-    word = (word ^ (word >> 16)) * 0x7FEB352D
-    word = (word ^ (word >> 15)) * 0x846CA68B
-    return word ^ (word >> 16)
-
-
-@triton.jit
-def _noise(index, high, key):
-    """Noise of values by the low words of their indices; `high` is the mixed high word."""
-    word = index * 0x9E3779B9 + key.to(tl.uint32)
-    word = ((word ^ (word >> 16)) * 0x7FEB352D) ^ high
-    word = (word ^ (word >> 15)) * 0x846CA68B
-    word = word ^ (word >> 16)
-    return (word >> 8).to(tl.float32) * 5.9604644775390625e-08 - 0.5  # 2^-24
-
-
-@triton.jit
-def _stage(x, STRIDE: tl.constexpr):  # [G, K, 16]
-    """One stage of the Hadamard transform. A reduction of two brings each value its partner: a shuffle in a warp, or
-    nothing where one thread holds both. On the bits as integers, so that it is exact."""
-    G: tl.constexpr = x.shape[0]
-    K: tl.constexpr = x.shape[1]
-    bits = tl.reshape(x.to(tl.int32, bitcast=True), (G, K, 8 // STRIDE, 2, STRIDE))
-    partner = tl.sum(bits, axis=3, keep_dims=True) - bits
-    sign = (tl.arange(0, 2) << 31)[None, None, None, :, None]
-    # partner + x for the first of two, partner - x for the second
-    x = partner.to(tl.float32, bitcast=True) + (bits ^ sign).to(tl.float32, bitcast=True)
-    return tl.reshape(x, (G, K, 16))
-
-
-@triton.jit
 def _rotate(low, high):
-    low = _stage(_stage(_stage(_stage(low, 1), 2), 4), 8)
-    high = _stage(_stage(_stage(_stage(high, 1), 2), 4), 8)
+    low = hadamard_stage(hadamard_stage(hadamard_stage(hadamard_stage(low, 1), 2), 4), 8)
+    high = hadamard_stage(hadamard_stage(hadamard_stage(hadamard_stage(high, 1), 2), 4), 8)
     return low + high, low - high
 
 
@@ -138,7 +109,7 @@ def _code(x, inverse, index, high, key, BITS: tl.constexpr, STOCHASTIC: tl.const
     TOP: tl.constexpr = (1 << (BITS - 1)) - 1
     x = x * inverse
     if STOCHASTIC:
-        x += _noise(index, high, key)
+        x += rounding_noise(index, high, key.to(tl.uint32))
     # Adding 1.5 * 2^23 rounds half to even and leaves the integer in the low bits.
     code = (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
     return tl.minimum(tl.maximum(code, -TOP), TOP)
@@ -162,7 +133,7 @@ def _store_codes(
 ):
     # Groups start at multiples of their size, so the high word of the index is one for all values of a group.
     group_index = index + tl.arange(0, G)[:, None, None] * GROUP
-    mixed = _mix(((group_index ^ key) >> 32).to(tl.uint32))
+    mixed = mix32(((group_index ^ key) >> 32).to(tl.uint32))
     word = index.to(tl.uint32) + offsets.to(tl.uint32)
     low = _code(low, inverse, word, mixed, key, BITS, STOCHASTIC)
     high = _code(high, inverse, word + 16, mixed, key, BITS, STOCHASTIC)
