@@ -42,4 +42,4 @@ class DraftError(RLAccelError):
 
 
 class CommError(RLAccelError):
-    """Quantised communication was used wrongly, cannot serve this engine, or its ranks do not agree."""
+    """Quantized communication was used wrongly, cannot serve this engine, or its ranks do not agree."""

@@ -55,7 +55,7 @@ def chi_square(counts_V: torch.Tensor, target_V: torch.Tensor, alpha: float = DE
 
     Args:
         counts_V: integer [V], observed counts.
-        target_V: floating [V], probabilities; normalised here.
+        target_V: floating [V], probabilities; normalized here.
         alpha: level of the test.
 
     Returns:

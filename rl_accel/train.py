@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 def train(overrides: list[str]) -> int:
-    """Compose, check, train, summarise."""
+    """Compose, check, train, summarize."""
     recipe, overrides = _split_recipe(overrides)
     gpu = machine.has_gpu()
     config = recipes.compose(recipe, overrides, gpu)
@@ -90,7 +90,7 @@ def train(overrides: list[str]) -> int:
         _run_verl(config, folder)
         seconds = time.monotonic() - started
         folder.update_info(finished=True, seconds=round(seconds, 1))
-        _summarise(folder, seconds)
+        _summarize(folder, seconds)
     except Exception as error:
         raise _explained(error, folder) from error
     return 0
@@ -181,7 +181,7 @@ def _keep_traceback(error: BaseException, folder: RunFolder) -> str:
     return f"The traceback is in {folder.path / 'error.log'}"
 
 
-def _summarise(folder: RunFolder, seconds: float) -> None:
+def _summarize(folder: RunFolder, seconds: float) -> None:
     from rl_accel.compare.plot import plot_runs
     from rl_accel.compare.runs import load_run
 

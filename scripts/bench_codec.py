@@ -5,11 +5,11 @@
 One process; on the CPU one core and the C++ backend, on CUDA the Triton backend. Each operation takes turns with
 
     specification   the same call in plain PyTorch (kernels/codec/reference.py)
-    cast            `x.to(bfloat16)`: what is sent where nothing is quantised
+    cast            `x.to(bfloat16)`: what is sent where nothing is quantized
     copy            memcpy on the CPU, `Tensor.copy_` on CUDA, of as many values: the bound
 
-Bytes are those that an operation must read and write once: quantising 4 bits of float32 reads 4 N and writes N / 2 and
-the scales, adding a dequantised difference reads N / 2 + 4 N and writes 4 N, a copy of S bytes moves 2 S. `GB/s` rows
+Bytes are those that an operation must read and write once: quantizing 4 bits of float32 reads 4 N and writes N / 2 and
+the scales, adding a dequantized difference reads N / 2 + 4 N and writes 4 N, a copy of S bytes moves 2 S. `GB/s` rows
 compare bytes per second with the copy's (`ratio` is the share of it), `ms` rows the time with the specification's;
 their `bound` is the time the copy would take for the operation's bytes. Runs the tests of the backend first and stops
 if they fail.

@@ -200,7 +200,7 @@ class Bench:
             if name == "deepspeed_reduce":
                 self._measure(name, 1)
             elif name == "deepspeed":
-                # Only a handle knows the seconds inside collectives; this one never quantises.
+                # Only a handle knows the seconds inside collectives; this one never quantizes.
                 observed = {"backend": self.options.backend, "bypass": "never", "start_step": 1_000_000_000}
                 found[name].add_seconds(self.ranks.order(do="measure", settings=observed, steps=self.options.steps))
             elif name == "sdp4bit_auto":

@@ -4,11 +4,11 @@
 
 TinyGPT on text of a Markov chain, weights held in bfloat16, DeepSpeed ZeRO-2, AdamW with a cosine schedule, gradients
 clipped to norm 1, gloo on this machine. A seed sets the first weights and the text; all arms of a seed run before the
-next seed starts. Reported: the relative gap in validation loss to `unquantised` of the same seed, in percent, mean and
+next seed starts. Reported: the relative gap in validation loss to `unquantized` of the same seed, in percent, mean and
 range over seeds, at the end of runs of every length and at step 25 of them (the schedule is that of the whole run).
-`bf16` rounds as `unquantised` does and only adds in another order: its gaps are what chance makes.
+`bf16` rounds as `unquantized` does and only adds in another order: its gaps are what chance makes.
 
-    unquantised       nothing attached
+    unquantized       nothing attached
     bf16              our collectives with 16 bits
     sdp4bit, paper    the defaults; the paper's groups of 2048 weights and stochastic rounding of gradients
     weights_only, gradients_only
@@ -45,7 +45,7 @@ from rl_accel import machine, processes
 from rl_accel.hosts import versions
 
 ARMS: dict[str, dict[str, Any] | None] = {
-    "unquantised": None,
+    "unquantized": None,
     "bf16": {"weight_bits": 16, "intra_bits": 16, "inter_bits": 16, "hadamard": False},
     "sdp4bit": {},
     "paper": {"weight_group_size": 2048, "gradient_rounding": "stochastic"},
@@ -163,7 +163,7 @@ def measure(options: argparse.Namespace) -> dict[int, dict[str, list[dict[str, A
             losses = [statistics.mean(step) for step in zip(*(a["losses"] for a in answers), strict=True)]
             run = {"losses": losses, "validation": answers[0]["validation"], "early": answers[0]["early"]}
             found[steps][name].append(run)
-            base = found[steps]["unquantised"][seed]
+            base = found[steps]["unquantized"][seed]
             run["gap"] = 100 * (run["validation"] / base["validation"] - 1)
             run["early_gap"] = 100 * (run["early"] / base["early"] - 1)
             print(
@@ -183,30 +183,30 @@ def rows_of(found: dict[int, dict[str, list[dict[str, Any]]]]) -> list[dict[str,
     for steps, by_arm in found.items():
         for what, gap, step in (("validation", "gap", steps), ("early", "early_gap", EARLY)):
             for name, runs in by_arm.items():
-                if name == "unquantised" or not runs:
+                if name == "unquantized" or not runs:
                     continue
                 gaps = [run[gap] for run in runs]
                 value = statistics.mean(run[what] for run in runs)
-                incumbent = statistics.mean(run[what] for run in by_arm["unquantised"][: len(runs)])
+                incumbent = statistics.mean(run[what] for run in by_arm["unquantized"][: len(runs)])
                 rows.append(
                     {
                         "name": f"comm.loss_gap.{name}.{steps}" + ("" if step == steps else f".step{step}"),
                         "value": statistics.mean(gaps),
-                        "unit": "% of the validation loss unquantised",
+                        "unit": "% of the validation loss unquantized",
                         "incumbent": 0.0,
                         "ratio": incumbent / value,
                         "bound": 0.0,
                         "gaps": gaps,
                         "standard_error": statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None,
                         "loss": value,
-                        "loss_unquantised": incumbent,
+                        "loss_unquantized": incumbent,
                     }
                 )
     return rows
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print("\ngap to unquantised, %: arm.steps of the run (.step looked at)")
+    print("\ngap to unquantized, %: arm.steps of the run (.step looked at)")
     for row in rows:
         name = row["name"].removeprefix("comm.loss_gap.")
         error = "" if row["standard_error"] is None else f"  standard error {row['standard_error']:.3f}"
@@ -216,7 +216,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def plot(found: dict[str, list[dict[str, Any]]], path: str) -> None:
-    """Draw training loss, and its relative gap to unquantised, mean of the seeds, over steps."""
+    """Draw training loss, and its relative gap to unquantized, mean of the seeds, over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -229,12 +229,12 @@ def plot(found: dict[str, list[dict[str, Any]]], path: str) -> None:
     curves = {name: smooth(np.mean([run["losses"] for run in runs], axis=0)) for name, runs in found.items()}
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
     for name, curve in curves.items():
-        style = "k-" if name == "unquantised" else "--" if name in CONTROLS else "-"
+        style = "k-" if name == "unquantized" else "--" if name in CONTROLS else "-"
         left.plot(curve, style, label=name, linewidth=1.2)
-        (line,) = right.plot(100 * (curve / curves["unquantised"] - 1), style, linewidth=1.2)
+        (line,) = right.plot(100 * (curve / curves["unquantized"] - 1), style, linewidth=1.2)
         line.set_color(left.lines[-1].get_color())
     left.set(xlabel="step", ylabel="training loss, nats a token")
-    right.set(xlabel="step", ylabel="gap to unquantised, %", yscale="symlog")
+    right.set(xlabel="step", ylabel="gap to unquantized, %", yscale="symlog")
     left.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -247,7 +247,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--local", type=int, default=2, help="ranks that count as one node")
     parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--arms", default=",".join(ARMS), help="which to run; unquantised must be the first")
+    parser.add_argument("--arms", default=",".join(ARMS), help="which to run; unquantized must be the first")
     parser.add_argument("--backend", default="auto", help="of the codec: auto, torch or cpp")
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--json", type=Path, help="write the results as a list of {name, value, unit, ...}")
@@ -255,8 +255,8 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.steps = sorted({int(steps) for steps in options.steps.split(",")})
     options.arms = options.arms.split(",")
-    if options.arms[0] != "unquantised" or not set(options.arms) <= set(ARMS):
-        parser.error(f"--arms starts with unquantised; known are {', '.join(ARMS)}")
+    if options.arms[0] != "unquantized" or not set(options.arms) <= set(ARMS):
+        parser.error(f"--arms starts with unquantized; known are {', '.join(ARMS)}")
     if options.seeds < 1 or options.steps[0] <= EARLY or options.ranks % options.local:
         parser.error(f"--seeds at least 1, --steps above {EARLY}, --local a divisor of --ranks")
     return options

@@ -1,5 +1,5 @@
 # Sourced by train.sh and test.sh: makes .venv on first use from the pinned lists, then activates it.
-# RL_ACCEL_PYTHON chooses the interpreter, RL_ACCEL_DEVICE=cpu|gpu the flavour (default: gpu where nvidia-smi works),
+# RL_ACCEL_PYTHON chooses the interpreter, RL_ACCEL_DEVICE=cpu|gpu the flavor (default: gpu where nvidia-smi works),
 # RL_ACCEL_STACK=verl the versions that verl itself asks for, in .venv-verl (docs/versions.md; default: newer ones),
 # RL_ACCEL_TORCH_INDEX a package index that has PyTorch's CPU builds (`torch==...+cpu`), where pip's own has none.
 set -euo pipefail
@@ -40,11 +40,11 @@ make_venv() {
 PIP=(-m pip --disable-pip-version-check install -qq --root-user-action=ignore --progress-bar off)
 
 install_into_venv() {
-  local flavour=$1 pip=("$VENV/bin/python" "${PIP[@]}")
+  local flavor=$1 pip=("$VENV/bin/python" "${PIP[@]}")
   # The pip that came with Python may not know --root-user-action.
   "$VENV/bin/python" -m pip --disable-pip-version-check install -qq --progress-bar off --upgrade \
     "pip>=24" "setuptools>=77,<81" wheel
-  if [ "$flavour" = cpu ]; then
+  if [ "$flavor" = cpu ]; then
     "${pip[@]}" ${RL_ACCEL_TORCH_INDEX:+--extra-index-url "$RL_ACCEL_TORCH_INDEX"} "torch==$TORCH+cpu" 2>/dev/null || {
       echo "rl_accel: no CPU build of torch on pip's index; taking the default build (several GB)." \
         "RL_ACCEL_TORCH_INDEX can name an index that has it" >&2
@@ -52,8 +52,8 @@ install_into_venv() {
     }
   fi
   # The list is complete and pinned, so pip has nothing to resolve: --no-deps keeps what has no CPU build out.
-  "${pip[@]}" --no-deps -r "$RL_ACCEL_ROOT/requirements/$flavour$STACK.txt"
-  if [ "$flavour" = cpu ]; then
+  "${pip[@]}" --no-deps -r "$RL_ACCEL_ROOT/requirements/$flavor$STACK.txt"
+  if [ "$flavor" = cpu ]; then
     "$VENV/bin/python" "$RL_ACCEL_ROOT/scripts/vllm_cpu_stub.py"
   fi
 }
@@ -77,11 +77,11 @@ lock_setup() {
 unlock_setup() { exec 9>&-; }
 
 setup() {
-  local flavour=${RL_ACCEL_DEVICE:-} stamp built python
-  if [ -z "$flavour" ]; then
-    if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then flavour=gpu; else flavour=cpu; fi
+  local flavor=${RL_ACCEL_DEVICE:-} stamp built python
+  if [ -z "$flavor" ]; then
+    if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then flavor=gpu; else flavor=cpu; fi
   fi
-  stamp="$VENV/.rl_accel-$flavour-$(cat "$RL_ACCEL_ROOT/requirements/$flavour$STACK.txt" \
+  stamp="$VENV/.rl_accel-$flavor-$(cat "$RL_ACCEL_ROOT/requirements/$flavor$STACK.txt" \
     "$RL_ACCEL_ROOT/pyproject.toml" "$RL_ACCEL_ROOT/CMakeLists.txt" "$RL_ACCEL_ROOT/scripts/setup.sh" \
     | checksum)"
   built="$VENV/.rl_accel-kernels-$(find "$RL_ACCEL_ROOT/kernels" "$RL_ACCEL_ROOT/CMakeLists.txt" -type f \
@@ -89,9 +89,9 @@ setup() {
   if [ ! -e "$stamp" ] || [ ! -e "$built" ]; then lock_setup; fi
   if [ ! -e "$stamp" ]; then
     python=$(find_python)
-    echo "rl_accel: setting up $(basename "$VENV") ($flavour, $("$python" -V 2>&1)); this happens once and takes a few minutes" >&2
+    echo "rl_accel: setting up $(basename "$VENV") ($flavor, $("$python" -V 2>&1)); this happens once and takes a few minutes" >&2
     make_venv "$python"
-    install_into_venv "$flavour"
+    install_into_venv "$flavor"
     rm -f "$VENV"/.rl_accel-*
   fi
   if [ ! -e "$stamp" ] || [ ! -e "$built" ]; then

@@ -14,7 +14,7 @@ import pytest
 
 from rl_accel.progress import Progress
 from rl_accel.run_folder import RunFolder
-from rl_accel.train import _summarise
+from rl_accel.train import _summarize
 
 REWARD = "critic/score/mean"
 
@@ -151,7 +151,7 @@ def test_no_metric_fails_a_run_that_finished(tmp_path, caplog, metrics, drawn):
     if metrics is not None:
         (tmp_path / "metrics.jsonl").write_bytes(metrics)
     with caplog.at_level(logging.INFO, logger="rl_accel"):
-        _summarise(RunFolder(tmp_path), 1.0)
+        _summarize(RunFolder(tmp_path), 1.0)
     assert (tmp_path / "curves.png").exists() == drawn
     assert ("no curves.png" in caplog.text) == (not drawn)
     assert "finished in 1 s" in caplog.text

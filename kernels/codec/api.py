@@ -60,7 +60,7 @@ def quantize(
     out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Quantise a block; with `subtract` its difference to what the receivers hold.
+    """Quantize a block; with `subtract` its difference to what the receivers hold.
 
     Args:
         x: float32 or bfloat16, contiguous, any shape; N values.
@@ -157,7 +157,7 @@ def requantize(
     out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Sum R blocks and quantise the sum in another format: between the two hops of a reduce-scatter. A rotated sum
+    """Sum R blocks and quantize the sum in another format: between the two hops of a reduce-scatter. A rotated sum
     stays rotated.
 
     Args:

@@ -1,4 +1,4 @@
-"""Layout of a quantised block: what every backend of the codec agrees on.
+"""Layout of a quantized block: what every backend of the codec agrees on.
 
 A block of N values is padded with zeros to whole groups and sent as one run of bytes:
     codes   N * bits / 8 bytes. 8 bits: int8, in order. 4 bits: byte j of each 32 values holds value j in its low and

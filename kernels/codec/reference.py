@@ -32,7 +32,7 @@ def quantize(
     offset: int,
     hadamard: bool,
 ) -> None:
-    """Quantise `x - subtract` (float32), rotated by Hadamard-32 if asked for, into `out`.
+    """Quantize `x - subtract` (float32), rotated by Hadamard-32 if asked for, into `out`.
 
     Args:
         out_B: uint8 [packed_bytes(N)], written.
@@ -75,7 +75,7 @@ def requantize(
     key: int,
     offset: int,
 ) -> None:
-    """Quantise the sum of R blocks anew, without rotating: between the hops of a reduce-scatter.
+    """Quantize the sum of R blocks anew, without rotating: between the hops of a reduce-scatter.
 
     Args:
         out_B: uint8 [packed_bytes(numel, bits, group_size)], written.

@@ -27,7 +27,7 @@ TILE = 4096
 """Values per program and pass."""
 WARPS = 8
 _LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": False}
-# Of type int64 and not specialised, so that a new key, step or number of groups compiles nothing anew.
+# Of type int64 and not specialized, so that a new key, step or number of groups compiles nothing anew.
 _SCALARS = ["num_groups", "from_num_groups", "key", "offset"]
 
 
@@ -57,7 +57,7 @@ def _load_values(x_ptr, subtract_ptr, offsets, remaining, HADAMARD: tl.constexpr
 
 @triton.jit
 def _decode(block_ptr, num_groups, first, run, lane, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """Halves of the runs of 32 values number `first + run` of one quantised block; zeros past its end."""
+    """Halves of the runs of 32 values number `first + run` of one quantized block; zeros past its end."""
     RUNS: tl.constexpr = GROUP // 32  # per group
     num_groups = num_groups.to(tl.int64)
     mask = first + run < num_groups * RUNS
@@ -289,7 +289,7 @@ def quantize(
     offset: int,
     hadamard: bool,
 ) -> None:
-    """Quantise `x - subtract`; arguments as `reference.quantize`."""
+    """Quantize `x - subtract`; arguments as `reference.quantize`."""
     num_groups = triton.cdiv(x_N.numel(), group_size)
     if not num_groups:
         return
@@ -347,7 +347,7 @@ def requantize(
     key: int,
     offset: int,
 ) -> None:
-    """Quantise the sum of R blocks anew; arguments as `reference.requantize`."""
+    """Quantize the sum of R blocks anew; arguments as `reference.requantize`."""
     if not numel:
         return
     num_groups = triton.cdiv(numel, group_size)

@@ -1,5 +1,5 @@
 """Hadamard transform of every block of values, in PyTorch: the specification. Source: Fino and Algazi (1976), the fast
-transform in the natural (Hadamard) order; not normalised.
+transform in the natural (Hadamard) order; not normalized.
 
 Every value is rounded once per stage, as in the C++ (`csrc/hadamard.hpp`) and Triton (`triton.py`), so all give the
 same bits. Left out: orders that are not a power of two. Cost: log2(order) passes over memory.

@@ -1,6 +1,6 @@
 """SDP4Bit: 4-bit communication of sharded data parallelism.
 
-The path: `attach` -> a host's glue (`hosts/deepspeed`, `hosts/fsdp2.py`) -> `CommHandle` -> `QuantisedCollectives` ->
+The path: `attach` -> a host's glue (`hosts/deepspeed`, `hosts/fsdp2.py`) -> `CommHandle` -> `QuantizedCollectives` ->
 `wire.Format` -> `codec` -> a backend (`kernels/codec`).
 """
 

@@ -1,4 +1,4 @@
-"""Decides, from times measured while training, whether a collective is worth quantising on this link.
+"""Decides, from times measured while training, whether a collective is worth quantizing on this link.
 
 Both ways are tried on a few optimizer steps each, all ranks add up their times, and the faster way is kept until the
 next try. Tries get rarer while the answer stays the same. Times are per call of the collective, so steps of many and of
@@ -27,22 +27,22 @@ FIRST_PERIOD, LONGEST_PERIOD = 64, 4096
 
 @dataclass
 class Bypass:
-    """One collective's choice between quantised and plain. All ranks take the same steps and decide alike."""
+    """One collective's choice between quantized and plain. All ranks take the same steps and decide alike."""
 
     enabled: bool = True
-    """False: always quantised."""
-    quantised: bool = True
+    """False: always quantized."""
+    quantized: bool = True
     """The choice at this step."""
     step: int = 0
     next_try: int = WARM_UP
     period: int = FIRST_PERIOD
     kept: bool = True
     """The last decision."""
-    quantised_s: float | None = None
-    """Seconds a call, quantised, mean of all ranks, at the last decision."""
+    quantized_s: float | None = None
+    """Seconds a call, quantized, mean of all ranks, at the last decision."""
     plain_s: float | None = None
     """The same of the plain way."""
-    _tries: dict[str, list[float]] = field(default_factory=lambda: {"quantised": [], "plain": []})
+    _tries: dict[str, list[float]] = field(default_factory=lambda: {"quantized": [], "plain": []})
 
     @property
     def trying(self) -> bool:
@@ -59,33 +59,33 @@ class Bypass:
             device: where the all-reduce takes place.
         """
         if self.trying and seconds is not None:
-            self._tries["quantised" if self.quantised else "plain"].append(seconds)
+            self._tries["quantized" if self.quantized else "plain"].append(seconds)
             if all(len(times) >= TRIES for times in self._tries.values()):
                 self._decide(group, device)
         self.step += 1
         if self.trying:
-            self.quantised = len(self._tries["quantised"]) <= len(self._tries["plain"])
+            self.quantized = len(self._tries["quantized"]) <= len(self._tries["plain"])
         else:
-            self.quantised = self.kept
+            self.quantized = self.kept
 
     def _decide(self, group: dist.ProcessGroup, device: torch.device | str) -> None:
-        times = torch.tensor([median(self._tries[way]) for way in ("quantised", "plain")], dtype=torch.float64)
+        times = torch.tensor([median(self._tries[way]) for way in ("quantized", "plain")], dtype=torch.float64)
         times = times.to(device)
         dist.all_reduce(times, group=group)
-        self.quantised_s, self.plain_s = (times / dist.get_world_size(group)).tolist()
-        choice = self.quantised_s <= self.plain_s
+        self.quantized_s, self.plain_s = (times / dist.get_world_size(group)).tolist()
+        choice = self.quantized_s <= self.plain_s
         self.period = min(2 * self.period, LONGEST_PERIOD) if choice == self.kept else FIRST_PERIOD
         self.kept = choice
         self.next_try = self.step + self.period
-        self._tries = {"quantised": [], "plain": []}
+        self._tries = {"quantized": [], "plain": []}
 
     @property
     def gain(self) -> float | None:
-        """Seconds plain over seconds quantised at the last decision; None before it."""
-        if self.plain_s is None or self.quantised_s is None:
+        """Seconds plain over seconds quantized at the last decision; None before it."""
+        if self.plain_s is None or self.quantized_s is None:
             return None
         smallest = 1e-9  # a clock that ticks too slowly, not a collective without a cost
-        return max(self.plain_s, smallest) / max(self.quantised_s, smallest)
+        return max(self.plain_s, smallest) / max(self.quantized_s, smallest)
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,4 +98,4 @@ class Bypass:
     def shared(self) -> tuple[Any, ...]:
         """What is the same on all ranks, whose times are not."""
         tries = {way: len(times) for way, times in self._tries.items()}
-        return self.quantised, self.step, self.next_try, self.period, self.kept, sorted(tries.items())
+        return self.quantized, self.step, self.next_try, self.period, self.kept, sorted(tries.items())

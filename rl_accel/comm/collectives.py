@@ -1,4 +1,4 @@
-"""Quantised collectives of sharded data parallelism on plain `torch.distributed`, gloo or NCCL.
+"""Quantized collectives of sharded data parallelism on plain `torch.distributed`, gloo or NCCL.
 
 - `reduce_scatter`: two hops, 8 bits inside a node and 4 between nodes, without leaving the Hadamard domain in between
   (SDP4Bit §3.2). Blocks may differ in size and be empty.
@@ -46,7 +46,7 @@ class Traffic:
 
 
 @dataclass
-class QuantisedCollectives:
+class QuantizedCollectives:
     """The collectives of one data-parallel group. All ranks make the same calls in the same order."""
 
     topology: Topology
@@ -170,7 +170,7 @@ class QuantisedCollectives:
         num_bytes = format.num_bytes(new_shard.numel())
         block = torch.empty(num_bytes + (0 if resync is None else _WISH), dtype=torch.uint8, device=held.device)
         block[num_bytes:].fill_(int(resync or False))
-        difference = config.weight_difference and format.quantised
+        difference = config.weight_difference and format.quantized
         subtract = old_shard if difference else None
         format.encode(new_shard, block[:num_bytes], "nearest", 0, 0, rotate=False, subtract=subtract)
         shards[top.rank].copy_(old_shard)

@@ -15,7 +15,7 @@ ROUNDINGS = ("nearest", "stochastic")
 
 @dataclass(frozen=True)
 class SDP4BitConfig:
-    """Quantised weights and gradients of sharded data parallelism (SDP4Bit §3; differs: gradients rounded to nearest,
+    """Quantized weights and gradients of sharded data parallelism (SDP4Bit §3; differs: gradients rounded to nearest,
     smaller groups of weights). Widths of 16 send bfloat16."""
 
     weights: bool = True
@@ -25,7 +25,7 @@ class SDP4BitConfig:
     weight_group_size: int = 128
     """Values per scale. The paper's 2,048 saves 0.23 bits a weight and lets one large weight set the scale of many."""
     weight_difference: bool = True
-    """False quantises the weights themselves: a control that trains worse (paper table 3), nothing to use."""
+    """False quantizes the weights themselves: a control that trains worse (paper table 3), nothing to use."""
     sharded_weights: bool = False
     """Where no rank holds all weights (FSDP2): keep a copy of them on every rank to send differences to. It takes the
     memory of a whole replica, 2 bytes a weight in bfloat16, and saves the gather of the backward pass as well."""
@@ -45,7 +45,7 @@ class SDP4BitConfig:
     local_size: int | None = None
     """Ranks per node. None: as the launcher or the host names say."""
     start_step: int = 0
-    """Optimizer steps in full precision before quantisation starts."""
+    """Optimizer steps in full precision before quantization starts."""
     bypass: str = "auto"
     """`auto`: measure both ways while training and use DeepSpeed's own where the link is too fast to gain; `never`."""
     check_every: int = 0

@@ -16,7 +16,7 @@ from rl_accel.errors import CommError
 def attach(
     engine_or_module: Any, config: SDP4BitConfig | None = None, optimizer: torch.optim.Optimizer | None = None
 ) -> CommHandle:
-    """Quantise what an engine's ranks send each other, from the next backward pass on.
+    """Quantize what an engine's ranks send each other, from the next backward pass on.
 
     Args:
         engine_or_module: a `DeepSpeedEngine` (ZeRO stage 1, 2 or 3, or its BF16_Optimizer), or the root module of
@@ -33,7 +33,7 @@ def attach(
     """
     config = config or SDP4BitConfig()
     if not dist.is_initialized():
-        raise CommError("attach needs torch.distributed; initialise the process group (or the engine) first")
+        raise CommError("attach needs torch.distributed; initialize the process group (or the engine) first")
     engines = sys.modules.get("deepspeed.runtime.engine")
     if engines is not None and isinstance(engine_or_module, engines.DeepSpeedEngine):
         from rl_accel.comm.hosts.deepspeed import attach as deepspeed

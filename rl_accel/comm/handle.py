@@ -1,6 +1,6 @@
-"""What `attach` returns: the state of quantised communication of one engine, its figures, and the way back.
+"""What `attach` returns: the state of quantized communication of one engine, its figures, and the way back.
 
-A host's glue asks it two things at every collective (`quantise_gradients`, `quantise_weights`), wraps the collective in
+A host's glue asks it two things at every collective (`quantize_gradients`, `quantize_weights`), wraps the collective in
 `timed`, and tells it when an optimizer step ended. The first question of a step makes sure, by an all-reduce of three
 numbers, that all ranks loaded the same state: another choice on another rank would leave both waiting for ever.
 """
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from rl_accel.comm.bypass import Bypass
-from rl_accel.comm.collectives import QuantisedCollectives
+from rl_accel.comm.collectives import QuantizedCollectives
 from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.comm.fingerprint import fingerprint
 from rl_accel.comm.topology import Topology
@@ -30,17 +30,17 @@ logger = logging.getLogger(__name__)
 
 
 class CommHandle:
-    """Quantised communication of one engine.
+    """Quantized communication of one engine.
 
     Attributes:
         config: as given.
-        collectives: the quantised collectives; its `traffic` counts bytes.
+        collectives: the quantized collectives; its `traffic` counts bytes.
         host: what it is attached to, in words.
     """
 
     def __init__(self, topology: Topology, config: SDP4BitConfig, host: str, device: torch.device):
         self.config = config
-        self.collectives = QuantisedCollectives(topology, config)
+        self.collectives = QuantizedCollectives(topology, config)
         self.host = host
         self.steps = 0
         self._device = device
@@ -70,18 +70,18 @@ class CommHandle:
     def attached(self) -> bool:
         return bool(self._undo)
 
-    def quantise_gradients(self) -> bool:
-        """Whether the next gradients go out quantised. Collective, once a step."""
+    def quantize_gradients(self) -> bool:
+        """Whether the next gradients go out quantized. Collective, once a step."""
         self._agree_once()
         return self._chosen("gradients", self.config.gradients)
 
-    def quantise_weights(self) -> bool:
-        """Whether the next weights go out as a quantised difference. Collective, once a step."""
+    def quantize_weights(self) -> bool:
+        """Whether the next weights go out as a quantized difference. Collective, once a step."""
         self._agree_once()
         return self._chosen("weights", self.config.weights)
 
     @property
-    def weights_quantised(self) -> bool:
+    def weights_quantized(self) -> bool:
         """The choice for the next weights, as far as it is known before the ranks agree."""
         return self._chosen("weights", self.config.weights)
 
@@ -135,7 +135,7 @@ class CommHandle:
 
     def _chosen(self, what: str, wanted: bool) -> bool:
         live = wanted and self.topology.world_size > 1 and self.steps >= self.config.start_step
-        return live and self._bypass[what].quantised
+        return live and self._bypass[what].quantized
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -162,7 +162,7 @@ class CommHandle:
         """Tell that an optimizer step ended. Collective in steps that decide or check.
 
         Raises:
-            NotLiveError: if gradients should have gone out quantised and none did, from the second step on: the host
+            NotLiveError: if gradients should have gone out quantized and none did, from the second step on: the host
                 reduces them elsewhere.
             CommError: if replicas were compared and differ.
         """
@@ -205,8 +205,8 @@ class CommHandle:
             steps; `weight_resyncs`, times that weights went out in full because they were written outside the
             optimizer; bytes sent (`gradient_intra_bytes`, `gradient_inter_bytes`, `weight_intra_bytes`,
             `weight_inter_bytes`); seconds spent in the collectives (`gradients_s`, `weights_s`; on a GPU only of steps
-            that were timed); for each of `gradients` and `weights`: `<what>_quantised`, the choice now, and once
-            measured `<what>_quantised_s` and `<what>_plain_s`, seconds a call of the collective, and `<what>_advice`,
+            that were timed); for each of `gradients` and `weights`: `<what>_quantized`, the choice now, and once
+            measured `<what>_quantized_s` and `<what>_plain_s`, seconds a call of the collective, and `<what>_advice`,
             in words.
         """
         traffic = asdict(self.collectives.traffic)
@@ -216,12 +216,12 @@ class CommHandle:
         figures |= {name if name.endswith("values") else f"{name}_bytes": count for name, count in traffic.items()}
         for what, bypass in self._bypass.items():
             figures[f"{what}_s"] = self._total_seconds[what] + self._seconds[what]
-            figures[f"{what}_quantised"] = self._chosen(what, getattr(self.config, what))
+            figures[f"{what}_quantized"] = self._chosen(what, getattr(self.config, what))
             gain = bypass.gain
             if gain is not None:
-                figures[f"{what}_quantised_s"], figures[f"{what}_plain_s"] = bypass.quantised_s, bypass.plain_s
+                figures[f"{what}_quantized_s"], figures[f"{what}_plain_s"] = bypass.quantized_s, bypass.plain_s
                 verdict = (
-                    f"quantised is {gain:.2f} times as fast"
+                    f"quantized is {gain:.2f} times as fast"
                     if gain >= 1
                     else (f"the link is fast enough: plain is {1 / gain:.2f} times as fast, so it is used")
                 )
@@ -269,7 +269,7 @@ class CommHandle:
             enabled = bypass.enabled
             bypass.load_state_dict({**state["bypass"][what], "enabled": enabled})
             if not enabled:
-                bypass.quantised = True
+                bypass.quantized = True
 
     def replace(self, target: Any, name: str, method: Callable[..., Any]) -> None:
         """Put a method on an object, for as long as this handle is attached; whatever was on it comes back then."""

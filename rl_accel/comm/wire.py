@@ -19,12 +19,12 @@ class Format:
     backend: str = "auto"
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return self.bits < 16
 
     def num_bytes(self, numel: int) -> int:
         """Bytes of a block, a multiple of 4."""
-        if self.quantised:
+        if self.quantized:
             return packed_bytes(numel, self.bits, self.group_size)
         return 4 * ((numel + 1) // 2)
 
@@ -42,7 +42,7 @@ class Format:
         """Write `x`, or `x - subtract`, [N] floats, into `out`, uint8 [num_bytes(N)]."""
         if x.dtype == torch.float16:
             x, subtract = x.float(), None if subtract is None else subtract.float()
-        if not self.quantised:
+        if not self.quantized:
             out.view(torch.bfloat16)[: x.numel()].copy_(x.view(-1))
             return
         codec.quantize(
@@ -69,7 +69,7 @@ class Format:
         if out.dtype == torch.float16:
             wide = out.float() if add else torch.empty(out.shape, device=out.device)
             return out.copy_(self.decode_sum(blocks, wide, rotated=rotated, add=add))
-        if self.quantised:
+        if self.quantized:
             return codec.dequantize(
                 blocks,
                 out.numel(),
@@ -97,7 +97,7 @@ class Format:
     ) -> None:
         """Write the sum of `blocks`, which came in the format `source`, into `out`. It stays rotated from codes to
         codes."""
-        if source.quantised and self.quantised:
+        if source.quantized and self.quantized:
             codec.requantize(
                 blocks,
                 numel,

@@ -33,11 +33,11 @@ PANELS = {
 """quantity -> title, unit"""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, safe for colour-blind readers."""
+"""Okabe and Ito's palette, safe for color-blind readers."""
 
 
 def plot_runs(runs: Sequence[Run], path: str | Path, title: str) -> None:
-    """Write the curves of runs, an arm in a colour, to a PNG; panels without data are left out.
+    """Write the curves of runs, an arm in a color, to a PNG; panels without data are left out.
 
     Args:
         runs: at least one
@@ -70,7 +70,7 @@ def plot_runs(runs: Sequence[Run], path: str | Path, title: str) -> None:
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     handles = [
-        Line2D([], [], color=_colour(i), linestyle=_dashes(i), linewidth=2.2, label=_legend(arm, members))
+        Line2D([], [], color=_color(i), linestyle=_dashes(i), linewidth=2.2, label=_legend(arm, members))
         for i, (arm, members) in enumerate(arms.items())
     ]
     if any(run.series("response_length_p95") for run in runs):
@@ -94,14 +94,14 @@ def _draw_panel(axis: Axes, quantity: str, arms: Mapping[str, Sequence[Run]]) ->
     for i, runs in enumerate(arms.values()):
         series = [s for run in runs if (s := run.series(quantity))]
         for values in series if len(series) > 1 else []:
-            axis.plot(list(values), list(values.values()), color=_colour(i), linewidth=0.7, alpha=0.4)
+            axis.plot(list(values), list(values.values()), color=_color(i), linewidth=0.7, alpha=0.4)
         steps, means = _mean(series)
         marker = "o" if quantity == "accuracy" or len(steps) == 1 else ""
-        (line,) = axis.plot(steps, means, color=_colour(i), linestyle=_dashes(i), linewidth=1.9)
+        (line,) = axis.plot(steps, means, color=_color(i), linestyle=_dashes(i), linewidth=1.9)
         line.set(marker=marker, markersize=4)
         if quantity == "response_length":
             steps, tails = _mean([s for run in runs if (s := run.series("response_length_p95"))])
-            axis.plot(steps, tails, color=_colour(i), linestyle=":", linewidth=1.3)
+            axis.plot(steps, tails, color=_color(i), linestyle=":", linewidth=1.3)
     title, unit = PANELS[quantity]
     axis.set_title(title, fontsize=10.5, loc="left")
     axis.set_xlabel("training step", fontsize=9)
@@ -150,7 +150,7 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$").encode("utf-8", "replace").decode()
 
 
-def _colour(i: int) -> str:
+def _color(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
 
 

@@ -1,7 +1,7 @@
 """How many draft tokens each live request should propose so that the last request ends early.
 
 A request with l tokens left that proposes p of them over the rest of its life has A(p) = k l (1 - exp(-alpha p / l))
-accepted (DAS Eq 4) and takes l - A(p) passes; the batch takes N = max_i (l_i - A_i(p_i)). Minimised is
+accepted (DAS Eq 4) and takes l - A(p) passes; the batch takes N = max_i (l_i - A_i(p_i)). Minimized is
 
     J = base_s * N + sum_i [ per_request_s * (l_i - A_i(p_i)) + per_draft_s * p_i ]   seconds,
 
@@ -89,7 +89,7 @@ def proposed_tokens(num_passes: Array, lengths: Array, k: Array, alpha: Array) -
 
 
 def makespan_optimum(lengths: np.ndarray, k: Array, alpha: Array, cost: PassPrices) -> Plan:
-    """Minimise J for known lengths.
+    """Minimize J for known lengths.
 
     Args:
         lengths: [N], tokens left of each live request, not negative.

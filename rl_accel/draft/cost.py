@@ -189,7 +189,7 @@ class StepCostModel:
             raise ValueError("weights or errors out of range")
 
     def _fit(self) -> None:
-        """Minimise the decayed squares plus the squares of the priors, over coefficients that are not negative."""
+        """Minimize the decayed squares plus the squares of the priors, over coefficients that are not negative."""
         gram, moments = self._gram.copy(), self._moments.copy()
         priors = self._priors(PRIOR_PASSES / self._weight)
         gram += priors.T @ priors

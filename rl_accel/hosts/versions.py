@@ -118,4 +118,4 @@ def _release(number: str) -> tuple[int, ...]:
         if not digits:
             break
         parts.append(int(digits))
-    return tuple(parts + [0, 0])[: max(2, len(parts))]
+    return tuple([*parts, 0, 0])[: max(2, len(parts))]

@@ -7,7 +7,7 @@ mass), and the emitted token is x, distributed as p. So no second random number,
 nothing lost in acceptance.
 
 Left out: drafts that were themselves sampled from a draft model; they need standard rejection sampling.
-Cost: O(B * K) memory and time, one host-to-device copy, no device-to-host synchronisation.
+Cost: O(B * K) memory and time, one host-to-device copy, no device-to-host synchronization.
 
 Shape suffixes: B requests, K max_spec_len, T draft tokens of all requests together.
 """

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from rl_accel.comm import topology
-from rl_accel.comm.collectives import QuantisedCollectives
+from rl_accel.comm.collectives import QuantizedCollectives
 from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.kernels.codec import api as codec
 from rl_accel.kernels.codec.layout import packed_bytes, padded
@@ -101,7 +101,7 @@ def check_reduce_scatter(group, results) -> None:
                     SDP4BitConfig(intra_bits=16, inter_bits=16),
                     SDP4BitConfig(intra_bits=8, inter_bits=16),
                 ):
-                    collectives = QuantisedCollectives(shape, config)
+                    collectives = QuantizedCollectives(shape, config)
                     blocks = [contribution(rank, d, numel, dtype) for d, numel in enumerate(sizes)]
                     out = torch.full((sizes[rank],), float("nan"), dtype=torch.float32)
                     assert collectives.reduce_scatter(blocks, out) is out
@@ -125,7 +125,7 @@ def check_traffic(group, results) -> None:
         nodes = shape.num_nodes
         numel = 4096
         total = numel * world_size
-        collectives = QuantisedCollectives(shape, SDP4BitConfig())
+        collectives = QuantizedCollectives(shape, SDP4BitConfig())
         collectives.reduce_scatter([torch.ones(numel)] * world_size, torch.empty(numel))
         held = torch.zeros(total)
         collectives.gather_difference(held, torch.ones(numel), torch.zeros(numel))
@@ -140,7 +140,7 @@ def check_traffic(group, results) -> None:
 def check_stochastic_rounding_is_unbiased(group) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     config = SDP4BitConfig(gradient_rounding="stochastic")
-    collectives = QuantisedCollectives(topology.build(group, 2 if world_size % 2 == 0 else None), config)
+    collectives = QuantizedCollectives(topology.build(group, 2 if world_size % 2 == 0 else None), config)
     blocks = [contribution(rank, d, 256, torch.float32) for d in range(world_size)]
     exact = sum(contribution(r, rank, 256, torch.float32).double() for r in range(world_size))
     draws = torch.stack([collectives.reduce_scatter(blocks, torch.empty(256)).double() for _ in range(300)])
@@ -151,7 +151,7 @@ def check_stochastic_rounding_is_unbiased(group) -> None:
 def check_bad_values_reach_the_owner(group) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for local_size in [n for n in (1, 2, 4) if world_size % n == 0]:
-        collectives = QuantisedCollectives(topology.build(group, local_size), SDP4BitConfig())
+        collectives = QuantizedCollectives(topology.build(group, local_size), SDP4BitConfig())
         for bad in (float("nan"), float("inf"), float("-inf")):
             blocks = [contribution(rank, d, 512, torch.bfloat16) for d in range(world_size)]
             if rank == 0:
@@ -168,7 +168,7 @@ def check_gather(group) -> None:
     for local_size in [n for n in (1, 2, 4) if world_size % n == 0]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for numel in (0, 1, 33, 1000):
-                collectives = QuantisedCollectives(topology.build(group, local_size), SDP4BitConfig())
+                collectives = QuantizedCollectives(topology.build(group, local_size), SDP4BitConfig())
                 held = torch.cat([contribution(7, r, numel, dtype) for r in range(world_size)])
                 shards = held.view(world_size, -1)
                 target = shards.float().clone()
@@ -193,7 +193,7 @@ def check_one_rank_asks_for_all_in_full(group) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for local_size in [n for n in (1, 2, 4) if world_size % n == 0]:
         for numel in (33, 1000):
-            collectives = QuantisedCollectives(topology.build(group, local_size), SDP4BitConfig())
+            collectives = QuantizedCollectives(topology.build(group, local_size), SDP4BitConfig())
             start = torch.cat([contribution(7, r, numel, torch.float32) for r in range(world_size)])
             goal = torch.cat([contribution(8, r, numel, torch.float32) for r in range(world_size)])
             own = slice(rank * numel, (rank + 1) * numel)
@@ -218,7 +218,7 @@ def check_gather_sum_of(group, config: SDP4BitConfig, error: float) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     sizes = [1000, 0, 31, 129][:world_size]
     for local_size in [n for n in (1, 2, 4) if world_size % n == 0]:
-        collectives = QuantisedCollectives(topology.build(group, local_size), config)
+        collectives = QuantizedCollectives(topology.build(group, local_size), config)
         parts = collectives.gather_sum(contribution(rank, 0, sizes[rank], torch.float32), sizes)
         flat = torch.cat(parts)
         everyone = [torch.empty_like(flat) for _ in range(world_size)]
@@ -235,7 +235,7 @@ def check_backends_agree(group) -> None:
     shape = topology.build(group, 2 if world_size % 2 == 0 else None)
     outs = []
     for backend in ("torch", "cpp"):
-        collectives = QuantisedCollectives(shape, replace(SDP4BitConfig(), backend=backend))
+        collectives = QuantizedCollectives(shape, replace(SDP4BitConfig(), backend=backend))
         blocks = [contribution(rank, d, 5000 + d, torch.bfloat16) for d in range(world_size)]
         out = collectives.reduce_scatter(blocks, torch.empty(5000 + rank))
         held = torch.cat([contribution(9, d, 3000, torch.bfloat16) for d in range(world_size)])
@@ -248,7 +248,7 @@ def check_backends_agree(group) -> None:
 
 def die_in_the_middle(group) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    collectives = QuantisedCollectives(topology.build(group, 2), SDP4BitConfig())
+    collectives = QuantizedCollectives(topology.build(group, 2), SDP4BitConfig())
     for call in range(5):
         if rank == 1 and call == 2:
             os._exit(7)

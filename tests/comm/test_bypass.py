@@ -1,4 +1,4 @@
-"""The choice between quantised and plain: a world of one rank, where the all-reduce is the identity."""
+"""The choice between quantized and plain: a world of one rank, where the all-reduce is the identity."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ def group(tmp_path):
     dist.destroy_process_group()
 
 
-def run(bypass: Bypass, group, steps: int, quantised_s: float, plain_s: float) -> list[bool]:
+def run(bypass: Bypass, group, steps: int, quantized_s: float, plain_s: float) -> list[bool]:
     choices = []
     for _ in range(steps):
-        choices.append(bypass.quantised)
-        bypass.end_step(quantised_s if bypass.quantised else plain_s, group)
+        choices.append(bypass.quantized)
+        bypass.end_step(quantized_s if bypass.quantized else plain_s, group)
     return choices
 
 
 def test_the_faster_way_is_kept(group):
-    for quantised_s, plain_s in ((1.0, 2.0), (2.0, 1.0)):
+    for quantized_s, plain_s in ((1.0, 2.0), (2.0, 1.0)):
         bypass = Bypass()
-        choices = run(bypass, group, 50, quantised_s, plain_s)
+        choices = run(bypass, group, 50, quantized_s, plain_s)
         tries = choices[WARM_UP : WARM_UP + 2 * TRIES]
         assert choices[:WARM_UP] == [True] * WARM_UP
         assert sorted(tries) == [False] * TRIES + [True] * TRIES
-        assert choices[WARM_UP + 2 * TRIES :] == [quantised_s < plain_s] * (50 - WARM_UP - 2 * TRIES)
-        assert (bypass.quantised_s, bypass.plain_s) == (quantised_s, plain_s)
+        assert choices[WARM_UP + 2 * TRIES :] == [quantized_s < plain_s] * (50 - WARM_UP - 2 * TRIES)
+        assert (bypass.quantized_s, bypass.plain_s) == (quantized_s, plain_s)
 
 
 def test_a_link_that_slows_down_is_noticed(group):
     bypass = Bypass()
     run(bypass, group, 40, 2.0, 1.0)
-    assert not bypass.quantised
+    assert not bypass.quantized
     run(bypass, group, FIRST_PERIOD + 20, 2.0, 9.0)
-    assert bypass.quantised
+    assert bypass.quantized
 
 
 def test_tries_become_rare(group):
@@ -52,9 +52,9 @@ def test_tries_become_rare(group):
 def test_one_slow_step_decides_nothing(group):
     bypass = Bypass()
     for step in range(40):
-        seconds = 1.0 if bypass.quantised else 2.0
+        seconds = 1.0 if bypass.quantized else 2.0
         bypass.end_step(50.0 if step == WARM_UP else seconds, group)
-    assert bypass.quantised
+    assert bypass.quantized
 
 
 def test_switched_off_it_never_tries(group):
@@ -76,10 +76,10 @@ def test_steps_that_send_nothing_are_no_tries(group):
     bypass = Bypass()
     for _ in range(40):
         bypass.end_step(None, group)
-    assert bypass.quantised
+    assert bypass.quantized
     assert bypass.gain is None
     choices = run(bypass, group, 30, 2.0, 1.0)
-    assert (bypass.quantised_s, bypass.plain_s) == (2.0, 1.0)
+    assert (bypass.quantized_s, bypass.plain_s) == (2.0, 1.0)
     assert choices[2 * TRIES :] == [False] * (30 - 2 * TRIES)
 
 

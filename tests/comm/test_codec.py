@@ -75,7 +75,7 @@ def test_stochastic_rounding_is_unbiased():
     assert bias.max() < 5.5 * 0.5 / math.sqrt(draws)
 
 
-def test_noise_is_uniform_and_independent_of_neighbours_steps_and_seeds():
+def test_noise_is_uniform_and_independent_of_neighbors_steps_and_seeds():
     count = 1 << 18
     first = rounding_noise(fold_key(1, 0), 0, count).double()
     assert first.min() >= -0.5

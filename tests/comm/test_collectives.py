@@ -1,4 +1,4 @@
-"""The quantised collectives on 1 to 4 real gloo processes."""
+"""The quantized collectives on 1 to 4 real gloo processes."""
 
 from __future__ import annotations
 

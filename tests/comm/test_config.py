@@ -33,5 +33,5 @@ def test_presets():
 
 
 def test_attach_needs_a_process_group():
-    with pytest.raises(CommError, match="initialise"):
+    with pytest.raises(CommError, match="initialize"):
         attach(object())

@@ -164,21 +164,21 @@ def test_seeds_of_an_arm_must_differ(arms):
     assert undecided(arms) == "two runs of arm ngram have seed 10: run ngram-seed0 and run ngram-seed2"
 
 
-@pytest.mark.parametrize("relabelled", [False, True])
-def test_copies_are_not_runs(tmp_path, relabelled):
+@pytest.mark.parametrize("relabeled", [False, True])
+def test_copies_are_not_runs(tmp_path, relabeled):
     """Two copies of one seed per arm have no spread, so that any difference has p = 0."""
     arms = {}
     for arm, level in (("none", 0.0), ("ngram", 0.021)):
         original = write_run(tmp_path / f"{arm}-seed0", 5, level=level)
         copy = Path(shutil.copytree(original, tmp_path / f"{arm}-seed1"))
-        if relabelled:
+        if relabeled:
             (copy / "run.json").write_text(json.dumps({"seed": 6, "finished": True}))
         arms[arm] = [original, copy]
     assert undecided(arms) == "run none-seed0 and run none-seed1 are copies: equal to the last bit, times included"
 
 
 def test_a_seed_that_changed_nothing_is_no_second_run(tmp_path):
-    """Equal metrics at other speeds: not copies, but one training, run twice and labelled as two seeds."""
+    """Equal metrics at other speeds: not copies, but one training, run twice and labeled as two seeds."""
     arms = {arm: [write_run(tmp_path / f"{arm}-seed{s}", 5) for s in range(2)] for arm in ("none", "ngram")}
     for paths in arms.values():
         (paths[1] / "run.json").write_text(json.dumps({"seed": 6, "finished": True}))

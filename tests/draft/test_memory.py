@@ -260,11 +260,11 @@ def test_a_request_does_not_keep_what_was_dropped() -> None:
 
 def test_a_prompt_longer_than_everything_harms_nobody() -> None:
     index = SuffixIndex(max_bytes=MIB, cross_tokens=0)
-    neighbour = index.begin(0, [1])
-    propose(index, [neighbour], [list(range(100, 200))])
+    neighbor = index.begin(0, [1])
+    propose(index, [neighbor], [list(range(100, 200))])
     late = index.begin(1, list(range(1_000_000)))
     assert sum(index.memory_bytes().values()) <= MIB + 2 * PER_REQUEST
-    assert propose(index, [neighbour], [[100, 101, 102]], 3) == [[103, 104, 105]]
+    assert propose(index, [neighbor], [[100, 101, 102]], 3) == [[103, 104, 105]]
     propose(index, [late], [list(range(300, 400))])
     assert propose(index, [late], [[300, 301, 302]], 3) == [[303, 304, 305]], "its response is followed"
     index.check_integrity()

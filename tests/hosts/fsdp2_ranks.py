@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from rl_accel.comm import SDP4BitConfig, attach
-from rl_accel.comm.hosts.fsdp2 import DifferenceAllGather, QuantisedReduceScatter
+from rl_accel.comm.hosts.fsdp2 import DifferenceAllGather, QuantizedReduceScatter
 from rl_accel.errors import CommError
 from rl_accel.quickstart.tiny_gpt import MarkovText, TinyGPT, loss_of
 
@@ -243,7 +243,7 @@ def check_a_state_loaded_on_some_ranks_is_an_error_on_all() -> None:
         handle = attach(model, four_bit(bypass="auto", **changes), optimizer)
         train(model, optimizer, 3)
         state = handle.state_dict()
-        state["bypass"]["gradients"]["quantised"] = not state["bypass"]["gradients"]["quantised"]
+        state["bypass"]["gradients"]["quantized"] = not state["bypass"]["gradients"]["quantized"]
         if dist.get_rank() == 1:
             handle.load_state_dict(state)
         try:
@@ -264,7 +264,7 @@ def check_detach_and_refusals() -> None:
     world_size = dist.get_world_size()
     model, optimizer = make()
     handle = attach(model, four_bit(sharded_weights=True), optimizer)
-    assert comms(model) == [(DifferenceAllGather, QuantisedReduceScatter)] * 3
+    assert comms(model) == [(DifferenceAllGather, QuantizedReduceScatter)] * 3
     train(model, optimizer, 1)
     handle.detach()
     assert comms(model) == [(DefaultAllGather, DefaultReduceScatter)] * 3

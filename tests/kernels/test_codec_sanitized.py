@@ -1,4 +1,4 @@
-"""The C++ of the codec under the address, undefined behaviour and thread sanitizers, without Python.
+"""The C++ of the codec under the address, undefined behavior and thread sanitizers, without Python.
 
 `codec_driver.cpp` makes random calls on buffers of exactly the right size; a sanitizer's finding ends it. About 10 s,
 and one to two compilations of half a minute each.

@@ -1,4 +1,4 @@
-"""The C++ of the suffix index under the address, undefined behaviour and thread sanitizers, without Python.
+"""The C++ of the suffix index under the address, undefined behavior and thread sanitizers, without Python.
 
 `suffix_driver.cpp` makes random calls and checks the answers; a sanitizer's finding ends it. About 20 s, and one to two
 compilations of half a minute each.

@@ -68,7 +68,7 @@ def test_samples_follow_softmax(axis):
     assert result.passed, result
 
 
-def test_neighbouring_positions_are_independent():
+def test_neighboring_positions_are_independent():
     """Pairs of tokens at positions i and i + 1: 200,000 pairs over 25 cells, alpha 1e-6."""
     num, vocab_size = 200_000, 5
     logits_V = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0])

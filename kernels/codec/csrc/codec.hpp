@@ -42,7 +42,7 @@ void quantize(std::uint8_t* out, std::size_t numel, Values x, Values subtract, F
 void dequantize(void* out, Dtype dtype, std::size_t numel, const std::uint8_t* blocks, std::size_t num_blocks,
                 Format format, bool hadamard, bool add, unsigned threads);
 
-// Quantises the sum of the blocks anew. What the blocks hold beyond numel is kept where the new format has room: the
+// Quantizes the sum of the blocks anew. What the blocks hold beyond numel is kept where the new format has room: the
 // rest of a rotated block of 32.
 void requantize(std::uint8_t* out, std::size_t numel, const std::uint8_t* blocks, std::size_t num_blocks, Format from,
                 Format format, Rounding rounding, unsigned threads);

@@ -1,4 +1,4 @@
-// Hadamard transform of a block of values, not normalised, in portable C++ and in the instruction sets for which the
+// Hadamard transform of a block of values, not normalized, in portable C++ and in the instruction sets for which the
 // including file is compiled. All give the same bits: one addition or subtraction per value and stage, strides 1, 2, 4
 // and on; a fused multiply-add stands only where the product is exact. Internal linkage: files are compiled for
 // different CPUs. kernels/common/README.md has the maths.

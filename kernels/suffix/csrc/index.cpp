@@ -238,7 +238,7 @@ void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
         fresh = tail(text, std::min<std::size_t>(kCrossContext, text.size() - 1));
       }
     }
-    normalise(automaton, cursor.state, cursor.len);
+    normalize(automaton, cursor.state, cursor.len);
     for (const Token token : fresh) automaton.advance(cursor.state, cursor.len, token);
   }
 }

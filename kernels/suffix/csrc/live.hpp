@@ -1,8 +1,8 @@
-// The live tier: a generalised suffix automaton of one problem, extended by all its running rollouts at once.
+// The live tier: a generalized suffix automaton of one problem, extended by all its running rollouts at once.
 //
 // A state stands for the substrings that end at the same places. It keeps how often and where they occurred last, and
 // its most frequent continuation inline, so that a draft is read by following `to`. Appending a token costs O(1)
-// amortised (a walk along suffix links, capped for counts at `kTouchCap`); states, edges and the hash table of crowded
+// amortized (a walk along suffix links, capped for counts at `kTouchCap`); states, edges and the hash table of crowded
 // states grow in chunks or step by step, never by copying everything.
 //
 // Not thread-safe. Memory: 28 B a state (about 1.3 states a token), 16 B an edge beyond a state's first.

@@ -104,7 +104,7 @@ class ClosedReader {
 };
 
 // A cursor that was not moved while its automaton grew may stand in a state that was split since.
-inline void normalise(const LiveAutomaton& automaton, u32& state, u32 len) {
+inline void normalize(const LiveAutomaton& automaton, u32& state, u32 len) {
   while (state != LiveAutomaton::kRoot && len <= automaton.state(automaton.state(state).link).len)
     state = automaton.state(state).link;
 }

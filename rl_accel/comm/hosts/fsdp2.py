@@ -41,8 +41,8 @@ from rl_accel.kernels.codec import api as codec
 logger = logging.getLogger(__name__)
 
 
-class QuantisedReduceScatter(ReduceScatter):
-    """Two-level quantised reduce-scatter of one FSDP module."""
+class QuantizedReduceScatter(ReduceScatter):
+    """Two-level quantized reduce-scatter of one FSDP module."""
 
     def __init__(self, handle: CommHandle):
         self.handle = handle
@@ -55,7 +55,7 @@ class QuantisedReduceScatter(ReduceScatter):
         if not self.handle.topology.is_of(group):
             return self.plain(output_tensor, input_tensor, group, op, async_op)
         with self.handle.timed("gradients"):
-            if not self.handle.quantise_gradients():
+            if not self.handle.quantize_gradients():
                 return self.plain(output_tensor, input_tensor, group, op, async_op)
             if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
                 raise CommError("4-bit communication does not cover FSDP2's gradient divide factors")
@@ -93,7 +93,7 @@ class DifferenceAllGather(AllGather):
 
     def _renew(self, output: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup) -> None:
         """Bring `held` up to date; `shard` is a part of `output`, which may be overwritten."""
-        if self.held is None or self.held_step < self.weights.full_from or not self.handle.quantise_weights():
+        if self.held is None or self.held_step < self.weights.full_from or not self.handle.quantize_weights():
             self.plain(output, shard, group)
             self.held = output.clone() if self.held is None else self.held.copy_(output)
             return
@@ -173,7 +173,7 @@ def _check(config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> No
 def _replace_collectives(part: FSDPModule, handle: CommHandle, weights: _Weights) -> DifferenceAllGather:
     gather = DifferenceAllGather(handle, weights)
     if handle.config.gradients:
-        part.set_custom_reduce_scatter(QuantisedReduceScatter(handle))
+        part.set_custom_reduce_scatter(QuantizedReduceScatter(handle))
         handle.on_detach(lambda: part.set_custom_reduce_scatter(DefaultReduceScatter()))
     if handle.config.weights:
         part.set_custom_all_gather(gather)

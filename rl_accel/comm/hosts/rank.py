@@ -44,7 +44,7 @@ class CommRank(Rank):
         assert self.handle is not None
         before, after = self._before, self.handle.stats()
         found = {name: after[name] - before[name] for name in _COUNTED}
-        return found | {f"{what}_quantised": before[f"{what}_quantised"] for what in ("gradients", "weights")}
+        return found | {f"{what}_quantized": before[f"{what}_quantized"] for what in ("gradients", "weights")}
 
     def state_dict(self) -> dict[str, Any]:
         assert self.handle is not None

@@ -62,7 +62,7 @@ def make_ds_config(config: FSDPEngineConfig, numel: int, device_type: str, clip_
     """Return DeepSpeed's configuration.
 
     Gradients are averaged over ranks and never divided by the number of micro-batches (`gradient_accumulation_steps`
-    stays 1; verl's losses are already normalised by the tokens of the whole batch). As in verl's FSDP engine they are
+    stays 1; verl's losses are already normalized by the tokens of the whole batch). As in verl's FSDP engine they are
     reduced and added up in float32 by default. The exception is bfloat16 at stage 1: float32 accumulation would select
     DeepSpeed's `BF16_Optimizer`, so micro-batches are added in bfloat16 there.
 

@@ -26,7 +26,7 @@ class ExpandBatchToTokensPatch(HostPatch):
     """Replaces `expand_batch_to_tokens`, which spreads temperature, top_k and top_p over draft tokens.
 
     On CPU its kernel (`vllm/utils/cpu_triton_utils.py`, `_expand_kernel_impl`) writes into an int64 copy of
-    the output, so that a float32 or int32 output stays uninitialised memory, and sampled tokens follow
+    the output, so that a float32 or int32 output stays uninitialized memory, and sampled tokens follow
     whatever was there.
     """
 

@@ -164,7 +164,7 @@ def case_four_bits_train() -> None:
         if dist.get_world_size() == 1:
             assert not stats["gradient_values"]
             continue
-        assert stats["gradients_quantised"]
+        assert stats["gradients_quantized"]
         micro_steps = 20 if "ga" in name and "stage1" not in name and "bf16" not in name else 10
         if "accumulates" in name:
             micro_steps = 20
@@ -254,7 +254,7 @@ def case_a_search_for_the_loss_scale_is_no_try() -> None:
         assert engine.optimizer.overflow == (step < 12)
         stats = handle.stats()
         assert ("weights_plain_s" in stats) == (step >= 12 + 5), (step, stats)
-    assert min(stats[f"{what}_{way}_s"] for what in ("gradients", "weights") for way in ("quantised", "plain")) > 0
+    assert min(stats[f"{what}_{way}_s"] for what in ("gradients", "weights") for way in ("quantized", "plain")) > 0
     assert same_on_all_ranks(weights_of(engine))
     handle.detach()
 
@@ -271,7 +271,7 @@ def case_a_slow_rank_is_not_a_slow_link() -> None:
         train(engine, 1, first=step)
     stats = handle.stats()
     for what in ("gradients", "weights"):
-        for way in ("quantised", "plain"):
+        for way in ("quantized", "plain"):
             assert 0 < stats[f"{what}_{way}_s"] < 0.15, stats
     handle.detach()
 
@@ -528,7 +528,7 @@ def case_a_state_loaded_on_some_ranks_is_an_error_on_all() -> None:
         handle = attach(engine, four_bit(bypass="auto"))
         train(engine, 3)
         state = handle.state_dict()
-        state["bypass"]["gradients"]["quantised"] = not state["bypass"]["gradients"]["quantised"]
+        state["bypass"]["gradients"]["quantized"] = not state["bypass"]["gradients"]["quantized"]
         state["steps"] = 40
         if dist.get_rank() == 0:
             handle.load_state_dict(state)
@@ -565,11 +565,11 @@ def case_bypass_decides_alike() -> None:
         [
             stats[f"{what}_{part}"]
             for what in ("gradients", "weights")
-            for part in ("quantised", "quantised_s", "plain_s")
+            for part in ("quantized", "quantized_s", "plain_s")
         ],
     )
     assert all(choice == choices[0] for choice in choices)
-    assert stats["gradients_quantised"] == (stats["gradients_quantised_s"] <= stats["gradients_plain_s"])
+    assert stats["gradients_quantized"] == (stats["gradients_quantized_s"] <= stats["gradients_plain_s"])
     assert "times as fast" in stats["gradients_advice"]
     assert same_on_all_ranks(weights_of(engine))
     handle.detach()

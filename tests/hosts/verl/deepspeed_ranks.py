@@ -123,7 +123,7 @@ def loss_of_lm(model_output, data, dp_group=None):
 
 
 def loss_of_values(model_output, data, dp_group=None):
-    """Squared distance of every value to 1, normalised like verl's losses."""
+    """Squared distance of every value to 1, normalized like verl's losses."""
     error = (model_output["values"].values() - 1.0) ** 2 * data["loss_mask"].values()
     return error.sum() / data["batch_num_tokens"] * data["dp_size"], {}
 

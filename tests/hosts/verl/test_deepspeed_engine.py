@@ -184,16 +184,16 @@ def test_4_bit_communication_in_the_engine(ranks, kind):
     for ours, plain in zip(result["straight"], result["plain"], strict=True):
         assert ours["loss"] == pytest.approx(plain["loss"], rel=0.02)
         assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=0.05)
-        assert ours["loss"] != plain["loss"], "nothing was quantised"
+        assert ours["loss"] != plain["loss"], "nothing was quantized"
     expected, found = result["log_probs"]
     assert float((found - expected).abs().mean()) < 0.05
     assert not torch.equal(found, expected)
     stats = result["stats"]
     weights = kind in ("zero1", "zero2")
-    assert stats["gradients_quantised"] and stats["gradient_intra_bytes"] > 0
+    assert stats["gradients_quantized"] and stats["gradient_intra_bytes"] > 0
     assert (stats["weight_intra_bytes"] > 0) == weights
     assert stats["weight_resyncs"] == 0
-    assert result["metrics"]["rl_accel/comm/gradients_quantised"] == [1.0]
+    assert result["metrics"]["rl_accel/comm/gradients_quantized"] == [1.0]
     assert (result["metrics"]["rl_accel/comm/weight_intra_bytes"][0] > 0) == weights
     assert result["metrics"]["rl_accel/comm/gradient_intra_bytes"][0] > 0
     assert result["resumed"] == result["straight"]
@@ -241,6 +241,6 @@ def test_training_with_4_bit_communication(trainings):
     for step in run.metrics().values():
         assert 0 <= step["training/rollout_probs_diff_max"] < 1e-4
         assert step["rl_accel/sync/readback_max_abs_err"] < 1e-6
-        assert step["actor/rl_accel/comm/gradients_quantised"] == step["actor/rl_accel/comm/weights_quantised"] == 1
+        assert step["actor/rl_accel/comm/gradients_quantized"] == step["actor/rl_accel/comm/weights_quantized"] == 1
         assert step["actor/rl_accel/comm/gradient_intra_bytes"] > 0
         assert step["actor/rl_accel/comm/weight_intra_bytes"] > 0

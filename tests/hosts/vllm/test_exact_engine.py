@@ -137,7 +137,7 @@ def ask_ten_times(llm, backwards: bool) -> list[list[int]]:
     return asyncio.run(session(SessionClient(Client(), identity)))
 
 
-def neighbour_of_masked(llm) -> dict:
+def neighbor_of_masked(llm) -> dict:
     """Greedy tokens of a request alone, and in the row that one with `allowed_token_ids` has just left.
 
     Rows: 0 ends after a token, so 2 moves there; its row goes to the newcomer while row 1 keeps the mask in use.
@@ -244,7 +244,7 @@ def run_engine(model: str, mode: str) -> dict:
         if "spec_decode" in metric.name and hasattr(metric, "value")
     }
     result["session"] = [ask_ten_times(llm, backwards) for backwards in (False, True)]
-    result["masked"] = neighbour_of_masked(llm)
+    result["masked"] = neighbor_of_masked(llm)
     if mode != "stock":
         result["malformed"] = generate_malformed(llm)
         result["fatal"] = generate_what_ends_stock_vllm(llm)

@@ -6,7 +6,7 @@ triples are compared with the law of the chain by chi-square at alpha 1e-6. Draf
 about 1e-5, the likeliest token, always the same token, and (exact sampling only) what the target is about to
 sample. Samplers: vLLM's own with the CPU repair, and rl_accel's exact one.
 
-Negative control: vLLM's own sampler without the repair, which divides the logits by uninitialised memory.
+Negative control: vLLM's own sampler without the repair, which divides the logits by uninitialized memory.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """What must hold before a DeepSpeed engine is touched: version, optimizer class, seams as they were read, features that
-quantised communication does not cover, and agreement of all ranks.
+quantized communication does not cover, and agreement of all ranks.
 
 Host symbols: those of `HOST_SYMBOLS`, and the settings of `DeepSpeedEngine` and `zero_config` read below.
 """
@@ -137,7 +137,7 @@ def _unsupported(engine: Any, config: SDP4BitConfig, group: dist.ProcessGroup) -
     optimizer, zero = engine.optimizer, engine._config.zero_config
     sharded = type(optimizer).__name__ == "DeepSpeedZeroOptimizer_Stage3"
     stage12 = type(optimizer).__name__ == "DeepSpeedZeroOptimizer"
-    quantised_zeropp = [
+    quantized_zeropp = [
         name
         for name in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
         if getattr(zero, name)
@@ -147,7 +147,7 @@ def _unsupported(engine: Any, config: SDP4BitConfig, group: dist.ProcessGroup) -
         (isinstance(engine, PipelineEngine), "pipeline parallelism"),
         (engine.has_moe_layers, "mixture-of-experts layers of DeepSpeed (expert groups reduce apart)"),
         (bool(offload), f"{' and '.join(offload)}: gradients leave the device before they are reduced"),
-        (bool(quantised_zeropp), f"ZeRO++ beside it: switch off {', '.join(quantised_zeropp)}"),
+        (bool(quantized_zeropp), f"ZeRO++ beside it: switch off {', '.join(quantized_zeropp)}"),
         (zero.zero_hpz_partition_size > 1, "ZeRO++ hierarchical partitions: set zero_hpz_partition_size to 1"),
         (getattr(zero, "zenflow", None) is not None, "ZenFlow"),
         (engine.sequence_parallel_size > 1, "sequence parallelism"),

@@ -1,4 +1,4 @@
-"""The gradient reduction of each optimizer class of DeepSpeed, quantised.
+"""The gradient reduction of each optimizer class of DeepSpeed, quantized.
 
 - ZeRO-1, ZeRO-2: `optimizer.allreduce_and_scatter`, replaced on the instance. DeepSpeed all-reduces a whole bucket
   there, already averaged, and each rank keeps the slices that are its own; here each slice goes to its rank alone.
@@ -45,7 +45,7 @@ def attach_stage12(optimizer: Any, handle: CommHandle) -> None:
     @functools.wraps(original)
     def allreduce_and_scatter(self, bucket, communication_data_type, *args, divide=True, process_group=None, **kwargs):
         with handle.timed("gradients"):
-            if not handle.quantise_gradients() or divide or not bucket:
+            if not handle.quantize_gradients() or divide or not bucket:
                 return original(
                     bucket, communication_data_type, *args, divide=divide, process_group=process_group, **kwargs
                 )
@@ -79,7 +79,7 @@ def attach_bf16_optimizer(engine: Any, handle: CommHandle) -> None:
     @functools.wraps(original)
     def allreduce_bucket(self, bucket, dp_group, dp_world_size=None):
         with handle.timed("gradients"):
-            if not handle.quantise_gradients() or dp_group is not handle.topology.group:
+            if not handle.quantize_gradients() or dp_group is not handle.topology.group:
                 return original(bucket, dp_group, dp_world_size)
             flat = self.flatten(bucket)
             if self.gradient_average:
@@ -97,7 +97,7 @@ _AVG_SCATTER_GRADS = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
 
 
 def attach_stage3(optimizer: Any, handle: CommHandle) -> None:
-    """Make `reduce_scatter_coalesced` quantise while this optimizer reduces."""
+    """Make `reduce_scatter_coalesced` quantize while this optimizer reduces."""
     module = importlib.import_module(type(optimizer).__module__)
     dispatcher = getattr(module.reduce_scatter_coalesced, "rl_accel_dispatcher", None) or _Stage3Dispatcher(module)
     dispatcher.users += 1
@@ -106,7 +106,7 @@ def attach_stage3(optimizer: Any, handle: CommHandle) -> None:
     @functools.wraps(original)
     def avg_scatter_grads(self, params_to_reduce, communication_data_type):
         with handle.timed("gradients"):
-            dispatcher.handle = handle if handle.quantise_gradients() else None
+            dispatcher.handle = handle if handle.quantize_gradients() else None
             try:
                 return original(params_to_reduce, communication_data_type)
             finally:

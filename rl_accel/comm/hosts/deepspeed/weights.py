@@ -55,7 +55,7 @@ class _Gather:
         return [*self.masters, *(parts[rank] for parts in self.partitioned)]
 
     def before_step(self) -> None:
-        if self.handle.quantise_weights():
+        if self.handle.quantize_weights():
             rank = self.handle.topology.rank
             self.old_shards = [parts[rank].detach().clone() for parts in self.partitioned]
             self.handle.wants_resync |= self.watch.look()
@@ -66,7 +66,7 @@ class _Gather:
     def end_step(self) -> None:
         """After the choice for the next step was made: only a difference needs to know what changed."""
         self.watch.forget()
-        if self.handle.weights_quantised:
+        if self.handle.weights_quantized:
             self.watch.look()
 
     def send(self) -> None:
