@@ -156,7 +156,7 @@ def _explained(error: BaseException, folder: RunFolder) -> RLAccelError:
     disk = next((str(cause).strip().splitlines()[-1] for cause in chain if is_disk_error(cause)), None)
     if disk is not None:
         return RunFailedError(
-            f"the disk of {folder.path} takes no more: {disk}. Make room and start the same command again with "
+            f"the disk of {folder.path} takes no more: {disk}. Free some space and start the same command again with "
             f"rl_accel.run_dir={folder.path}: it goes on from the last checkpoint"
         )
     last = str(chain[-1]).strip().splitlines() or ["no message"]

@@ -4,7 +4,7 @@
 
 Every arm is a vLLM engine in a process of its own, on the tiny policy of the quickstart with exact sampling, so all
 arms generate the same tokens. A block is one batch of requests; the arms run the same block one after the other, in
-an order that turns, while the others wait. Two data sets: `rollouts` (problems that come back, temperature 1) and
+an order that turns, while the others wait. Two data sets: `rollouts` (problems that repeat, temperature 1) and
 `noise` (temperature 2: little can be predicted). Reported: the median over blocks of an arm's time divided by `none`'s
 for the same block; above 1 means slower than not drafting. Left out: the first blocks, in which an arm learns.
 """

@@ -7,10 +7,10 @@ No model runs: recorded rollouts (`rl_accel.draft.record: true`; format in rl_ac
 would have sampled, whatever is drafted. Without a file, rollouts are made up: several samples of a few problems over
 four epochs. Two comparisons for every longest draft K:
 
-    cap    both drafters may draft K tokens per request and pass
-    equal  das is held (threshold on its path probability) to the tokens per pass that the incumbent drafted
+    cap    both drafters may draft K tokens per request and step
+    equal  das is held (threshold on its path probability) to the tokens per step that the incumbent drafted
 
-The incumbents get their best of several settings, by accepted tokens per pass at that cap: Arctic of tree depth 24, 64,
+The incumbents get their best of several settings, by accepted tokens per step at that cap: Arctic of tree depth 24, 64,
 factor 1, 2, 4 and least token probability 0.2, 0.1, 0.05, 0; ngram of lengths 1-3, 2-4, 3-5. `bound` is a drafter that
 is never wrong. Times are for this machine; ngram has none, as its drafts are vLLM's and its code is not. Costs about 20
 to 100 us per recorded token, setting and K; settings run on all cores. Tests of the drafter are run by scripts/test.sh.
@@ -157,11 +157,11 @@ class _Order2:
 
 
 def perfect(rollouts: Sequence[Rollout], max_draft: int) -> float:
-    """Accepted tokens per pass of a drafter that is never wrong."""
+    """Accepted tokens per step of a drafter that is never wrong."""
     behind_first = np.array([len(r.token_ids) - 1 for r in rollouts if r.token_ids])
-    passes = -(-behind_first // (max_draft + 1))
-    own = behind_first // (max_draft + 1)  # a pass that ends the text by a draft token adds none of the target's own
-    return float((behind_first - own).sum() / max(passes.sum(), 1))
+    steps = -(-behind_first // (max_draft + 1))
+    own = behind_first // (max_draft + 1)  # a step that ends the text by a draft token adds none of the target's own
+    return float((behind_first - own).sum() / max(steps.sum(), 1))
 
 
 def run(make: Callable) -> ReplayResult:
@@ -177,7 +177,7 @@ def run_many(makes: Sequence[Callable]) -> list[Counts]:
 
 
 class DasCurve:
-    """Das at thresholds; every one runs once."""
+    """Das at thresholds of the path probability; every one runs once."""
 
     def __init__(self, max_draft: int):
         self.max_draft = max_draft
@@ -188,14 +188,14 @@ class DasCurve:
             self._found[threshold] = run(partial(Das, self.max_draft, threshold)).total
         return self._found[threshold]
 
-    def drafting(self, drafted_per_pass: float) -> tuple[float, Counts]:
+    def drafting(self, drafted_per_request_step: float) -> tuple[float, Counts]:
         """Threshold and counts where das drafts that much; the longest drafts if it never does."""
         low, high = LEAST_THRESHOLD, 1.0
-        if self.at(low).drafted_per_pass <= drafted_per_pass * (1 + EQUAL_WITHIN / 3):
+        if self.at(low).drafted_per_request_step <= drafted_per_request_step * (1 + EQUAL_WITHIN / 3):
             return low, self.at(low)
         for _ in range(14):
             middle = float(np.sqrt(low * high)) if low < 0.1 else (low + high) / 2
-            ratio = self.at(middle).drafted_per_pass / max(drafted_per_pass, 1e-9)
+            ratio = self.at(middle).drafted_per_request_step / max(drafted_per_request_step, 1e-9)
             if 1 - EQUAL_WITHIN <= ratio <= 1 + EQUAL_WITHIN / 3:
                 break
             low, high = (middle, high) if ratio > 1 else (low, middle)
@@ -203,15 +203,15 @@ class DasCurve:
 
 
 HEADER = f"{'':<38}{'accepted':>9}{'drafted':>9}{'accept.':>9}{'drafter':>12}{'memory':>9}\n" + (
-    f"{'':<38}{'per pass':>9}{'per pass':>9}{'rate':>9}{'us/request':>12}{'MiB':>9}"
+    f"{'':<38}{'per step':>9}{'per step':>9}{'rate':>9}{'us/request':>12}{'MiB':>9}"
 )
 
 
 def line(name: str, counts: Counts, timed: bool = True) -> str:
-    time_us = f"{counts.us_per_pass:>12.1f}" if timed else f"{'-':>12}"
+    time_us = f"{counts.us_per_request_step:>12.1f}" if timed else f"{'-':>12}"
     memory = f"{counts.memory_bytes / 2**20:>9.1f}" if counts.memory_bytes else f"{'-':>9}"
     return (
-        f"{name:<38}{counts.accepted_per_pass:>9.3f}{counts.drafted_per_pass:>9.3f}"
+        f"{name:<38}{counts.accepted_per_request_step:>9.3f}{counts.drafted_per_request_step:>9.3f}"
         f"{counts.acceptance_rate:>9.3f}{time_us}{memory}"
     )
 
@@ -234,10 +234,10 @@ def print_sources(das: Das) -> None:
 def row(name: str, das: Counts, incumbent: Counts, bound: float) -> dict:
     return {
         "name": name,
-        "value": das.accepted_per_pass,
-        "unit": "tokens per request and pass",
-        "incumbent": incumbent.accepted_per_pass,
-        "ratio": das.accepted_per_pass / max(incumbent.accepted_per_pass, 1e-9),
+        "value": das.accepted_per_request_step,
+        "unit": "tokens per request and step",
+        "incumbent": incumbent.accepted_per_request_step,
+        "ratio": das.accepted_per_request_step / max(incumbent.accepted_per_request_step, 1e-9),
         "bound": bound,
     }
 
@@ -258,23 +258,29 @@ def bench(data: str, rollouts: list[Rollout], max_draft: int, with_arctic: bool)
         )
         if not found:
             continue
-        best = max(found, key=lambda s: found[s].accepted_per_pass)
+        best = max(found, key=lambda s: found[s].accepted_per_request_step)
         suffix = "" if kind == "Arctic" else ".ngram"
         for setting in (best, ARCTIC_DEFAULT) if kind == "Arctic" and best != ARCTIC_DEFAULT else (best,):
             result = run(partial(make, max_draft, *setting))  # again, alone: for its time
             label = f"{kind} {'-'.join(f'{x:g}' for x in setting)}"
             print_epochs(label, result, timed=kind == "Arctic")
             if setting == best:
-                incumbents.append((f"draft.accepted_per_pass.{data}.{{}}{max_draft}{suffix}", label, result.total))
+                incumbents.append(
+                    (f"draft.accepted_per_request_step.{data}.{{}}{max_draft}{suffix}", label, result.total)
+                )
             else:
                 incumbents.append(("", label + " (vLLM's default)", result.total))
     print_sources(das_drafter)
-    print(f"\nat equal drafted tokens per pass\n{HEADER}")
+    print(f"\nat equal drafted tokens per step\n{HEADER}")
     for name, label, counts in incumbents:
-        threshold, equal = curve.drafting(counts.drafted_per_pass)
-        less = "" if equal.drafted_per_pass >= counts.drafted_per_pass * (1 - EQUAL_WITHIN) else ", drafts less"
+        threshold, equal = curve.drafting(counts.drafted_per_request_step)
+        less = (
+            ""
+            if equal.drafted_per_request_step >= counts.drafted_per_request_step * (1 - EQUAL_WITHIN)
+            else ", drafts less"
+        )
         print(line(label, counts, timed="ngram" not in label))
-        ratio = equal.accepted_per_pass / max(counts.accepted_per_pass, 1e-9)
+        ratio = equal.accepted_per_request_step / max(counts.accepted_per_request_step, 1e-9)
         print(f"{line(f'  das, threshold {threshold:.3g}{less}', equal)}   {ratio:.2f}x")
         if name:
             rows.append(row(name.format("cap"), das.total, counts, bound))

@@ -10,7 +10,7 @@ its next token and asks for drafts of at most 24 tokens. Contenders take turns, 
     propose_512_cold  the same after 256 MiB of other memory were read, as an engine's step does
     rows_512          SuffixIndex.propose_rows from a matrix of all texts, as vLLM keeps it, with Python lists out
     drafter_512       SuffixDrafter.propose, Python lists in and out; threshold 0.1
-    priced_512        the same with the length-aware budget, which plans anew every 16 passes (see p95)
+    budget_512        the same with the length-aware budget, which plans anew every 16 steps (see p95)
     Arctic            add_active_response + speculate per request, as vLLM does; factor 1, token probability 0.1
 
 `ratio` is against tree depth 24, vLLM's default; depth 64 is printed. `bound`: for a step, reading one random word of
@@ -150,12 +150,12 @@ class Batch:
 
 
 class Drafter:
-    """SuffixDrafter with Python lists; `priced`: with a budget for passes as a 7B model's on an H100."""
+    """SuffixDrafter with Python lists; `budget`: with a budget for steps as a 7B model's on an H100."""
 
-    def __init__(self, data: Workload, priced: bool = False):
-        self.data, self.priced = data, priced
+    def __init__(self, data: Workload, budget: bool = False):
+        self.data, self.budget = data, budget
         self.drafter = Das(CAP, THRESHOLD).drafter
-        if priced:
+        if budget:
             self.drafter = SuffixDrafter(DraftConfig(method="das", num_speculative_tokens=CAP))
         load_past(self.drafter.index, data)
         self.names = [str(i) for i in range(len(data.live))]
@@ -168,7 +168,7 @@ class Drafter:
         started = time.perf_counter()
         drafts = self.drafter.propose(self.names, tokens, CAP)
         seconds = time.perf_counter() - started
-        if self.priced:
+        if self.budget:
             drafted = sum(map(len, drafts))
             self.drafter.observe_step(8e-3 + 25e-6 * (len(drafts) + drafted), len(drafts), drafted)
         return seconds, drafts
@@ -337,7 +337,7 @@ def bench(repeats: int, with_arctic: bool) -> list[dict]:
         "propose_512_cold": Batch(data, cold=True),
         "rows_512": Batch(data, rows=True),
         "drafter_512": Drafter(data),
-        "priced_512": Drafter(data, priced=True),
+        "budget_512": Drafter(data, budget=True),
     }
     live_bytes = batch.index.memory_bytes()["live"] / batch.index.live_tokens()
     arctic = Arctic(data, 24) if with_arctic else None

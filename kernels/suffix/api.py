@@ -29,7 +29,7 @@ MATCH_LENGTHS: tuple[str, ...] = _suffix.MATCH_LENGTHS if _suffix else ()
 """Match lengths in tokens, likewise."""
 MAX_DRAFT = 128
 """vLLM verifies no longer drafts (`MAX_SPEC_LEN`)."""
-NO_TOTALS = np.zeros(0, np.uint32)
+NO_CAPTURE_SIZES = np.zeros(0, np.uint32)
 UNBOUNDED = 1 << 62
 
 
@@ -117,10 +117,10 @@ class SuffixIndex:
         handles: npt.NDArray[np.int64],
         new_token_ids: npt.NDArray[np.int32],
         offsets: npt.NDArray[np.uint32],
-        caps: npt.NDArray[np.uint32],
-        thresholds: npt.NDArray[np.float32],
-        totals: npt.NDArray[np.uint32] = NO_TOTALS,
-        fee: float = 0.0,
+        max_draft_tokens: npt.NDArray[np.uint32],
+        min_path_probs: npt.NDArray[np.float32],
+        capture_sizes: npt.NDArray[np.uint32] = NO_CAPTURE_SIZES,
+        break_even_gain: float = 0.0,
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
         """Take new tokens, then draft, for n requests in one call.
 
@@ -129,10 +129,10 @@ class SuffixIndex:
             new_token_ids: int32 [T], what the requests gained since the last call; those of request i are
                 `new_token_ids[offsets[i]:offsets[i + 1]]`.
             offsets: uint32 [n + 1].
-            caps: uint32 [n], longest draft of each request; 0 only appends.
-            thresholds: float32 [n], least probability of a draft's path; above 1 nothing is drafted.
-            totals: uint32, ascending sizes (requests + draft tokens) that a pass should fill, the last is its limit.
-            fee: the gain of a draft token is path probability / threshold - 1; nothing is drafted where the gains of
+            max_draft_tokens: uint32 [n], longest draft of each request; 0 only appends.
+            min_path_probs: float32 [n], least probability of a draft's path; above 1 nothing is drafted.
+            capture_sizes: uint32, ascending sizes (requests + draft tokens) that a step should fill; the last is a limit.
+            break_even_gain: the gain of a draft token is path probability / min_path_prob - 1; nothing is drafted where those of
                 all admitted tokens sum to less than this.
 
         Returns:
@@ -141,7 +141,9 @@ class SuffixIndex:
         Raises:
             DraftError: on an ended handle, a negative token or arrays that do not fit together.
         """
-        return self._index.propose_batch(handles, new_token_ids, offsets, caps, thresholds, totals, fee)
+        return self._index.propose_batch(
+            handles, new_token_ids, offsets, max_draft_tokens, min_path_probs, capture_sizes, break_even_gain
+        )
 
     @_draft_errors
     def propose_rows(
@@ -150,16 +152,18 @@ class SuffixIndex:
         token_ids: npt.NDArray[np.int32],
         rows: npt.NDArray[np.uint32],
         num_tokens: npt.NDArray[np.uint32],
-        caps: npt.NDArray[np.uint32],
-        thresholds: npt.NDArray[np.float32],
-        totals: npt.NDArray[np.uint32] = NO_TOTALS,
-        fee: float = 0.0,
+        max_draft_tokens: npt.NDArray[np.uint32],
+        min_path_probs: npt.NDArray[np.float32],
+        capture_sizes: npt.NDArray[np.uint32] = NO_CAPTURE_SIZES,
+        break_even_gain: float = 0.0,
     ) -> list[list[int]]:
         """`propose_batch` that reads each request's text (prompt first) from `token_ids[rows[i], :num_tokens[i]]`.
 
         Only what a request gained since it was last seen is taken, so calls may have been missed.
         """
-        return self._index.propose_rows(handles, token_ids, rows, num_tokens, caps, thresholds, totals, fee)
+        return self._index.propose_rows(
+            handles, token_ids, rows, num_tokens, max_draft_tokens, min_path_probs, capture_sizes, break_even_gain
+        )
 
     @_draft_errors
     def pack(self) -> dict[str, int]:
@@ -222,7 +226,7 @@ class SuffixIndex:
         return {
             "live": self._index.live_bytes(),
             "closed": self._index.closed_bytes(),
-            "cross": self._index.cross_bytes(),
+            "global": self._index.cross_bytes(),
         }
 
     def live_tokens(self) -> int:
@@ -242,7 +246,7 @@ class SuffixIndex:
     def take_stats(self) -> dict[str, Any]:
         """Return and reset the counters.
 
-        `passes`, `candidates`, `expected_first`, `expected_all`, `by_source`, and what memory had no place for:
+        `request_steps`, `candidates`, `expected_first`, `expected_all`, `by_source`, and what memory had no place for:
         `problems_renewed`, `requests_let_go`, `segments_dropped`, `rollouts_lost`.
         """
         return self._index.take_stats()

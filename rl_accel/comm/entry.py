@@ -29,7 +29,7 @@ def attach(
 
     Raises:
         CommError: on every rank, for an engine that cannot be served or ranks that disagree; nothing is changed then.
-        VersionError: for a host whose seams are not those that were tested.
+        VersionError: for a host whose symbols are not those that were tested.
     """
     config = config or SDP4BitConfig()
     if not dist.is_initialized():

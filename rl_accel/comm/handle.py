@@ -272,7 +272,7 @@ class CommHandle:
                 bypass.quantized = True
 
     def replace(self, target: Any, name: str, method: Callable[..., Any]) -> None:
-        """Put a method on an object, for as long as this handle is attached; whatever was on it comes back then."""
+        """Put a method on an object, for as long as this handle is attached; what was on it is restored then."""
         before = vars(target).get(name)
         setattr(target, name, types.MethodType(method, target))
 

@@ -1,16 +1,16 @@
 """How many draft tokens each live request should propose so that the last request ends early.
 
 A request with l tokens left that proposes p of them over the rest of its life has A(p) = k l (1 - exp(-alpha p / l))
-accepted (DAS Eq 4) and takes l - A(p) passes; the batch takes N = max_i (l_i - A_i(p_i)). Minimized is
+accepted (DAS Eq 4) and takes l - A(p) steps; the batch takes N = max_i (l_i - A_i(p_i)). Minimized is
 
     J = base_s * N + sum_i [ per_request_s * (l_i - A_i(p_i)) + per_draft_s * p_i ]   seconds,
 
 convex in all p_i. Its multipliers, the seconds that one token less of request i saves by ending the batch earlier, sum
-to base_s; they turn a length forecast into the path probability from which on a draft token pays.
+to base_s; they turn a length forecast into the path probability from which on a draft token is worth its cost.
 
 Source: DAS §4.2; differs: the middle term (theirs has per_request_s = 0); Eq 7 and 9 as printed do not solve their own
 constraint unless k = 1, the inverse of Eq 4 used here is -(l / alpha) ln(1 - (1 - N / l) / k).
-Left out: the token limit and KV-cache limit of a pass; passes are priced linearly.
+Left out: the token limit and KV-cache limit of a step; costs are linear.
 Cost: 512 requests x 8 scenarios take about 0.5 ms.
 
 Shape suffixes: N requests, S scenarios.
@@ -30,7 +30,7 @@ from rl_accel.errors import DraftError
 BISECTIONS, FORECAST_BISECTIONS = 40, 10
 """The interval of N is halved so often for known lengths, and for sampled ones, which scatter far more than 1e-3."""
 FREE_DRAFT = 1e-9
-"""Least price of a draft token, as a share of base_s + per_request_s: free drafts would be proposed without end."""
+"""Least cost of a draft token, as a share of base_s + per_request_s: free drafts would be proposed without end."""
 MIN_PROBABILITY = 0.01
 """Least threshold; the estimates of path probabilities mean little below."""
 MIN_LENGTH, MIN_ACCEPTED, TINY = 1e-9, 1e-12, 1e-300
@@ -39,8 +39,8 @@ MIN_LENGTH, MIN_ACCEPTED, TINY = 1e-9, 1e-12, 1e-300
 Array = np.ndarray | float
 
 
-class PassPrices(Protocol):
-    """What a pass costs, in seconds; `StepCostModel` and `Prices` are such."""
+class StepCosts(Protocol):
+    """What a step costs, in seconds; `StepCostModel` and `FixedCosts` are such."""
 
     @property
     def base_s(self) -> float: ...
@@ -51,8 +51,8 @@ class PassPrices(Protocol):
 
 
 @dataclass(frozen=True)
-class Prices:
-    """Seconds of a pass without requests, of a live request, of a draft token."""
+class FixedCosts:
+    """Seconds of a step without requests, of a live request, of a draft token."""
 
     base_s: float
     per_request_s: float
@@ -63,7 +63,7 @@ class Prices:
 class Plan:
     """The optimum: N, p_i float64 [N], multipliers float64 [N] in seconds a token, J in seconds."""
 
-    num_passes: float
+    num_steps: float
     proposed: np.ndarray
     multipliers: np.ndarray
     seconds: float
@@ -81,14 +81,14 @@ def acceptance(proposed: Array, lengths: Array, k: Array, alpha: Array) -> Array
     return -k * lengths * np.expm1(-alpha * proposed / lengths)
 
 
-def proposed_tokens(num_passes: Array, lengths: Array, k: Array, alpha: Array) -> Array:
-    """Return the p that leaves `num_passes` = l - A(p): 0 from l passes on, inf for l (1 - k) and fewer."""
-    missed = 1.0 - np.maximum(1.0 - num_passes / lengths, 0.0) / k
+def proposed_tokens(num_steps: Array, lengths: Array, k: Array, alpha: Array) -> Array:
+    """Return the p that leaves `num_steps` = l - A(p): 0 from l steps on, inf for l (1 - k) and fewer."""
+    missed = 1.0 - np.maximum(1.0 - num_steps / lengths, 0.0) / k
     with np.errstate(divide="ignore"):
         return 0.0 - lengths / alpha * np.log(np.maximum(missed, 0.0))
 
 
-def makespan_optimum(lengths: np.ndarray, k: Array, alpha: Array, cost: PassPrices) -> Plan:
+def makespan_optimum(lengths: np.ndarray, k: Array, alpha: Array, cost: StepCosts) -> Plan:
     """Minimize J for known lengths.
 
     Args:
@@ -98,7 +98,7 @@ def makespan_optimum(lengths: np.ndarray, k: Array, alpha: Array, cost: PassPric
         cost: seconds of base, request and draft token.
 
     Returns:
-        The plan. Its multipliers are zero for requests that end before pass N by their own best p, and sum to base_s.
+        The plan. Its multipliers are zero for requests that end before step N by their own best p, and sum to base_s.
 
     Raises:
         DraftError: if an argument is out of range.
@@ -106,57 +106,57 @@ def makespan_optimum(lengths: np.ndarray, k: Array, alpha: Array, cost: PassPric
     lengths_SN, k_N, alpha_N = _checked(np.asarray(lengths)[None], k, alpha, cost)
     if lengths_SN.size == 0:
         return Plan(0.0, np.zeros(0), np.zeros(0), 0.0)
-    num_passes_S, multipliers_SN, free_SN = _solve(lengths_SN, k_N, alpha_N, cost, BISECTIONS)
-    tight_SN = proposed_tokens(num_passes_S[:, None], lengths_SN, k_N, alpha_N)
+    num_steps_S, multipliers_SN, free_SN = _solve(lengths_SN, k_N, alpha_N, cost, BISECTIONS)
+    tight_SN = proposed_tokens(num_steps_S[:, None], lengths_SN, k_N, alpha_N)
     proposed_N = np.maximum(free_SN, tight_SN)[0]
-    passes_N = lengths_SN[0] - acceptance(proposed_N, lengths_SN[0], k_N, alpha_N)
-    num_passes = float(passes_N.max())
-    own_s = cost.per_request_s * passes_N.sum() + cost.per_draft_s * proposed_N.sum()
-    return Plan(num_passes, proposed_N, multipliers_SN[0], float(cost.base_s * num_passes + own_s))
+    steps_N = lengths_SN[0] - acceptance(proposed_N, lengths_SN[0], k_N, alpha_N)
+    num_steps = float(steps_N.max())
+    own_s = cost.per_request_s * steps_N.sum() + cost.per_draft_s * proposed_N.sum()
+    return Plan(num_steps, proposed_N, multipliers_SN[0], float(cost.base_s * num_steps + own_s))
 
 
-def expected_multipliers(remaining: np.ndarray, k: Array, alpha: Array, prices: PassPrices) -> np.ndarray:
+def expected_multipliers(remaining: np.ndarray, k: Array, alpha: Array, costs: StepCosts) -> np.ndarray:
     """Return what one accepted token of each request is worth beyond per_request_s, in seconds, lengths uncertain.
 
     The mean of the multipliers over sampled lengths; it sums to base_s. A multiplier is what the least J falls by when
-    a request takes one pass less, beyond per_request_s. Each scenario is solved as if its lengths were known, so the
-    mean prices a token of the present pass on the premise that later passes act on what they learn. Requests that
-    cannot be told apart tend to base_s / N each: a token is then worth the pass time per live request, the throughput
+    a request takes one step less, beyond per_request_s. Each scenario is solved as if its lengths were known, so the
+    mean costs a token of the present step on the premise that later steps act on what they learn. Requests that
+    cannot be told apart tend to base_s / N each: a token is then worth the step time per live request, the throughput
     rule. A request that is the last one by far in every scenario gets all of base_s.
 
     Few scenarios are noisy: few requests are tight in each, so of 512 equal requests (log-normal lengths, sigma 0.8) a
-    multiplier from 8 scenarios scatters by 7 times its mean, from 64 by 2.5 times. Average over passes before use.
+    multiplier from 8 scenarios scatters by 7 times its mean, from 64 by 2.5 times. Average over steps before use.
 
     Args:
         remaining: [S, N], sampled tokens left, as `LengthModel.remaining` returns them.
         k: [N] or scalar, in (0, 1], as in `acceptance`.
         alpha: [N] or scalar, above zero.
-        prices: seconds of base, request and draft token.
+        costs: seconds of base, request and draft token.
 
     Returns:
         float64 [N], not negative.
     """
-    lengths_SN, k_N, alpha_N = _checked(remaining, k, alpha, prices)
+    lengths_SN, k_N, alpha_N = _checked(remaining, k, alpha, costs)
     if lengths_SN.size == 0:
         return np.zeros(lengths_SN.shape[1])
-    return _solve(lengths_SN, k_N, alpha_N, prices, FORECAST_BISECTIONS)[1].mean(axis=0)
+    return _solve(lengths_SN, k_N, alpha_N, costs, FORECAST_BISECTIONS)[1].mean(axis=0)
 
 
-def thresholds(multipliers: np.ndarray, prices: PassPrices) -> np.ndarray:
-    """Return the least path probability at which a draft token of each request pays, float32 [N].
+def min_path_probs(multipliers: np.ndarray, costs: StepCosts) -> np.ndarray:
+    """Return the least path probability from which on a draft token of each request is worth its cost, float32 [N].
 
-    A draft token accepted with probability q pays if q * (multiplier + per_request_s) > per_draft_s. The result is at
+    A draft token accepted with probability q is worth it if q * (multiplier + per_request_s) > per_draft_s. The result is at
     least 0.01; above 1 the request should not draft at all.
     """
-    worth_N = np.asarray(multipliers, np.float64) + prices.per_request_s
+    worth_N = np.asarray(multipliers, np.float64) + costs.per_request_s
     probability_N = np.full(worth_N.shape, np.inf)
     with np.errstate(over="ignore"):
-        np.divide(prices.per_draft_s, worth_N, out=probability_N, where=worth_N > 0.0)
+        np.divide(costs.per_draft_s, worth_N, out=probability_N, where=worth_N > 0.0)
         return np.maximum(probability_N, MIN_PROBABILITY).astype(np.float32)
 
 
-def class_caps(length_class: np.ndarray, max_draft: int) -> np.ndarray:
-    """Return the draft tokens a pass of each request by the policy DAS deploys, int32 [N].
+def class_max_draft(length_class: np.ndarray, max_draft: int) -> np.ndarray:
+    """Return the draft tokens a step of each request by the policy DAS deploys, int32 [N].
 
     Long requests get `max_draft`, medium ones a quarter of it but at least 1, short ones none. DAS §4.2 gives the
     classes and their order; it prints no numbers, the quarter is ours.
@@ -164,34 +164,34 @@ def class_caps(length_class: np.ndarray, max_draft: int) -> np.ndarray:
     if max_draft < 0:
         raise DraftError(f"expected max_draft >= 0, got {max_draft}")
     medium = min(max(max_draft // 4, 1), max_draft)
-    caps_N = np.where(length_class == LONG, max_draft, np.where(length_class == MEDIUM, medium, 0))
-    return caps_N.astype(np.int32)
+    max_draft_tokens_N = np.where(length_class == LONG, max_draft, np.where(length_class == MEDIUM, medium, 0))
+    return max_draft_tokens_N.astype(np.int32)
 
 
 def _solve(
-    lengths_SN: np.ndarray, k_N: np.ndarray, alpha_N: np.ndarray, prices: PassPrices, bisections: int
+    lengths_SN: np.ndarray, k_N: np.ndarray, alpha_N: np.ndarray, costs: StepCosts, bisections: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return N [S], multipliers [S, N] and each request's own best p [S, N] for every scenario.
 
-    A request is tight for N below its kink, the passes it takes at its own best p. Its multiplier there is per_draft_s
+    A request is tight for N below its kink, the steps it takes at its own best p. Its multiplier there is per_draft_s
     / A'(p) - per_request_s, falls with N and, where the own best p is 0, jumps to zero at the kink. So the sum crosses
     base_s once. If it crosses at a jump, the requests there share what the tight ones leave of base_s in proportion to
     their jumps: equally if they are equal, and within the subdifferential if they are not.
     """
-    base_s, request_s = prices.base_s, prices.per_request_s
-    draft_s = max(prices.per_draft_s, FREE_DRAFT * (base_s + request_s))
+    base_s, request_s = costs.base_s, costs.per_request_s
+    draft_s = max(costs.per_draft_s, FREE_DRAFT * (base_s + request_s))
     gain_N = np.maximum(k_N * alpha_N * request_s / draft_s, 1.0)
     kink_SN = lengths_SN * (1.0 - k_N * (1.0 - 1.0 / gain_N))
     slope_SN, offset_N = alpha_N / lengths_SN, alpha_N * (k_N - 1.0)
 
-    def multipliers(num_passes_S: np.ndarray) -> np.ndarray:
-        num_passes_S1 = num_passes_S[:, None]
-        accepted_SN = slope_SN * num_passes_S1  # becomes A'(p), the chance of the last token proposed
+    def multipliers(num_steps_S: np.ndarray) -> np.ndarray:
+        num_steps_S1 = num_steps_S[:, None]
+        accepted_SN = slope_SN * num_steps_S1  # becomes A'(p), the chance of the last token proposed
         accepted_SN += offset_N
         np.maximum(accepted_SN, MIN_ACCEPTED, out=accepted_SN)
         np.divide(draft_s, accepted_SN, out=accepted_SN)
         accepted_SN -= request_s
-        return np.maximum(accepted_SN, 0.0, out=accepted_SN) * (num_passes_S1 < kink_SN)
+        return np.maximum(accepted_SN, 0.0, out=accepted_SN) * (num_steps_S1 < kink_SN)
 
     low_S, high_S = (lengths_SN * (1.0 - k_N)).max(axis=1), kink_SN.max(axis=1)
     for _ in range(bisections):
@@ -206,7 +206,7 @@ def _solve(
 
 
 def _checked(
-    lengths: np.ndarray, k: Array, alpha: Array, prices: PassPrices
+    lengths: np.ndarray, k: Array, alpha: Array, costs: StepCosts
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return float64 lengths [S, N], k [N] and alpha [N]; a request with nothing left gets MIN_LENGTH."""
     lengths_SN = np.asarray(lengths, np.float64)
@@ -218,9 +218,9 @@ def _checked(
         raise DraftError(f"expected k and alpha scalar or [{num_requests}]; got {k_N.shape} and {alpha_N.shape}")
     if not ((k_N > 0.0) & (k_N <= 1.0)).all() or not ((alpha_N > 0.0) & np.isfinite(alpha_N)).all():
         raise DraftError(f"expected k in (0, 1] and alpha > 0; got k {k_N} and alpha {alpha_N}")
-    seconds = (prices.base_s, prices.per_request_s, prices.per_draft_s)
+    seconds = (costs.base_s, costs.per_request_s, costs.per_draft_s)
     if not all(0.0 <= x < math.inf for x in seconds) or seconds[0] + seconds[1] <= 0.0:
-        raise DraftError(f"expected prices >= 0 and time for a pass, got {seconds}; observe passes before planning")
+        raise DraftError(f"expected costs >= 0 and time for a step, got {seconds}; observe steps before planning")
     return (
         np.maximum(lengths_SN, MIN_LENGTH),
         np.broadcast_to(k_N, num_requests),

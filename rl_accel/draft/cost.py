@@ -1,18 +1,18 @@
-"""Time of a decoding pass, learned while it runs: base_s + speculation_s [d > 0] + per_request_s * n + per_draft_s * d.
+"""Time of a decoding step, learned while it runs: base_s + speculation_s [d > 0] + per_request_s * n + per_draft_s * d.
 
-n counts the live requests of the pass and d the draft tokens verified in it. Weighted least squares that forgets (about
-500 passes), in information form: decayed normal equations and one 4x4 solve an observation, so the prior never fades
+n counts the live requests of the step and d the draft tokens verified in it. Weighted least squares that forgets (about
+500 steps), in information form: decayed normal equations and one 4x4 solve an observation, so the prior never fades
 and inputs that do not vary cannot wind the estimate up. Rows are weighted by 1 / predicted time. Residuals are clipped
-as Huber does; residuals that stay on one side mean a change of regime, and earlier passes then lose most of their
+as Huber does; residuals that stay on one side mean a change of regime, and earlier steps then lose most of their
 weight.
 
-Source: DAS §4.2, whose model is c_base + c_tok * tokens; differs: a request and a draft token each have a price, since
+Source: DAS §4.2, whose model is c_base + c_tok * tokens; differs: a request and a draft token each have a cost, since
 a draft token shares the KV-cache read, the scheduling and the bookkeeping of its request; verifying drafts at all has
 one too, since the engine then prepares, masks and samples by its speculative path (1.5 ms of 10 with the tiny policy
-on CPU). Where the passes seen cannot tell prices apart, the priors per_draft_s == per_request_s and speculation_s == 0
+on CPU). Where the steps seen cannot tell costs apart, the priors per_draft_s == per_request_s and speculation_s == 0
 give the paper's model back.
 
-Left out: prefill tokens and context length; passes with prefills should not be observed.
+Left out: prefill tokens and context length; steps with prefills should not be observed.
 Cost: about 15 us an observation, O(1) memory.
 """
 
@@ -28,30 +28,30 @@ import numpy.typing as npt
 from rl_accel.errors import DraftError
 
 KEEP = 1.0 - 1.0 / 500.0
-"""Weight that a pass loses with each later pass."""
+"""Weight that a step loses with each later step."""
 DRIFT_RATE, DRIFT_LIMIT = 1.0 / 25.0, 0.55
 """Mean over 25 passes of the signed residual in mean absolute residuals, clipped to 1: symmetric noise passes 0.55 at
-5 sigma, a doubling of all times after about 20 passes."""
-PASSES_KEPT = 12.0
-"""Passes that all earlier ones count for once the limit is passed."""
+5 sigma, a doubling of all times after about 20 steps."""
+STEPS_KEPT = 12.0
+"""Steps that all earlier ones count for once the limit is passed."""
 ERROR_RATE, ERROR_CLIP, HUBER_CLIP = 1.0 / 50.0, 4.0, 2.5
-"""Running mean absolute relative residual over 50 passes; clips are multiples of it."""
+"""Running mean absolute relative residual over 50 steps; clips are multiples of it."""
 MIN_ERROR = 0.005
-PRIOR_PASSES = 0.1
-"""Strength of the priors, in passes; small, because only directions that the passes leave open need one."""
+PRIOR_STEPS = 0.1
+"""Strength of the priors, in steps; small, because only directions that the steps leave open need one."""
 PRIOR_TOKENS_PER_BASE = 320.0
-"""Tokens that take as long as an empty pass: DAS Fig 8, 7B on H100. Matters only while all passes are of one size."""
+"""Tokens that take as long as an empty step: DAS Fig 8, 7B on H100. Matters only while all steps are of one size."""
 FIT_EVERY = 4
-"""Passes between two solves, after the first `MIN_PASSES`."""
-MIN_PASSES, MIN_DRAFT_PASSES, MIN_SPREAD = 64, 16.0, 0.01
-"""For `ready`: passes, passes with drafts not yet forgotten, squared relative spread of the pass sizes."""
+"""Steps between two solves, after the first `MIN_STEPS`."""
+MIN_STEPS, MIN_DRAFT_STEPS, MIN_SPREAD = 64, 16.0, 0.01
+"""For `ready`: steps, steps with drafts not yet forgotten, squared relative spread of the step sizes."""
 
 
 class StepCostModel:
-    """On-line fit of the seconds of a pass. Not thread-safe."""
+    """On-line fit of the seconds of a step. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._num_passes = 0
+        self._num_steps = 0
         self._weight, self._draft_weight = 0.0, 0.0
         self._error, self._drift = 1.0, 0.0
         # Decayed sums over rows w * (1, [d > 0], n, d) and targets w * seconds, with w = 1 / predicted.
@@ -60,7 +60,7 @@ class StepCostModel:
 
     @property
     def base_s(self) -> float:
-        """Seconds of a pass without requests; never negative."""
+        """Seconds of a step without requests; never negative."""
         return self._coefficients[0]
 
     @property
@@ -80,30 +80,30 @@ class StepCostModel:
 
     @property
     def relative_error(self) -> float:
-        """Running mean of |seconds - predicted| / predicted, outliers clipped; 1.0 before the first pass."""
+        """Running mean of |seconds - predicted| / predicted, outliers clipped; 1.0 before the first step."""
         return self._error
 
     @property
     def ready(self) -> bool:
-        """Whether passes enough, of different sizes, were seen, and passes with drafts among the recent ones."""
+        """Whether steps enough, of different sizes, were seen, and steps with drafts among the recent ones."""
         weight, mean = self._gram[0, 0], self._gram[0, 2:].sum()
         square = self._gram[2:, 2:].sum()
         varied = bool(weight * square - mean * mean > MIN_SPREAD * weight * square)
-        return self._num_passes >= MIN_PASSES and self._draft_weight >= MIN_DRAFT_PASSES and varied
+        return self._num_steps >= MIN_STEPS and self._draft_weight >= MIN_DRAFT_STEPS and varied
 
     def predict(self, num_requests: float, num_draft_tokens: float) -> float:
-        """Return the expected seconds of a pass; 0.0 before the first observation."""
+        """Return the expected seconds of a step; 0.0 before the first observation."""
         base_s, speculation_s, per_request_s, per_draft_s = self._coefficients
-        pass_s = base_s + speculation_s if num_draft_tokens else base_s
-        return pass_s + per_request_s * num_requests + per_draft_s * num_draft_tokens
+        step_s = base_s + speculation_s if num_draft_tokens else base_s
+        return step_s + per_request_s * num_requests + per_draft_s * num_draft_tokens
 
     def observe(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
-        """Learn from one pass.
+        """Learn from one step.
 
         Args:
-            seconds: wall time of the pass, above zero.
-            num_requests: live requests of the pass, at least one.
-            num_draft_tokens: draft tokens of all requests that the pass verified.
+            seconds: wall time of the step, above zero.
+            num_requests: live requests of the step, at least one.
+            num_draft_tokens: draft tokens of all requests that the step verified.
 
         Raises:
             DraftError: if a value is out of range; nothing is learned then.
@@ -118,28 +118,28 @@ class StepCostModel:
         limit = HUBER_CLIP * error
         y = 1.0 + min(max(residual, -limit), limit)
         self._drift += DRIFT_RATE * (min(max(residual / error, -1.0), 1.0) - self._drift)
-        rate = max(ERROR_RATE, 1.0 / (self._num_passes + 2.0))
+        rate = max(ERROR_RATE, 1.0 / (self._num_steps + 2.0))
         self._error = max(MIN_ERROR, error + rate * (min(abs(residual), ERROR_CLIP * error) - error))
 
         keep = KEEP
         if abs(self._drift) > DRIFT_LIMIT:
-            keep, self._drift = min(KEEP, PASSES_KEPT / self._weight), 0.0
+            keep, self._drift = min(KEEP, STEPS_KEPT / self._weight), 0.0
         w = 1.0 / predicted
         row = np.array((w, w * (num_draft_tokens > 0), w * num_requests, w * num_draft_tokens))
         self._gram *= keep
         self._gram += np.multiply.outer(row, row)
         self._moments *= keep
         self._moments += row * y
-        self._num_passes += 1
+        self._num_steps += 1
         self._weight = keep * self._weight + 1.0
         self._draft_weight = KEEP * self._draft_weight + (num_draft_tokens > 0)
-        if self._num_passes <= MIN_PASSES or self._num_passes % FIT_EVERY == 0 or keep < KEEP:
+        if self._num_steps <= MIN_STEPS or self._num_steps % FIT_EVERY == 0 or keep < KEEP:
             self._fit()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs, in plain numbers."""
         return {
-            "num_passes": self._num_passes,
+            "num_steps": self._num_steps,
             "weight": self._weight,
             "draft_weight": self._draft_weight,
             "error": self._error,
@@ -158,17 +158,19 @@ class StepCostModel:
         try:
             if set(state) != set(loaded.state_dict()):
                 raise ValueError(f"keys {sorted(state)}")
-            loaded._num_passes = int(state["num_passes"])
+            loaded._num_steps = int(
+                state["num_steps"] if "num_steps" in state else state["num_passes"]
+            )  # its name until 0.1
             loaded._weight, loaded._draft_weight = float(state["weight"]), float(state["draft_weight"])
             loaded._error, loaded._drift = float(state["error"]), float(state["drift"])
             loaded._gram = np.array(state["gram"], np.float64)
             loaded._moments = np.array(state["moments"], np.float64)
             loaded._check()
-            if loaded._num_passes:
+            if loaded._num_steps:
                 loaded._fit()
         except (TypeError, ValueError, ArithmeticError) as err:
             raise DraftError(
-                f"not a saved state of StepCostModel ({err}); delete it to learn the pass cost anew"
+                f"not a saved state of StepCostModel ({err}); delete it to learn the step cost anew"
             ) from err
         self.__dict__.update(loaded.__dict__)
 
@@ -178,20 +180,20 @@ class StepCostModel:
             raise ValueError("sums of another shape")
         scalars = (self._weight, self._draft_weight, self._drift, self._error)
         finite = np.isfinite(gram).all() and np.isfinite(moments).all() and all(map(math.isfinite, scalars))
-        seen = self._num_passes >= 1 and self._weight >= 1.0 and gram[0, 0] > 0.0 and gram[2, 2] > 0.0
-        unseen = self._num_passes == 0 and self._weight == 0.0 and not gram.any() and not moments.any()
+        seen = self._num_steps >= 1 and self._weight >= 1.0 and gram[0, 0] > 0.0 and gram[2, 2] > 0.0
+        unseen = self._num_steps == 0 and self._weight == 0.0 and not gram.any() and not moments.any()
         if not (finite and (seen or unseen) and (gram >= 0.0).all() and (moments >= 0.0).all()):
-            raise ValueError("sums that no passes can have")
+            raise ValueError("sums that no steps can have")
         diagonal = gram.diagonal()
         if not (gram == gram.T).all() or (gram**2 > 1.001 * np.multiply.outer(diagonal, diagonal)).any():
-            raise ValueError("sums that no passes can have")
-        if not (0.0 <= self._draft_weight <= self._num_passes and self._error >= MIN_ERROR and abs(self._drift) <= 1.0):
+            raise ValueError("sums that no steps can have")
+        if not (0.0 <= self._draft_weight <= self._num_steps and self._error >= MIN_ERROR and abs(self._drift) <= 1.0):
             raise ValueError("weights or errors out of range")
 
     def _fit(self) -> None:
         """Minimize the decayed squares plus the squares of the priors, over coefficients that are not negative."""
         gram, moments = self._gram.copy(), self._moments.copy()
-        priors = self._priors(PRIOR_PASSES / self._weight)
+        priors = self._priors(PRIOR_STEPS / self._weight)
         gram += priors.T @ priors
         x = np.linalg.solve(gram, moments)
         while x.min() < 0.0:

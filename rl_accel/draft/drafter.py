@@ -7,8 +7,8 @@
     drafter.end("r1")
     drafter.close_epoch(epoch=0)
 
-The index finds likely continuations (`index.py`), the planner decides how many are worth their price (`planner.py`).
-Without `observe_step` prices are unknown and drafts run up to their caps. Not thread-safe. Host: `hosts/proposer.py`.
+The index finds likely continuations (`kernels/suffix`), the planner decides how many are worth their cost (`planner.py`).
+Without `observe_step` costs are unknown and drafts are as long as allowed. Not thread-safe. Host: `hosts/proposer.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rl_accel.errors import DraftError
 from rl_accel.kernels.suffix.api import (
     MATCH_LENGTHS,
     MAX_DRAFT,
-    NO_TOTALS,
+    NO_CAPTURE_SIZES,
     SOURCES,
     UNBOUNDED,
     SuffixIndex,
@@ -43,10 +43,10 @@ GIVEN_UP = ("problems_renewed", "requests_let_go", "segments_dropped", "rollouts
 """Counters of what the index had no memory for, see `kernels/suffix/csrc/budget.cpp`."""
 FALLING = 0.85
 """Of the last epoch's probability that a first token is accepted; below it the window is halved."""
-SLEEP_AFTER, SLEEP_CALLS, WAKE_CALLS = 16, 8, 4
+BACK_OFF_AFTER, BACK_OFF_CALLS, RESUME_CALLS = 16, 8, 4
 """See `propose_rows`."""
-MIN_PASSES = 64
-"""Requests times passes of an epoch that say something about acceptance."""
+MIN_STEPS = 64
+"""Requests times steps of an epoch that say something about acceptance."""
 
 
 class SuffixDrafter:
@@ -84,8 +84,8 @@ class SuffixDrafter:
         self.planner = Planner(self.config.policy, self.max_draft, seed, max_problems)
         self.epoch = 0
         self.window = self.config.window
-        self.totals: npt.NDArray[np.uint32] = NO_TOTALS
-        """Sizes (requests + draft tokens) that a pass should fill, ascending, for CUDA graphs; the last is a limit."""
+        self.capture_sizes: npt.NDArray[np.uint32] = NO_CAPTURE_SIZES
+        """Sizes (requests + draft tokens) that a step should fill, ascending, for CUDA graphs; the last is a limit."""
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._handles = np.zeros(0, np.int64)
@@ -93,13 +93,13 @@ class SuffixDrafter:
         self._prompt_lengths = np.zeros(0, np.int64)
         self._generated = np.zeros(0, np.int64)
         self._limits = np.zeros(0, np.int64)
-        self._caps = np.zeros(0, np.uint32)
-        self._thresholds = np.zeros(0, np.float32)
-        self._passes_since_plan, self._least_passes, self._planned_for = 0, 0, 0
-        self._usual_threshold = 0.0
+        self._max_draft_tokens = np.zeros(0, np.uint32)
+        self._min_path_probs = np.zeros(0, np.float32)
+        self._steps_since_plan, self._min_steps, self._planned_for = 0, 0, 0
+        self._usual_min_path_prob = 0.0
         self._idle_calls, self._calls_left_out = 0, 0
         self._stop_tokens = np.array(stop_token_ids, np.int32)
-        self._expected, self._passes = 0.0, 0
+        self._expected, self._steps = 0.0, 0
         self._last_rate = 0.0
         self._by_source: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
         self._given_up = dict.fromkeys(GIVEN_UP, 0)
@@ -144,9 +144,9 @@ class SuffixDrafter:
         self._handles[slot], self._problems[slot] = handle, key
         self._prompt_lengths[slot], self._generated[slot] = len(prompt_token_ids), 0
         self._limits[slot] = min(max_tokens, NO_LIMIT)
-        self._caps[slot] = min(self.max_draft, max(max_tokens, 0))
-        self._thresholds[slot] = self._usual_threshold
-        self._idle_calls = min(self._idle_calls, SLEEP_AFTER - WAKE_CALLS)
+        self._max_draft_tokens[slot] = min(self.max_draft, max(max_tokens, 0))
+        self._min_path_probs[slot] = self._usual_min_path_prob
+        self._idle_calls = min(self._idle_calls, BACK_OFF_AFTER - RESUME_CALLS)
 
     def propose(
         self,
@@ -183,10 +183,16 @@ class SuffixDrafter:
         if tokens.min(initial=0) < 0:
             raise DraftError(f"token ids must not be negative; got {tokens.min()}")
         self._generated[slots] += lengths
-        caps, thresholds = self._prices(slots)
-        caps = np.minimum(caps, np.maximum(wanted, 0)).astype(np.uint32)
+        max_draft_tokens, min_path_probs = self._limits_of(slots)
+        max_draft_tokens = np.minimum(max_draft_tokens, np.maximum(wanted, 0)).astype(np.uint32)
         drafts, ends, _ = self.index.propose_batch(
-            self._handles[slots], tokens, offsets, caps, thresholds, self.totals, self.planner.next_fee()
+            self._handles[slots],
+            tokens,
+            offsets,
+            max_draft_tokens,
+            min_path_probs,
+            self.capture_sizes,
+            self.planner.next_break_even_gain(),
         )
         return [drafts[ends[i] : ends[i + 1]].tolist() for i in range(n)]
 
@@ -199,43 +205,50 @@ class SuffixDrafter:
     ) -> list[list[int]]:
         """`propose` for a host that keeps each request's text (prompt first) in a row of `token_ids`.
 
-        Once nothing was worth drafting for `SLEEP_AFTER` calls, the index is asked in one call of `SLEEP_CALLS` only,
-        which takes the tokens of all of them, until something is drafted. A new request wakes it for `WAKE_CALLS`.
+        Once nothing was worth drafting for `BACK_OFF_AFTER` calls, the index is asked in one call of `BACK_OFF_CALLS` only,
+        which takes the tokens of all of them, until something is drafted. After a new request it is asked `RESUME_CALLS` times.
         """
         if not len(request_ids):
             return []
         slots = self._slots_of(request_ids)
         self._generated[slots] = num_tokens - self._prompt_lengths[slots]
-        if self._sleeps():
-            self._passes_since_plan += 1
+        if self._backs_off():
+            self._steps_since_plan += 1
             self._take_last_tokens(slots, token_ids, rows, num_tokens)
             return [[] for _ in request_ids]
-        caps, thresholds = self._prices(slots)
+        max_draft_tokens, min_path_probs = self._limits_of(slots)
         drafts = self.index.propose_rows(
-            self._handles[slots], token_ids, rows, num_tokens, caps, thresholds, self.totals, self.planner.next_fee()
+            self._handles[slots],
+            token_ids,
+            rows,
+            num_tokens,
+            max_draft_tokens,
+            min_path_probs,
+            self.capture_sizes,
+            self.planner.next_break_even_gain(),
         )
         self._idle_calls = 0 if any(drafts) else self._idle_calls + 1
         return drafts
 
-    def _sleeps(self) -> bool:
-        if self._idle_calls < SLEEP_AFTER:
+    def _backs_off(self) -> bool:
+        if self._idle_calls < BACK_OFF_AFTER:
             return False
-        self._calls_left_out = (self._calls_left_out + 1) % SLEEP_CALLS
+        self._calls_left_out = (self._calls_left_out + 1) % BACK_OFF_CALLS
         return self._calls_left_out > 0
 
     def _take_last_tokens(self, slots: Any, token_ids: Any, rows: Any, num_tokens: Any) -> None:
-        """Take the text of requests that end with this pass: there is no later call that could."""
+        """Take the text of requests that end with this step: there is no later call that could."""
         ends = self._generated[slots] >= self._limits[slots]
         ends |= np.isin(token_ids[rows, num_tokens - 1], self._stop_tokens)
         if ends.any():
             n = int(ends.sum())
-            caps, thresholds = np.zeros(n, np.uint32), np.zeros(n, np.float32)
+            max_draft_tokens, min_path_probs = np.zeros(n, np.uint32), np.zeros(n, np.float32)
             self.index.propose_rows(
-                self._handles[slots[ends]], token_ids, rows[ends], num_tokens[ends], caps, thresholds
+                self._handles[slots[ends]], token_ids, rows[ends], num_tokens[ends], max_draft_tokens, min_path_probs
             )
 
     def observe_step(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
-        """Report the wall time of one pass without prefills; from then on drafts are priced."""
+        """Report the wall time of one step without prefills; from then on drafts have a known cost."""
         self.planner.observe_step(seconds, num_requests, num_draft_tokens)
 
     def end(self, request_id: str, keep: bool = True) -> None:
@@ -266,14 +279,14 @@ class SuffixDrafter:
 
         A first token's probability does not depend on what drafts cost, so pricing does not look like forgetting.
         """
-        if self._passes >= MIN_PASSES:
-            rate = self._expected / self._passes
+        if self._steps >= MIN_STEPS:
+            rate = self._expected / self._steps
             if rate < FALLING * self._last_rate:
                 self.window = max(1, self.window // 2)
             elif rate >= self._last_rate:
                 self.window = min(self.config.window, self.window + 1)
             self._last_rate = rate
-        self._expected, self._passes = 0.0, 0
+        self._expected, self._steps = 0.0, 0
 
     def drop_before(self, epoch: int) -> None:
         """Forget closed epochs before this one."""
@@ -289,9 +302,9 @@ class SuffixDrafter:
     def collect(self) -> dict[str, Any]:
         """Take the index's counters into account; returns them (see `SuffixIndex.take_stats`)."""
         stats = self.index.take_stats()
-        self.planner.observe_candidates(stats["passes"], stats["expected_first"], stats["expected_all"])
+        self.planner.observe_candidates(stats["request_steps"], stats["expected_first"], stats["expected_all"])
         self._expected += stats["expected_first"]
-        self._passes += stats["passes"]
+        self._steps += stats["request_steps"]
         for source, length, drafts, drafted, accepted in stats["by_source"]:
             key = (SOURCES[source], MATCH_LENGTHS[length])
             self._by_source[key] = self._by_source.get(key, 0) + np.array([drafts, drafted, accepted])
@@ -358,29 +371,37 @@ class SuffixDrafter:
         except KeyError as error:
             raise DraftError(f"request {error.args[0]!r} has not begun") from None
 
-    def _prices(self, slots: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
-        """Plan anew now and then, and when the batch changed; return caps and thresholds of these requests."""
-        self._passes_since_plan += 1
+    def _limits_of(self, slots: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
+        """Plan anew now and then, and when the batch changed; return the limits of these requests."""
+        self._steps_since_plan += 1
         num_live = len(self._slots)
         changed = not 0.9 <= num_live / max(self._planned_for, 1) <= 1.1
-        wait = self._least_passes if changed else max(PLAN_EVERY, self._least_passes)
-        if self._passes_since_plan > wait or self.planner.probed:
+        wait = self._min_steps if changed else max(PLAN_EVERY, self._min_steps)
+        if self._steps_since_plan > wait or self.planner.probed:
             self.collect()
             live = np.fromiter(self._slots.values(), np.int64, num_live)
-            self._caps[live], self._thresholds[live] = self.planner.plan(
+            self._max_draft_tokens[live], self._min_path_probs[live] = self.planner.plan(
                 self._problems[live], self._generated[live], np.maximum(self._limits[live] - self._generated[live], 1)
             )
-            self._passes_since_plan, self._planned_for = 0, num_live
-            self._least_passes = self.planner.least_passes(num_live)
-            self._usual_threshold = float(np.median(self._thresholds[live]))
-        # A draft that fills the limit leaves no place for the token that the target adds.
-        room = np.maximum(np.minimum(self._limits[slots] - self._generated[slots] - 1, MAX_DRAFT), 0)
-        return np.minimum(self._caps[slots], room.astype(np.uint32)), self._thresholds[slots]
+            self._steps_since_plan, self._planned_for = 0, num_live
+            self._min_steps = self.planner.min_steps(num_live)
+            self._usual_min_path_prob = float(np.median(self._min_path_probs[live]))
+        # A draft that fills the limit leaves no position for the token that the target adds.
+        remaining = np.maximum(np.minimum(self._limits[slots] - self._generated[slots] - 1, MAX_DRAFT), 0)
+        return np.minimum(self._max_draft_tokens[slots], remaining.astype(np.uint32)), self._min_path_probs[slots]
 
     def _grow(self) -> None:
         size = len(self._handles)
         more = max(64, size)
-        for name in ("_handles", "_problems", "_prompt_lengths", "_generated", "_limits", "_caps", "_thresholds"):
+        for name in (
+            "_handles",
+            "_problems",
+            "_prompt_lengths",
+            "_generated",
+            "_limits",
+            "_max_draft_tokens",
+            "_min_path_probs",
+        ):
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.zeros(more, old.dtype)]))
         self._free.extend(range(size + more - 1, size - 1, -1))

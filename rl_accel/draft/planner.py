@@ -1,15 +1,15 @@
 """How long each request's next draft may be: the length-aware budget, the paper's classes, or a fixed length.
 
-The budget prices a draft token. Pass times are fitted (`cost.py`), remaining lengths predicted (`lengths.py`), and the
-makespan optimum (`budget.py`) says what a token less is worth for each request; a candidate token is admitted while its
-acceptance probability is worth its price, and all together have to be worth what speculating costs at all (`fee`).
-Where they are not, nothing is drafted: speculation is off by itself. The index goes on comparing its predictions with
-what is sampled, so it notices by itself when they would be good enough; what only drafts can show, their price, is
-probed every `PROBE_EVERY` passes, and what only their absence shows, the fee, every `BLANK_EVERY`.
+Step times are fitted (`cost.py`), remaining lengths predicted (`lengths.py`), and the makespan optimum (`budget.py`)
+gives the value of a token less for each request. A candidate token is admitted while its acceptance probability is worth
+its cost (`min_path_probs`), and all together have to be worth the overhead of speculating (`break_even_gain`). Where they
+are not, nothing is drafted: speculation turns itself off. The index goes on comparing its predictions with what is
+sampled, so it notices when they would be good enough. Two costs have to be probed: that of a draft token every
+`PROBE_EVERY` steps without drafts, and the overhead, which only a step without drafts shows, every `UNDRAFTED_EVERY`.
 
-Source: DAS §4.2; differs: see `budget.py`; half of the value of a pass is shared equally, because a rollout that ends
-early also frees its place, and a forecast can be wrong.
-Cost: about 20 us a pass, and a plan of 0.5 to 1 ms every `PLAN_EVERY` passes, or as often as `MAX_SHARE` allows.
+Source: DAS §4.2; differs: see `budget.py`; half of the value of a step is shared equally, because a rollout that ends
+early also frees its slot, and a forecast can be wrong.
+Cost: about 20 us a step, and a plan of 0.5 to 1 ms every `PLAN_EVERY` steps, or as often as `MAX_SHARE` allows.
 
 Shape suffixes: N requests, S scenarios.
 """
@@ -30,24 +30,24 @@ from rl_accel.draft.lengths import MAX_PROBLEMS, LengthModel
 from rl_accel.errors import DraftError
 
 PLAN_EVERY, MAX_SHARE = 16, 0.02
-"""Passes between two forecasts; thresholds hold in between. Forecasts take no larger share of the time than this."""
-PROBE_EVERY, PROBE_PASSES = 128, 4
-"""Passes without any draft after which so many draft what is likely, to see what drafts cost now."""
-BLANK_EVERY = 64
-"""Passes with drafts after which one has none."""
+"""Steps between two forecasts, whose result is used until the next. Forecasts take no larger share of the time than this."""
+PROBE_EVERY, PROBE_STEPS = 128, 4
+"""Steps without any draft after which so many draft what is likely, to see what drafts cost now."""
+UNDRAFTED_EVERY = 64
+"""Steps with drafts after which one has none."""
 CHEAPER = -0.1
-"""A probe goes on while its last passes took less than predicted by this share: a fit that is sure of high prices needs
-more passes to believe in low ones than a probe has."""
+"""A probe goes on while its last steps took less than predicted by this share: a fit that is sure of high costs needs
+more steps to believe in low ones than a probe has."""
 SCENARIO_CELLS = 4096
 """Requests times scenarios of a forecast: few requests get many scenarios, as their values scatter more."""
 EQUAL_SHARE = 0.5
-FIRST_THRESHOLD = 0.4
-"""Until the price of a draft token is known, and when it is probed."""
+FIRST_MIN_PATH_PROB = 0.4
+"""Until the cost of a draft token is known, and when it is probed."""
 RATE = 1.0 / 64.0
 
 
 class Planner:
-    """Thresholds and caps for the next drafts. Not thread-safe."""
+    """Limits of the next drafts. Not thread-safe."""
 
     def __init__(self, policy: str, max_draft: int, seed: int = 0, max_problems: int = MAX_PROBLEMS):
         self.policy, self.max_draft = policy, max_draft
@@ -55,60 +55,60 @@ class Planner:
         self.lengths = LengthModel(max_problems)
         self.last_plan_s = 0.0
         self._rng = np.random.default_rng(seed)
-        self._accepted, self._first = 0.5, 0.3  # per request and pass, if everything were drafted; of first tokens
-        self._passes_without_draft, self._passes_to_blank = 0, BLANK_EVERY
-        self._fee = 0.0
-        self._probing, self._surprise, self._passes_of_probe = False, 0.0, 0
-        self._priced = False  # the cost was ready once; from then on probes keep it fresh
+        self._accepted, self._first = 0.5, 0.3  # per request and step, if everything were drafted; of first tokens
+        self._steps_without_draft, self._steps_to_undrafted = 0, UNDRAFTED_EVERY
+        self._break_even_gain = 0.0
+        self._probing, self._surprise, self._steps_of_probe = False, 0.0, 0
+        self._cost_is_known = False  # the cost was ready once; from then on probes keep it fresh
         self.timed = False
-        """Whether pass times are reported; without them nothing has a price."""
+        """Whether step times are reported; without them no cost is known."""
 
     @property
     def probing(self) -> bool:
         """Whether drafts should be made to learn what they cost."""
-        return not self._priced or self._passes_without_draft >= PROBE_EVERY
+        return not self._cost_is_known or self._steps_without_draft >= PROBE_EVERY
 
     @property
     def probed(self) -> bool:
-        """Whether a probe has had its passes, so that a plan is due."""
-        return self._passes_of_probe >= PROBE_PASSES
+        """Whether a probe has had its steps, so that a plan is due."""
+        return self._steps_of_probe >= PROBE_STEPS
 
     def observe_step(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
-        """Learn from one pass without prefills: its wall time, live requests and verified draft tokens."""
+        """Learn from one step without prefills: its wall time, live requests and verified draft tokens."""
         predicted = self.cost.predict(num_requests, num_draft_tokens)
         self.cost.observe(seconds, num_requests, num_draft_tokens)
         self.timed = True
-        self._priced = self._priced or self.cost.ready
+        self._cost_is_known = self._cost_is_known or self.cost.ready
         if num_draft_tokens:
-            self._passes_without_draft = 0
+            self._steps_without_draft = 0
             if self._probing and predicted:
-                self._passes_of_probe += 1
-                self._surprise += (seconds / predicted - 1.0 - self._surprise) / self._passes_of_probe
+                self._steps_of_probe += 1
+                self._surprise += (seconds / predicted - 1.0 - self._surprise) / self._steps_of_probe
         else:
-            self._passes_without_draft += 1
-            self._passes_to_blank = BLANK_EVERY
+            self._steps_without_draft += 1
+            self._steps_to_undrafted = UNDRAFTED_EVERY
 
-    def observe_candidates(self, passes: int, expected_first: float, expected_all: float) -> None:
-        """Learn how much is there to be accepted: sums over `passes` request-steps of acceptance probabilities."""
-        if passes > 0:
-            rate = 1.0 - (1.0 - RATE) ** max(1.0, passes / 64.0)
-            self._accepted += rate * (expected_all / passes - self._accepted)
-            self._first += rate * (expected_first / passes - self._first)
+    def observe_candidates(self, request_steps: int, expected_first: float, expected_all: float) -> None:
+        """Learn how much could be accepted: sums of acceptance probabilities over so many request-steps."""
+        if request_steps > 0:
+            rate = 1.0 - (1.0 - RATE) ** max(1.0, request_steps / 64.0)
+            self._accepted += rate * (expected_all / request_steps - self._accepted)
+            self._first += rate * (expected_first / request_steps - self._first)
 
-    def least_passes(self, num_requests: int) -> int:
-        """Return how many passes should follow a plan before the next one, by what the last one took."""
-        pass_s = self.cost.predict(num_requests, 0)
-        return math.ceil(self.last_plan_s / (MAX_SHARE * pass_s)) if pass_s > 0.0 else 0
+    def min_steps(self, num_requests: int) -> int:
+        """Return how many steps should follow a plan before the next one, by what the last one took."""
+        step_s = self.cost.predict(num_requests, 0)
+        return math.ceil(self.last_plan_s / (MAX_SHARE * step_s)) if step_s > 0.0 else 0
 
-    def next_fee(self) -> float:
-        """Return what the gains of the next pass must sum to, in prices of a draft token; see `propose_batch`."""
-        if self.policy != "budget" or not self._priced or self._probing:
+    def next_break_even_gain(self) -> float:
+        """Return what the gains of the next step must sum to, in units of a draft token's cost; see `propose_batch`."""
+        if self.policy != "budget" or not self._cost_is_known or self._probing:
             return 0.0
-        self._passes_to_blank -= 1
-        if self._passes_to_blank <= 0:
-            self._passes_to_blank = BLANK_EVERY
+        self._steps_to_undrafted -= 1
+        if self._steps_to_undrafted <= 0:
+            self._steps_to_undrafted = UNDRAFTED_EVERY
             return math.inf
-        return self._fee
+        return self._break_even_gain
 
     def plan(
         self, problems_N: npt.NDArray[np.int64], generated_N: npt.NDArray[np.int64], limits_N: npt.NDArray[np.int64]
@@ -122,28 +122,28 @@ class Planner:
         """
         started = time.perf_counter()
         n, surprise = len(problems_N), self._surprise
-        self._surprise, self._passes_of_probe = 0.0, 0
-        caps_N = np.minimum(np.full(n, self.max_draft), np.maximum(limits_N - 1, 0)).astype(np.uint32)
+        self._surprise, self._steps_of_probe = 0.0, 0
+        max_draft_tokens_N = np.minimum(np.full(n, self.max_draft), np.maximum(limits_N - 1, 0)).astype(np.uint32)
         if self.policy == "fixed" or (self.policy == "budget" and not self.timed):
-            thresholds_N = np.zeros(n, np.float32)
+            min_path_probs_N = np.zeros(n, np.float32)
         elif self.policy == "classes":
-            thresholds_N = np.zeros(n, np.float32)
-            allowed_N = budget.class_caps(self.lengths.length_class(problems_N, generated_N), self.max_draft)
-            caps_N = np.minimum(caps_N, allowed_N.astype(np.uint32))
+            min_path_probs_N = np.zeros(n, np.float32)
+            allowed_N = budget.class_max_draft(self.lengths.length_class(problems_N, generated_N), self.max_draft)
+            max_draft_tokens_N = np.minimum(max_draft_tokens_N, allowed_N.astype(np.uint32))
         else:
             self._probing = self.probing or (self._probing and surprise < CHEAPER)
             if self._probing:
-                thresholds_N = np.full(n, FIRST_THRESHOLD, np.float32)
+                min_path_probs_N = np.full(n, FIRST_MIN_PATH_PROB, np.float32)
             else:
-                thresholds_N = self._price(problems_N, generated_N, limits_N)
+                min_path_probs_N = self._min_path_probs(problems_N, generated_N, limits_N)
         self.last_plan_s = time.perf_counter() - started
-        return caps_N, thresholds_N
+        return max_draft_tokens_N, min_path_probs_N
 
-    def _price(self, problems_N: Any, generated_N: Any, limits_N: Any) -> npt.NDArray[np.float32]:
+    def _min_path_probs(self, problems_N: Any, generated_N: Any, limits_N: Any) -> npt.NDArray[np.float32]:
         n = len(problems_N)
         equal_N = np.full(n, self.cost.base_s / n)
         if len(self.lengths) == 0:
-            return self._thresholds(equal_N)
+            return self._break_even_probs(equal_N)
         num_scenarios = min(max(SCENARIO_CELLS // n, 8), 128)
         left_SN = self.lengths.remaining(
             problems_N, generated_N, num_scenarios, self._rng, max_remaining=np.maximum(limits_N, 1)
@@ -151,13 +151,13 @@ class Planner:
         k = float(np.clip(self._accepted / (1.0 + self._accepted), 0.05, 0.98))
         alpha = max(self._first, 0.02) / k
         last_N = budget.expected_multipliers(np.maximum(left_SN, 1.0), k, alpha, self.cost)
-        return self._thresholds(EQUAL_SHARE * equal_N + (1.0 - EQUAL_SHARE) * last_N)
+        return self._break_even_probs(EQUAL_SHARE * equal_N + (1.0 - EQUAL_SHARE) * last_N)
 
-    def _thresholds(self, multipliers_N: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-        thresholds_N = budget.thresholds(multipliers_N, self.cost)
-        price_s = float((thresholds_N * (multipliers_N + self.cost.per_request_s)).mean())
-        self._fee = self.cost.speculation_s / price_s if math.isfinite(price_s) and price_s > 0.0 else 0.0
-        return thresholds_N
+    def _break_even_probs(self, multipliers_N: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+        min_path_probs_N = budget.min_path_probs(multipliers_N, self.cost)
+        cost_s = float((min_path_probs_N * (multipliers_N + self.cost.per_request_s)).mean())
+        self._break_even_gain = self.cost.speculation_s / cost_s if math.isfinite(cost_s) and cost_s > 0.0 else 0.0
+        return min_path_probs_N
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned, in plain numbers and, under `lengths`, arrays."""
@@ -169,7 +169,7 @@ class Planner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what was learned before; pass times are learned anew where the machine may be another.
+        """Take over what was learned before; step times are learned anew where the machine may be another.
 
         Raises:
             DraftError: if the content is not a state.
@@ -184,4 +184,4 @@ class Planner:
         if not (0.0 <= accepted < 1e3 and 0.0 <= first <= 1.0):
             raise DraftError("not a saved state of the draft planner (acceptance out of range)")
         self.cost, self.lengths, self._accepted, self._first = cost, lengths, accepted, first
-        self._priced = cost.ready
+        self._cost_is_known = cost.ready

@@ -1,15 +1,15 @@
 """Replays recorded rollouts without a model: what would a drafter have drafted, and how much would have been accepted?
 
 Sampling does not depend on the drafter, so a recorded rollout is what the target would have sampled. Rollouts of one
-(epoch, step) run in lock step, as an engine runs them: in every pass each live request's draft is compared with its
+(epoch, step) run in lock step, as an engine runs them: in every step each live request's draft is compared with its
 recorded continuation; the right beginning is accepted and one token of the target's own follows.
 
     result = replay(read_rollouts("rollouts.jsonl"), Das(max_draft=8))
-    result.total.accepted_per_pass
+    result.total.accepted_per_request_step
 
 Drafters: `Das` (this package), `Ngram` (the drafts of vLLM 0.28's `ngram`), `Arctic` (vLLM 0.28's `suffix`; needs the
-package arctic-inference). Leaves out: prefills of several passes, preemption, and the cut at the model's longest text.
-Cost: the drafters' own time and about 2 us per request and pass.
+package arctic-inference). Leaves out: prefills of several steps, preemption, and the cut at the model's longest text.
+Cost: the drafters' own time and about 2 us per request and step.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class ReplayDrafter(Protocol):
 class Counts:
     """What happened in one epoch, or in all."""
 
-    engine_passes: int = 0
-    """Passes of the engine, each with all live requests."""
-    passes: int = 0
-    """Sum of the requests in them. The pass that only reads a prompt is not counted: nothing can be drafted for it."""
+    engine_steps: int = 0
+    """Steps of the engine, each with all live requests."""
+    request_steps: int = 0
+    """Sum of the requests in them. The step that only reads a prompt is not counted: nothing can be drafted for it."""
     drafted: int = 0
     accepted: int = 0
     emitted: int = 0
@@ -69,14 +69,14 @@ class Counts:
     """The most that the drafter had when an epoch was over."""
 
     @property
-    def accepted_per_pass(self) -> float:
-        """Accepted draft tokens per request and pass."""
-        return self.accepted / max(self.passes, 1)
+    def accepted_per_request_step(self) -> float:
+        """Accepted draft tokens per request and step."""
+        return self.accepted / max(self.request_steps, 1)
 
     @property
-    def drafted_per_pass(self) -> float:
-        """Draft tokens per request and pass."""
-        return self.drafted / max(self.passes, 1)
+    def drafted_per_request_step(self) -> float:
+        """Draft tokens per request and step."""
+        return self.drafted / max(self.request_steps, 1)
 
     @property
     def acceptance_rate(self) -> float:
@@ -84,9 +84,9 @@ class Counts:
         return self.accepted / max(self.drafted, 1)
 
     @property
-    def us_per_pass(self) -> float:
-        """Drafter time per request and pass, all its calls, microseconds."""
-        return (self.propose_s + self.other_s) / max(self.passes, 1) * 1e6
+    def us_per_request_step(self) -> float:
+        """Drafter time per request and step, all its calls, microseconds."""
+        return (self.propose_s + self.other_s) / max(self.request_steps, 1) * 1e6
 
 
 @dataclass
@@ -114,7 +114,7 @@ class _Request:
     draft: list[int] = field(default_factory=list)
 
     def verify(self) -> tuple[int, Sequence[int]]:
-        """Compare the draft with the record; returns accepted tokens, and all tokens of this pass."""
+        """Compare the draft with the record; returns accepted tokens, and all tokens of this step."""
         tokens, accepted = self.rollout.token_ids, 0
         most = min(len(self.draft), len(tokens) - self.position)
         while accepted < most and self.draft[accepted] == tokens[self.position + accepted]:
@@ -164,10 +164,10 @@ def _run_step(waiting: deque[_Request], drafter: ReplayDrafter, concurrency: int
             drafter.begin(request.name, request.rollout.problem, request.rollout.prompt_token_ids)
             counts.other_s += clock() - started
             live.append(request)
-        counts.engine_passes += 1
+        counts.engine_steps += 1
         new_token_ids = []
         for request in live:
-            counts.passes += request.position > 0
+            counts.request_steps += request.position > 0
             counts.drafted += len(request.draft)
             accepted, emitted = request.verify()
             counts.accepted += accepted
@@ -190,7 +190,7 @@ def _run_step(waiting: deque[_Request], drafter: ReplayDrafter, concurrency: int
 
 
 class _FixedThreshold(Planner):
-    """Drafts end where their path becomes less likely than `threshold`, whatever a pass costs."""
+    """Drafts end where their path becomes less likely than `threshold`, whatever a step costs."""
 
     def __init__(self, max_draft: int, threshold: float):
         super().__init__("fixed", max_draft)
@@ -199,12 +199,12 @@ class _FixedThreshold(Planner):
     def plan(
         self, problems_N: npt.NDArray[np.int64], generated_N: npt.NDArray[np.int64], limits_N: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
-        caps_N, _ = super().plan(problems_N, generated_N, limits_N)
-        return caps_N, np.full(len(caps_N), self.threshold, np.float32)
+        max_draft_tokens_N, _ = super().plan(problems_N, generated_N, limits_N)
+        return max_draft_tokens_N, np.full(len(max_draft_tokens_N), self.threshold, np.float32)
 
 
 class Das:
-    """`SuffixDrafter` without prices: every draft as long as the cap and `threshold` allow.
+    """`SuffixDrafter` without costs: every draft as long as the cap and `threshold` allow.
 
     Args:
         max_draft: longest draft, tokens.
@@ -242,7 +242,7 @@ class Das:
 class Ngram:
     """The drafts of vLLM's `ngram`: what followed the earliest occurrence of the longest n-gram that ends the text.
 
-    Looks only into the request's own prompt and output. vLLM searches the text in every pass; here its n-grams are kept
+    Looks only into the request's own prompt and output. vLLM searches the text in every step; here its n-grams are kept
     in a table, so the drafts are vLLM's (v1/spec_decode/ngram_proposer.py) and the time is not.
     """
 

@@ -28,7 +28,7 @@ class History:
 
     @staticmethod
     def read_through(drafter: SuffixDrafter, problem: str, text: list[int]) -> list[list[int]]:
-        """Return the drafts of a request that samples `text`, a token a pass."""
+        """Return the drafts of a request that samples `text`, a token a step."""
         drafter.begin("reader", problem, [1])
         drafts = [drafter.propose(["reader"], [[token]], 8)[0] for token in text]
         drafter.end("reader", keep=False)
@@ -36,7 +36,7 @@ class History:
 
     @classmethod
     def taught(cls, epochs: int = 3, seed: int = 0) -> SuffixDrafter:
-        """Two problems in every epoch, passes with times, and predictions that were right and wrong."""
+        """Two problems in every epoch, steps with times, and predictions that were right and wrong."""
         drafter, rng = SuffixDrafter(cls.CONFIG, tokenizer=cls.TOKENIZER), random.Random(seed)
         for epoch in range(epochs):
             for problem in "ab":

@@ -1,4 +1,4 @@
-"""The fit of pass times: known coefficients under noise, changes of regime, priors, state."""
+"""The fit of step times: known coefficients under noise, changes of regime, priors, state."""
 
 import json
 import math
@@ -24,9 +24,9 @@ def coefficients(fit):
     return fit.base_s, fit.per_request_s, fit.per_draft_s
 
 
-def feed(fit, rng, num_passes, noise=0.2, outliers=0.02, slower=1.0, drafts=lambda rng, n: n * int(rng.integers(0, 5))):
-    """Observe passes of 1 to 256 requests; an outlier takes ten times as long."""
-    for _ in range(num_passes):
+def feed(fit, rng, num_steps, noise=0.2, outliers=0.02, slower=1.0, drafts=lambda rng, n: n * int(rng.integers(0, 5))):
+    """Observe steps of 1 to 256 requests; an outlier takes ten times as long."""
+    for _ in range(num_steps):
         n = int(rng.integers(1, 257))
         d = drafts(rng, n)
         time = slower * seconds(n, d) * max(0.05, 1.0 + noise * rng.standard_normal())
@@ -75,7 +75,7 @@ def test_the_price_of_speculating_at_all_is_told_from_that_of_a_token(seed):
     assert fit.predict(100, 0) == pytest.approx(seconds(100, 0), rel=0.05)
 
 
-def test_where_every_pass_speculates_nothing_is_said_to_be_its_price():
+def test_where_every_step_speculates_nothing_is_said_to_be_its_price():
     fit = feed(
         StepCostModel(), np.random.default_rng(0), 1000, noise=0.05, drafts=lambda rng, n: n * int(rng.integers(1, 5))
     )
@@ -85,7 +85,7 @@ def test_where_every_pass_speculates_nothing_is_said_to_be_its_price():
 
 @pytest.mark.parametrize("slower", [2.0, 0.5, 4.0])
 @pytest.mark.parametrize("seed", range(3))
-def test_follows_a_lasting_change_within_200_passes(seed, slower):
+def test_follows_a_lasting_change_within_200_steps(seed, slower):
     rng, fit = np.random.default_rng(seed), StepCostModel()
     feed(fit, rng, 1000)
     feed(fit, rng, 200, slower=slower)
@@ -108,7 +108,7 @@ def test_recovers_from_a_slow_first_pass():
 
 
 def test_noise_alone_is_no_change_of_regime():
-    """At each of 20,000 passes the memory stays long; a false alarm would cut it to PASSES_KEPT."""
+    """At each of 20,000 steps the memory stays long; a false alarm would cut it to STEPS_KEPT."""
     fit, rng = feed(StepCostModel(), np.random.default_rng(1), 200), np.random.default_rng(2)
     for _ in range(200):
         feed(fit, rng, 100)
@@ -117,19 +117,19 @@ def test_noise_alone_is_no_change_of_regime():
 
 @settings(max_examples=100, deadline=None)
 @given(
-    passes=st.lists(
+    steps=st.lists(
         st.tuples(st.floats(1e-6, 1e3), st.integers(1, 2000), st.integers(0, 10**5)), min_size=1, max_size=60
     )
 )
-def test_coefficients_are_finite_and_never_negative(passes):
+def test_coefficients_are_finite_and_never_negative(steps):
     fit = StepCostModel()
-    for observed in passes:
+    for observed in steps:
         fit.observe(*observed)
         assert all(0.0 <= x < math.inf for x in coefficients(fit))
         assert 0.0 < fit.predict(*observed[1:]) < math.inf
 
 
-def test_drafts_that_speed_passes_up_cost_nothing():
+def test_drafts_that_speed_steps_up_cost_nothing():
     fit, rng = StepCostModel(), np.random.default_rng(0)
     for _ in range(300):
         n, d = int(rng.integers(1, 257)), int(rng.integers(0, 100))
@@ -138,14 +138,14 @@ def test_drafts_that_speed_passes_up_cost_nothing():
 
 
 def test_collinear_inputs_give_the_papers_model():
-    """Three drafts a request in every pass: only per_request_s + 3 per_draft_s shows, and both come out equal."""
+    """Three drafts a request in every step: only per_request_s + 3 per_draft_s shows, and both come out equal."""
     fit = feed(StepCostModel(), np.random.default_rng(0), 2000, noise=0.05, drafts=lambda rng, n: 3 * n)
     token_s = (TRUE[1] + 3 * TRUE[2]) / 4
     assert coefficients(fit) == pytest.approx((TRUE[0], token_s, token_s), rel=0.1)
     assert fit.predict(200, 600) == pytest.approx(seconds(200, 600), rel=0.05)
 
 
-def test_passes_of_one_size_predict_themselves_and_are_not_ready():
+def test_steps_of_one_size_predict_themselves_and_are_not_ready():
     fit = StepCostModel()
     for _ in range(1000):
         fit.observe(0.02, 64, 128)
@@ -186,7 +186,7 @@ def test_state_round_trip_through_json():
         {"gram": "abc"},
         {"moments": [1.0] * 3},
         {"moments": [-1.0] * 4},
-        {"num_passes": 0},
+        {"num_steps": 0},
         {"weight": -1.0},
         {"error": 0.0},
         {"drift": None},
@@ -202,7 +202,7 @@ def test_bad_state_is_refused_and_changes_nothing(change):
 
 
 @pytest.mark.parametrize("observed", [(0.0, 1, 0), (math.nan, 1, 0), (math.inf, 1, 0), (0.1, 0, 0), (0.1, 1, -1)])
-def test_impossible_pass_is_refused(observed):
+def test_impossible_step_is_refused(observed):
     fit = StepCostModel()
     with pytest.raises(DraftError, match="expected seconds > 0"):
         fit.observe(*observed)

@@ -108,7 +108,10 @@ MISUSE = {
     "negative token": (lambda d: d.propose(["a", "b"], [[1], [2, -1]], 4), "negative"),
     "fewer lists of tokens": (lambda d: d.propose(["a", "b"], [[1]], 4), "2 requests, but 1 lists"),
     "more lists of tokens": (lambda d: d.propose(["a"], [[1], [1]], 4), "1 requests, but 2 lists"),
-    "fewer caps": (lambda d: d.propose(["a", "b"], [[1], [1]], [4, 4, 4]), "2 requests, but 3 draft lengths"),
+    "fewer max_draft_tokens": (
+        lambda d: d.propose(["a", "b"], [[1], [1]], [4, 4, 4]),
+        "2 requests, but 3 draft lengths",
+    ),
     "negative token in rows": (lambda d: rows(d, [[1, 5, 6], [1, 5, -1]], [3, 3]), "negative"),
     "tokens lost in rows": (lambda d: rows(d, [[1, 5, 6], [1, 5, 6]], [3, 1]), "lost tokens"),
     "rows beyond the matrix": (lambda d: rows(d, [[1, 5, 6]], [3, 3]), "outside of the matrix"),

@@ -1,4 +1,4 @@
-"""Snapshots of drafting history: what is saved comes back, and a killed save harms nothing."""
+"""Snapshots of drafting history: what is saved is restored, and a killed save harms nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from rl_accel.draft import DraftConfig, SuffixDrafter
 from rl_accel.errors import DraftError
 
-# What is saved comes back.
+# What is saved is restored.
 
 
 @pytest.mark.parametrize("pending", [True, False], ids=["rollouts that wait for the close", "all closed"])

@@ -216,15 +216,15 @@ def test_caps_thresholds_and_totals_bound_the_drafts() -> None:
     handles = np.array([index.begin(1, [3]) for _ in range(4)], np.int64)
     offsets = np.arange(5, dtype=np.uint32)
     tokens = np.array([text[i] for i in range(4)], np.int32)
-    caps, zero = np.array([0, 1, 5, 9], np.uint32), np.zeros(4, np.float32)
+    max_draft_tokens, zero = np.array([0, 1, 5, 9], np.uint32), np.zeros(4, np.float32)
 
     def sizes(drafted) -> list[int]:
         return np.diff(drafted[1]).tolist()
 
-    drafted = index.propose_batch(handles, tokens, offsets, caps, zero)
+    drafted = index.propose_batch(handles, tokens, offsets, max_draft_tokens, zero)
     assert sizes(drafted) == [0, 1, 5, 9]
     none = np.zeros(0, np.int32), np.zeros(5, np.uint32)
-    again = np.array([drafted[0][drafted[1][i]] if caps[i] else text[i + 1] for i in range(4)], np.int32)
+    again = np.array([drafted[0][drafted[1][i]] if max_draft_tokens[i] else text[i + 1] for i in range(4)], np.int32)
     drafted = index.propose_batch(handles, again, offsets, np.full(4, 9, np.uint32), np.full(4, 2.0, np.float32))
     assert sizes(drafted) == [0, 0, 0, 0], "a threshold above one means no draft"
     again = np.array([text[i + 2] for i in range(4)], np.int32)

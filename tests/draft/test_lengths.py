@@ -1,4 +1,4 @@
-"""Response lengths: the law of the draws, shrinkage, extrapolation, classes, bounds, state."""
+"""Response lengths: the distribution of the draws, shrinkage, extrapolation, classes, bounds, state."""
 
 from collections import deque
 
@@ -42,13 +42,15 @@ def test_draws_follow_the_conditional_mixture(generated):
     pool = np.concatenate([rng.choice(support, 500), own])
     model = filled([(-1 - i, x) for i, x in enumerate(pool[:500])] + [(7, x) for x in own])
     own_left, pool_left = own[own > generated], pool[pool > generated]
-    law = np.array([(own_left == x).sum() for x in support], float)
-    law += lengths.POOL_WEIGHT * np.array([(pool_left == x).sum() for x in support]) / (len(pool_left) + 1)
-    law = np.append(law, lengths.POOL_WEIGHT / (len(pool_left) + 1)) / (len(own_left) + lengths.POOL_WEIGHT)
+    distribution = np.array([(own_left == x).sum() for x in support], float)
+    distribution += lengths.POOL_WEIGHT * np.array([(pool_left == x).sum() for x in support]) / (len(pool_left) + 1)
+    distribution = np.append(distribution, lengths.POOL_WEIGHT / (len(pool_left) + 1)) / (
+        len(own_left) + lengths.POOL_WEIGHT
+    )
     total = draws(model, 7, generated) + generated
     counts = np.array([*((total == x).sum() for x in support), (total > support[-1]).sum()])
-    assert counts.sum() == len(total) and counts[law == 0].sum() == 0
-    assert chisquare(counts[law > 0], law[law > 0] * len(total)).pvalue > ALPHA
+    assert counts.sum() == len(total) and counts[distribution == 0].sum() == 0
+    assert chisquare(counts[distribution > 0], distribution[distribution > 0] * len(total)).pvalue > ALPHA
 
 
 def test_unknown_problem_has_the_law_of_the_pool():

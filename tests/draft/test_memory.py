@@ -24,8 +24,10 @@ def propose(index: SuffixIndex, handles: list[int], rows: list[list[int]], cap: 
     n = len(handles)
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.uint32)
     tokens = np.concatenate([NO_TOKENS, *(np.array(row, np.int32) for row in rows)])
-    caps, thresholds = np.full(n, cap, np.uint32), np.zeros(n, np.float32)
-    drafts, ends, _ = index.propose_batch(np.array(handles, np.int64), tokens, offsets, caps, thresholds)
+    max_draft_tokens, min_path_probs = np.full(n, cap, np.uint32), np.zeros(n, np.float32)
+    drafts, ends, _ = index.propose_batch(
+        np.array(handles, np.int64), tokens, offsets, max_draft_tokens, min_path_probs
+    )
     return [drafts[ends[i] : ends[i + 1]].tolist() for i in range(n)]
 
 

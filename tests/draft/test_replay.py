@@ -40,20 +40,20 @@ def rollouts_of_siblings(seed: int, epochs: int = 3) -> list[Rollout]:
 def test_ngram_counts_by_hand():
     # Text ends by [1, 2] after six tokens: [3, 4] is drafted and right, the target adds 1; then [2, 3] and 4.
     counts = replay([rollout([1, 2, 3, 4] * 3)], Ngram(max_draft=2, min_n=2, max_n=4)).total
-    assert (counts.passes, counts.drafted, counts.accepted, counts.emitted) == (7, 4, 4, 12)
-    assert counts.engine_passes == 8
+    assert (counts.request_steps, counts.drafted, counts.accepted, counts.emitted) == (7, 4, 4, 12)
+    assert counts.engine_steps == 8
 
 
 def test_ngram_wrong_draft_is_cut_at_the_first_error():
     # Behind [1, 2, 3, 9, 1, 2], [3, 9, 1] is drafted; 3 is right, 8 comes instead of 9.
     counts = replay([rollout([1, 2, 3, 9, 1, 2, 3, 8])], Ngram(max_draft=3, min_n=2, max_n=4)).total
-    assert (counts.passes, counts.drafted, counts.accepted, counts.emitted) == (6, 3, 1, 8)
+    assert (counts.request_steps, counts.drafted, counts.accepted, counts.emitted) == (6, 3, 1, 8)
 
 
 def test_ngram_reads_the_prompt():
     counts = replay([rollout([1, 2, 3, 4, 5], prompt=[7, 1, 2, 3, 4, 5])], Ngram(3, min_n=1, max_n=3)).total
-    # The first token comes from the prompt's pass; then [2, 3, 4] and 5.
-    assert (counts.passes, counts.accepted, counts.emitted) == (1, 3, 5)
+    # The first token comes from the prompt's step; then [2, 3, 4] and 5.
+    assert (counts.request_steps, counts.accepted, counts.emitted) == (1, 3, 5)
 
 
 @pytest.mark.parametrize("length", [2, 10, 11, 41])
@@ -62,9 +62,9 @@ def test_das_repeats_the_last_epoch(length, cap):
     tokens = range(100, 100 + length)
     result = replay([rollout(tokens, 0), rollout(tokens, 1)], Das(max_draft=cap))
     first, second = result.epochs[0], result.epochs[1]
-    assert (first.passes, first.drafted, first.accepted) == (length - 1, 0, 0)
-    # One token is the prompt pass's; every pass then emits the whole draft and one token of the target's own.
-    assert second.passes == -(-(length - 1) // (cap + 1))
+    assert (first.request_steps, first.drafted, first.accepted) == (length - 1, 0, 0)
+    # One token is the prompt step's; every step then emits the whole draft and one token of the target's own.
+    assert second.request_steps == -(-(length - 1) // (cap + 1))
     assert second.accepted == (length - 1) - (length - 1) // (cap + 1)
     assert first.emitted == second.emitted == length
 
@@ -72,7 +72,7 @@ def test_das_repeats_the_last_epoch(length, cap):
 def test_das_reads_a_sibling_that_is_ahead():
     tokens = range(100, 121)
     counts = replay([rollout(tokens, sample=i) for i in range(2)], Das(max_draft=4), concurrency=1).total
-    assert (counts.passes, counts.accepted, counts.emitted) == (20 + 4, 16, 42)
+    assert (counts.request_steps, counts.accepted, counts.emitted) == (20 + 4, 16, 42)
 
 
 def test_das_threshold_shortens_drafts():
@@ -87,8 +87,8 @@ def test_das_by_source_adds_up():
     cells = das.by_source()
     drafts, drafted, accepted = sum(cells.values())
     assert (drafted, accepted) == (counts.drafted, counts.accepted)
-    assert 0 < drafts <= counts.passes
-    assert {"own", "sibling", "past1", "past2"} <= {source for source, _ in cells}
+    assert 0 < drafts <= counts.request_steps
+    assert {"self", "sibling", "epoch_1", "epoch_2"} <= {source for source, _ in cells}
 
 
 @pytest.mark.parametrize("kind", [Das, Ngram, *([Arctic] if HAS_ARCTIC else [])])
@@ -98,10 +98,10 @@ def test_emitted_tokens_do_not_depend_on_drafter_or_concurrency(kind):
     for concurrency in (1, 3, None):
         counts = replay(data, kind(5), concurrency).total
         assert counts.emitted == recorded
-        assert counts.accepted <= counts.drafted <= 5 * counts.passes
-        # A pass emits what it accepted and one token more, unless the text ends with a draft token.
+        assert counts.accepted <= counts.drafted <= 5 * counts.request_steps
+        # A step emits what it accepted and one token more, unless the text ends with a draft token.
         num_texts = sum(1 for r in data if r.token_ids)
-        assert recorded <= counts.passes + counts.accepted + num_texts <= recorded + num_texts
+        assert recorded <= counts.request_steps + counts.accepted + num_texts <= recorded + num_texts
 
 
 def test_refuses_epochs_out_of_order_and_concurrency_of_none():
@@ -132,7 +132,7 @@ def test_bench_draft_writes_its_rows(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())}
     suffixes = ["", ".ngram"] if HAS_ARCTIC else [".ngram"]
-    assert set(rows) == {f"draft.accepted_per_pass.tiny.{b}4{s}" for b in ("cap", "equal") for s in suffixes}
+    assert set(rows) == {f"draft.accepted_per_request_step.tiny.{b}4{s}" for b in ("cap", "equal") for s in suffixes}
     for row in rows.values():
         assert set(row) == {"name", "value", "unit", "incumbent", "ratio", "bound"}
         assert 0 < row["value"] <= row["bound"] <= 4

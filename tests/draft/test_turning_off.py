@@ -1,4 +1,4 @@
-"""Drafting that is not worth its price: all or nothing by the fee, and an index that sleeps meanwhile."""
+"""Drafting that is not worth its cost: all or nothing by the break-even gain, and an index that backs off meanwhile."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from rl_accel.draft.config import DraftConfig
-from rl_accel.draft.drafter import SLEEP_AFTER, SLEEP_CALLS, WAKE_CALLS, SuffixDrafter
-from rl_accel.draft.planner import BLANK_EVERY, Planner
-from rl_accel.kernels.suffix.api import NO_TOTALS, SuffixIndex, problem_key
+from rl_accel.draft.drafter import BACK_OFF_AFTER, BACK_OFF_CALLS, RESUME_CALLS, SuffixDrafter
+from rl_accel.draft.planner import UNDRAFTED_EVERY, Planner
+from rl_accel.kernels.suffix.api import NO_CAPTURE_SIZES, SuffixIndex, problem_key
 
 TEXT = [int(t) for t in np.random.default_rng(0).integers(10, 5000, 200)]
 STOP = 2
@@ -28,12 +28,20 @@ def known_index() -> tuple[SuffixIndex, list[int]]:
     return index, handles
 
 
-def ask(index, handles, rows, threshold=0.1, fee=0.0):
+def ask(index, handles, rows, threshold=0.1, break_even_gain=0.0):
     n = len(handles)
     offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.uint32)
     tokens = np.array([t for row in rows for t in row], np.int32)
-    caps, thresholds = np.full(n, 8, np.uint32), np.full(n, threshold, np.float32)
-    return index.propose_batch(np.array(handles, np.int64), tokens, offsets, caps, thresholds, NO_TOTALS, fee)
+    max_draft_tokens, min_path_probs = np.full(n, 8, np.uint32), np.full(n, threshold, np.float32)
+    return index.propose_batch(
+        np.array(handles, np.int64),
+        tokens,
+        offsets,
+        max_draft_tokens,
+        min_path_probs,
+        NO_CAPTURE_SIZES,
+        break_even_gain,
+    )
 
 
 def test_the_fee_is_paid_by_all_drafts_together_or_there_are_none() -> None:
@@ -44,16 +52,16 @@ def test_the_fee_is_paid_by_all_drafts_together_or_there_are_none() -> None:
     assert len(paths) == 16 and gain > 16.0
     for position, (share, drafted) in enumerate([(0.95, 16), (1.05, 0), (0.0, 16), (math.inf, 0)]):
         index, handles = known_index()
-        tokens, ends, _ = ask(index, handles, [TEXT[20:21]] * 2, fee=share * gain if share else 0.0)
+        tokens, ends, _ = ask(index, handles, [TEXT[20:21]] * 2, break_even_gain=share * gain if share else 0.0)
         assert len(tokens) == drafted == ends[-1], position
 
 
 def test_what_is_not_drafted_for_the_fee_is_learned_from() -> None:
     index, handles = known_index()
-    ask(index, handles, [TEXT[20:21]] * 2, fee=math.inf)
+    ask(index, handles, [TEXT[20:21]] * 2, break_even_gain=math.inf)
     index.take_stats()
     before = index.scoring_state()
-    ask(index, handles, [TEXT[21:24]] * 2, fee=math.inf)
+    ask(index, handles, [TEXT[21:24]] * 2, break_even_gain=math.inf)
     stats = index.take_stats()
     assert stats["candidates"] > 0 and stats["expected_first"] > 0.5
     assert not stats["by_source"], "nothing was drafted"
@@ -71,20 +79,20 @@ def fed(speculation: float, policy: str = "budget") -> Planner:
 
 
 def test_the_fee_is_the_price_of_speculating_in_draft_tokens() -> None:
-    assert fed(2e-3).next_fee() == pytest.approx(2e-3 / 5e-5, rel=0.1)
-    assert fed(0.0).next_fee() < 1.0
+    assert fed(2e-3).next_break_even_gain() == pytest.approx(2e-3 / 5e-5, rel=0.1)
+    assert fed(0.0).next_break_even_gain() < 1.0
     for policy in ("fixed", "classes"):
-        assert {fed(2e-3, policy).next_fee() for _ in range(2 * BLANK_EVERY)} == {0.0}
+        assert {fed(2e-3, policy).next_break_even_gain() for _ in range(2 * UNDRAFTED_EVERY)} == {0.0}
 
 
-def test_one_pass_in_many_has_no_drafts_whatever_they_would_gain() -> None:
+def test_one_step_in_many_has_no_drafts_whatever_they_would_gain() -> None:
     planner = fed(2e-3)
-    fees = []
-    for _ in range(4 * BLANK_EVERY):
-        fees.append(planner.next_fee())
-        planner.observe_step(0.01, 40, 0 if math.isinf(fees[-1]) else 40)
-    blank = [i for i, fee in enumerate(fees) if math.isinf(fee)]
-    assert len(blank) == 4 and set(np.diff(blank)) == {BLANK_EVERY}
+    gains = []
+    for _ in range(4 * UNDRAFTED_EVERY):
+        gains.append(planner.next_break_even_gain())
+        planner.observe_step(0.01, 40, 0 if math.isinf(gains[-1]) else 40)
+    undrafted = [i for i, break_even_gain in enumerate(gains) if math.isinf(break_even_gain)]
+    assert len(undrafted) == 4 and set(np.diff(undrafted)) == {UNDRAFTED_EVERY}
 
 
 class Rows:
@@ -120,7 +128,7 @@ class Rows:
 def sleeping(num_requests: int = 2, limit: int = 1000) -> tuple[Rows, np.random.Generator]:
     drafter = SuffixDrafter(DraftConfig(method="das", cross_problems=False), stop_token_ids=[STOP])
     rows, rng = Rows(drafter, num_requests, limit), np.random.default_rng(0)
-    while drafter._idle_calls < SLEEP_AFTER:  # what never comes back is never drafted
+    while drafter._idle_calls < BACK_OFF_AFTER:  # what never repeats is never drafted
         assert not any(rows.one_pass(rng.integers(10**6, 10**9, num_requests).tolist()))
     return rows, rng
 
@@ -129,11 +137,11 @@ def test_an_index_that_drafts_nothing_is_asked_rarely_and_misses_no_token() -> N
     rows, rng = sleeping()
     had = rows.taken()
     history = []
-    for _ in range(2 * SLEEP_CALLS):
+    for _ in range(2 * BACK_OFF_CALLS):
         rows.one_pass(rng.integers(10**6, 10**9, 2).tolist())
         history.append(rows.taken())
     steps = np.diff([had, *history])
-    assert sorted(set(steps.tolist())) == [0, 2 * SLEEP_CALLS]
+    assert sorted(set(steps.tolist())) == [0, 2 * BACK_OFF_CALLS]
     assert (steps > 0).sum() == 2
     rows.drafter.index.check_integrity()
 
@@ -149,8 +157,8 @@ def test_a_request_that_ends_asleep_is_taken_whole() -> None:
 
 
 def test_a_request_that_meets_its_limit_asleep_is_taken_whole() -> None:
-    rows, rng = sleeping(limit=SLEEP_AFTER + 3)
-    while rows.num_tokens[0] - 1 < SLEEP_AFTER + 3:
+    rows, rng = sleeping(limit=BACK_OFF_AFTER + 3)
+    while rows.num_tokens[0] - 1 < BACK_OFF_AFTER + 3:
         rows.one_pass(rng.integers(10**6, 10**9, 2).tolist())
     assert rows.taken() == sum(rows.num_tokens)
 
@@ -159,7 +167,7 @@ def test_a_new_request_wakes_the_index_for_a_while() -> None:
     rows, rng = sleeping()
     rows.add()
     had = rows.taken()
-    for _ in range(WAKE_CALLS):
+    for _ in range(RESUME_CALLS):
         rows.one_pass(rng.integers(10**6, 10**9, 3).tolist())
         assert rows.taken() >= had + 3
         had = rows.taken()
@@ -167,10 +175,10 @@ def test_a_new_request_wakes_the_index_for_a_while() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_drafts_that_became_cheap_wake_the_index(seed) -> None:
-    """Too dear at first; the probes that notice the new price come while the index sleeps."""
+    """Too expensive at first; the probes that notice the new cost come while the index backs off."""
     rows, rng = Rows(SuffixDrafter(DraftConfig(method="das", cross_problems=False)), 2), np.random.default_rng(seed)
 
-    def some_passes(count: int, per_draft_s: float) -> list[int]:
+    def some_steps(count: int, per_draft_s: float) -> list[int]:
         sizes = []
         for _ in range(count):
             drafted = sum(map(len, rows.one_pass([TEXT[sum(rows.num_tokens) // 2 % 9]] * 2)))
@@ -179,9 +187,9 @@ def test_drafts_that_became_cheap_wake_the_index(seed) -> None:
             sizes.append(drafted)
         return sizes
 
-    dear = some_passes(500, per_draft_s=0.1)
-    assert np.mean(np.array(dear[-200:]) > 0) < 0.2 and rows.drafter._idle_calls > 0
-    cheap = some_passes(450, per_draft_s=1e-5)
+    expensive = some_steps(500, per_draft_s=0.1)
+    assert np.mean(np.array(expensive[-200:]) > 0) < 0.2 and rows.drafter._idle_calls > 0
+    cheap = some_steps(450, per_draft_s=1e-5)
     assert np.mean(np.array(cheap[-60:]) > 0) > 0.9
 
 

@@ -53,8 +53,8 @@ Clock::time_point after(double seconds) {
 }
 
 Drafts feed(SuffixIndex& index, i64 handle, std::span<const Token> tokens, u32 cap, float threshold = 0) {
-  const std::vector<u32> offsets{0, static_cast<u32>(tokens.size())}, caps{cap};
-  return index.propose(std::vector<i64>{handle}, tokens, offsets, caps, std::vector<float>{threshold}, {});
+  const std::vector<u32> offsets{0, static_cast<u32>(tokens.size())}, max_draft_tokens{cap};
+  return index.propose(std::vector<i64>{handle}, tokens, offsets, max_draft_tokens, std::vector<float>{threshold}, {});
 }
 
 struct Live {
@@ -194,8 +194,8 @@ class RandomRun {
     const std::size_t n = chosen.size();
     std::vector<i64> handles;
     std::vector<Token> fresh;
-    std::vector<u32> offsets{0}, caps, totals, rows, sizes;
-    std::vector<float> thresholds;
+    std::vector<u32> offsets{0}, max_draft_tokens, capture_sizes, rows, sizes;
+    std::vector<float> min_path_probs;
     std::size_t columns = 0;
     for (const u32 i : chosen) {
       Live& r = live_[i];
@@ -208,17 +208,17 @@ class RandomRun {
       }
       fresh.insert(fresh.end(), r.text.begin() + static_cast<std::ptrdiff_t>(r.told), r.text.end());
       offsets.push_back(static_cast<u32>(fresh.size()));
-      caps.push_back(below(random_, 200));
-      thresholds.push_back(any(random_, std::vector<float>{0.f, .01f, .3f, .9f, 1.f, 1.5f}));
+      max_draft_tokens.push_back(below(random_, 200));
+      min_path_probs.push_back(any(random_, std::vector<float>{0.f, .01f, .3f, .9f, 1.f, 1.5f}));
       columns = std::max(columns, r.text.size());
       r.told = r.text.size();
     }
     if (below(random_, 2))
       for (u32 k = 0, size = below(random_, 9); k < 1 + below(random_, 5); ++k, size += 1 + below(random_, 60))
-        totals.push_back(size);
+        capture_sizes.push_back(size);
     Drafts drafts;
     if (below(random_, 2)) {
-      drafts = index_.propose(handles, fresh, offsets, caps, thresholds, totals);
+      drafts = index_.propose(handles, fresh, offsets, max_draft_tokens, min_path_probs, capture_sizes);
     } else {  // the same from a matrix with stale values behind each text
       std::vector<Token> matrix((n + 1) * columns, -7);
       for (std::size_t i = 0; i < n; ++i) {
@@ -226,23 +226,23 @@ class RandomRun {
         sizes.push_back(static_cast<u32>(live_[chosen[i]].text.size()));
         std::copy(live_[chosen[i]].text.begin(), live_[chosen[i]].text.end(), matrix.begin() + static_cast<std::ptrdiff_t>((n - i) * columns));
       }
-      drafts = index_.propose_rows(handles, matrix.data(), columns, rows, sizes, caps, thresholds, totals);
+      drafts = index_.propose_rows(handles, matrix.data(), columns, rows, sizes, max_draft_tokens, min_path_probs, capture_sizes);
     }
     require(drafts.offsets.size() == n + 1 && drafts.offsets[n] == drafts.tokens.size(), "offsets fit");
     require(drafts.paths.size() == drafts.tokens.size(), "a probability for each token");
     for (std::size_t i = 0; i < n; ++i) {
       Live& r = live_[chosen[i]];
       const u32 first = drafts.offsets[i], last = drafts.offsets[i + 1];
-      require(first <= last && last - first <= std::min(caps[i], index_.options().max_draft), "caps hold");
+      require(first <= last && last - first <= std::min(max_draft_tokens[i], index_.options().max_draft), "max_draft_tokens hold");
       for (u32 k = first; k < last; ++k) {
         require(drafts.tokens[k] >= 0 && drafts.tokens[k] < static_cast<Token>(alphabet_) + 1, "only tokens that were seen");
         require(drafts.paths[k] > 0 && drafts.paths[k] <= (k > first ? drafts.paths[k - 1] : 1.f), "paths fall");
-        if (totals.empty()) require(drafts.paths[k] >= thresholds[i], "thresholds hold");
+        if (capture_sizes.empty()) require(drafts.paths[k] >= min_path_probs[i], "min_path_probs hold");
       }
-      if (thresholds[i] > 1) require(first == last, "nothing is drafted above a threshold of one");
+      if (min_path_probs[i] > 1) require(first == last, "nothing is drafted above a threshold of one");
       r.draft.assign(drafts.tokens.begin() + first, drafts.tokens.begin() + last);
     }
-    if (!totals.empty() && !drafts.tokens.empty()) require(n + drafts.tokens.size() <= totals.back(), "the limit holds");
+    if (!capture_sizes.empty() && !drafts.tokens.empty()) require(n + drafts.tokens.size() <= capture_sizes.back(), "the limit holds");
   }
 
   Random random_;
@@ -385,13 +385,13 @@ void threads(u64 seed, double seconds, const std::string& folder) {
       // A thread's requests draft its own tokens or a sibling's; the drafts must be those of this call.
       for (u32 pass = 0; pass < 40; ++pass) {
         std::vector<Token> tokens;
-        std::vector<u32> offsets{0}, caps(handles.size(), 8);
+        std::vector<u32> offsets{0}, max_draft_tokens(handles.size(), 8);
         for (std::size_t i = 0; i < handles.size(); ++i) {
           tokens.push_back(static_cast<Token>(below(*random, 4)));
           offsets.push_back(static_cast<u32>(tokens.size()));
         }
-        caps[0] = static_cast<u32>(number);
-        const Drafts drafts = index.propose(handles, tokens, offsets, caps, std::vector<float>(handles.size(), 0.f), {});
+        max_draft_tokens[0] = static_cast<u32>(number);
+        const Drafts drafts = index.propose(handles, tokens, offsets, max_draft_tokens, std::vector<float>(handles.size(), 0.f), {});
         require(drafts.offsets.size() == handles.size() + 1 && drafts.offsets[1] <= number, "a thread gets its own drafts");
         ++passes;
       }

@@ -1,4 +1,4 @@
-"""Position-keyed noise: the generator against an integer twin, the law of samples, no effect of the batch."""
+"""Position-keyed noise: the generator against an integer twin, the distribution of samples, no effect of the batch."""
 
 import math
 import os
@@ -74,8 +74,8 @@ def test_neighboring_positions_are_independent():
     logits_V = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0])
     tokens = gumbel_argmax(logits_V.expand(num + 1, -1), torch.full((num + 1,), 5), torch.arange(num + 1))
     pairs = (tokens[:-1] * vocab_size + tokens[1:])[::2]
-    law = torch.outer(logits_V.softmax(0), logits_V.softmax(0)).reshape(-1)
-    assert chi_square(count_tokens(pairs, vocab_size**2), law).passed
+    distribution = torch.outer(logits_V.softmax(0), logits_V.softmax(0)).reshape(-1)
+    assert chi_square(count_tokens(pairs, vocab_size**2), distribution).passed
 
 
 @settings(max_examples=30, deadline=None)

@@ -83,22 +83,22 @@ NB_MODULE(_suffix, m) {
       .def(
           "propose_batch",
           [](SuffixIndex& self, const Array<i64>& handles, const Array<Token>& tokens, const Array<u32>& offsets,
-             const Array<u32>& caps, const Array<float>& thresholds, const Array<u32>& totals, float fee) {
+             const Array<u32>& max_draft_tokens, const Array<float>& min_path_probs, const Array<u32>& capture_sizes, float break_even_gain) {
             Drafts drafts;
             {
               nb::gil_scoped_release release;
-              drafts = self.propose(view(handles), view(tokens), view(offsets), view(caps), view(thresholds),
-                                    view(totals), fee);
+              drafts = self.propose(view(handles), view(tokens), view(offsets), view(max_draft_tokens), view(min_path_probs),
+                                    view(capture_sizes), break_even_gain);
             }
             return nb::make_tuple(copy_of(drafts.tokens), copy_of(drafts.offsets), copy_of(drafts.paths));
           },
-          nb::arg("handles"), nb::arg("tokens"), nb::arg("offsets"), nb::arg("caps"), nb::arg("thresholds"),
-          nb::arg("totals"), nb::arg("fee"))
+          nb::arg("handles"), nb::arg("tokens"), nb::arg("offsets"), nb::arg("max_draft_tokens"), nb::arg("min_path_probs"),
+          nb::arg("capture_sizes"), nb::arg("break_even_gain"))
       .def(
           "propose_rows",
           [](SuffixIndex& self, const Array<i64>& handles, const Matrix& matrix, const Array<u32>& rows,
-             const Array<u32>& num_tokens, const Array<u32>& caps, const Array<float>& thresholds,
-             const Array<u32>& totals, float fee) {
+             const Array<u32>& num_tokens, const Array<u32>& max_draft_tokens, const Array<float>& min_path_probs,
+             const Array<u32>& capture_sizes, float break_even_gain) {
             if (matrix.stride(1) != 1) throw SuffixError("propose_rows: the columns of the matrix must be adjacent");
             for (std::size_t i = 0; i < rows.shape(0); ++i)
               if (rows.data()[i] >= matrix.shape(0)) throw SuffixError("propose_rows: row outside of the matrix");
@@ -108,12 +108,12 @@ NB_MODULE(_suffix, m) {
             {
               nb::gil_scoped_release release;
               drafts = self.propose_rows(view(handles), matrix.data(), static_cast<std::size_t>(matrix.stride(0)),
-                                         view(rows), view(num_tokens), view(caps), view(thresholds), view(totals), fee);
+                                         view(rows), view(num_tokens), view(max_draft_tokens), view(min_path_probs), view(capture_sizes), break_even_gain);
             }
             return rows_of(drafts);
           },
-          nb::arg("handles"), nb::arg("matrix"), nb::arg("rows"), nb::arg("num_tokens"), nb::arg("caps"),
-          nb::arg("thresholds"), nb::arg("totals"), nb::arg("fee"))
+          nb::arg("handles"), nb::arg("matrix"), nb::arg("rows"), nb::arg("num_tokens"), nb::arg("max_draft_tokens"),
+          nb::arg("min_path_probs"), nb::arg("capture_sizes"), nb::arg("break_even_gain"))
       .def(
           "close_epoch",
           [](SuffixIndex& self, i64 epoch, i64 policy_version) {
@@ -204,7 +204,7 @@ NB_MODULE(_suffix, m) {
                }
              nb::dict out;
              out["by_source"] = sources;
-             out["passes"] = stats.passes;
+             out["request_steps"] = stats.request_steps;
              out["candidates"] = stats.candidates;
              out["expected_first"] = stats.expected_first;
              out["expected_all"] = stats.expected_all;
@@ -224,6 +224,6 @@ NB_MODULE(_suffix, m) {
           "reliability",
           [](const SuffixIndex& self, u32 source) { return self.reliability(static_cast<Source>(source)); },
           nb::arg("source"));
-  m.attr("SOURCES") = nb::make_tuple("own", "sibling", "prompt", "past1", "past2", "past3_4", "past5", "cross", "shorter");
+  m.attr("SOURCES") = nb::make_tuple("self", "sibling", "prompt", "epoch_1", "epoch_2", "epochs_3_4", "epochs_5_up", "global", "shorter");
   m.attr("MATCH_LENGTHS") = nb::make_tuple("1", "2", "3", "4", "5-6", "7-8", "9-12", "13-20", "21-32", "33+");
 }

@@ -104,16 +104,16 @@ bool SuffixIndex::read_token(Reading& reading) {
 }
 
 // Reads the drafts of requests [first, last) of the batch in turns: what one waits for is fetched while others go on.
-void SuffixIndex::draft(std::size_t first, std::size_t last, std::span<const u32> caps,
-                        std::span<const float> thresholds, float below) {
+void SuffixIndex::draft(std::size_t first, std::size_t last, std::span<const u32> max_draft_tokens,
+                        std::span<const float> min_path_probs, float below) {
   Reading readings[kTogether];
   Reading* going[kTogether];
   while (first < last) {
     u32 n = 0;
     for (; first < last && n < kTogether; ++first) {
-      const u32 cap = std::min(caps[first], options_.max_draft);
+      const u32 cap = std::min(max_draft_tokens[first], options_.max_draft);
       if (cap == 0) continue;
-      const float floor = std::max(options_.min_probability, std::min(thresholds[first], 1.f) * below);
+      const float floor = std::max(options_.min_probability, std::min(min_path_probs[first], 1.f) * below);
       start(readings[n], *batch_[first], cap, floor);
       going[n] = &readings[n];
       ++n;
@@ -142,55 +142,55 @@ void SuffixIndex::draft(std::size_t first, std::size_t last, std::span<const u32
 }
 
 // Decides how many tokens of each draft are admitted. Path probabilities fall along a draft, so admitting the tokens with
-// the best ratio of probability to price takes a prefix of every draft.
-void SuffixIndex::admit(std::span<Request*> requests, std::span<const float> thresholds, std::span<const u32> totals,
-                        float fee) {
+// the best ratio of probability to cost takes a prefix of every draft.
+void SuffixIndex::admit(std::span<Request*> requests, std::span<const float> min_path_probs, std::span<const u32> capture_sizes,
+                        float break_even_gain) {
   std::size_t admitted = 0, possible = 0;
   float gain = 0;
   for (std::size_t i = 0; i < requests.size(); ++i) {
     Request& r = *requests[i];
     u32 n = 0;
-    for (; n < r.num_candidates && r.paths[n] >= std::max(thresholds[i], options_.min_probability); ++n)
-      if (fee > 0) gain += r.paths[n] / std::max(thresholds[i], options_.min_probability) - 1.f;
+    for (; n < r.num_candidates && r.paths[n] >= std::max(min_path_probs[i], options_.min_probability); ++n)
+      if (break_even_gain > 0) gain += r.paths[n] / std::max(min_path_probs[i], options_.min_probability) - 1.f;
     r.num_admitted = n;
     admitted += n;
     possible += r.num_candidates;
   }
-  if (gain < fee) {
+  if (gain < break_even_gain) {
     for (Request* r : requests) r->num_admitted = 0;
     return;
   }
-  if (totals.empty()) return;
+  if (capture_sizes.empty()) return;
   const std::size_t base = requests.size();
-  const u32 limit = totals.back();
+  const u32 limit = capture_sizes.back();
   // The smallest size that holds what was admitted: up to it, more tokens cost nothing.
-  const auto size = std::lower_bound(totals.begin(), totals.end(), base + admitted);
-  std::size_t wanted = size == totals.end() ? limit : *size;
+  const auto size = std::lower_bound(capture_sizes.begin(), capture_sizes.end(), base + admitted);
+  std::size_t wanted = size == capture_sizes.end() ? limit : *size;
   wanted = wanted > base ? wanted - base : 0;
   if (admitted == 0 || wanted == admitted) return;
   wanted = std::min(wanted, possible);
   ratios_.clear();
   for (std::size_t i = 0; i < requests.size(); ++i)
     for (u32 k = 0; k < requests[i]->num_candidates; ++k)
-      if (const float path = requests[i]->paths[k]; path >= options_.min_probability && thresholds[i] <= 1.f)
-        ratios_.push_back(path / thresholds[i]);
+      if (const float path = requests[i]->paths[k]; path >= options_.min_probability && min_path_probs[i] <= 1.f)
+        ratios_.push_back(path / min_path_probs[i]);
   if (wanted == 0 || ratios_.empty()) {
     for (Request* r : requests) r->num_admitted = 0;
     return;
   }
-  float price = 0;
+  float cutoff = 0;
   if (wanted < ratios_.size()) {
     std::nth_element(ratios_.begin(), ratios_.begin() + static_cast<std::ptrdiff_t>(wanted - 1), ratios_.end(),
                      std::greater<>());
-    price = ratios_[wanted - 1];
+    cutoff = ratios_[wanted - 1];
   }
   std::size_t left = wanted;
-  for (const bool strictly : {true, false}) {  // ties at the price fill what is left
+  for (const bool strictly : {true, false}) {  // ties at the cutoff fill what is left
     for (std::size_t i = 0; i < requests.size(); ++i) {
       Request& r = *requests[i];
       u32 n = strictly ? 0 : r.num_admitted;
-      while (n < r.num_candidates && left > 0 && thresholds[i] <= 1.f && r.paths[n] >= options_.min_probability &&
-             (strictly ? r.paths[n] / thresholds[i] > price : r.paths[n] / thresholds[i] >= price))
+      while (n < r.num_candidates && left > 0 && min_path_probs[i] <= 1.f && r.paths[n] >= options_.min_probability &&
+             (strictly ? r.paths[n] / min_path_probs[i] > cutoff : r.paths[n] / min_path_probs[i] >= cutoff))
         ++n, --left;
       r.num_admitted = n;
     }

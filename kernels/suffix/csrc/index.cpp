@@ -179,7 +179,7 @@ void SuffixIndex::erase(Problem& problem) {
 }
 
 void SuffixIndex::learn(Request& r, std::span<const Token> tokens) {
-  ++stats_.passes;
+  ++stats_.request_steps;
   if (r.num_candidates > 0) {
     for (u32 i = 0; i < r.num_votes; ++i) scoring_.learn_cell(r.votes[i].cell, r.votes[i].token == tokens[0]);
     u32 right = 0;
@@ -327,10 +327,10 @@ void SuffixIndex::make_place(F&& fresh_of) {
 // Some tens of requests are taken together, and all requests of one problem that follow each other: all of them append, then
 // all of them draft, so that siblings see each other's newest tokens while the problem is still in the cache.
 template <typename F>
-Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps,
-                        std::span<const float> thresholds, std::span<const u32> totals, float fee) {
-  // With room to fill, candidates below the price are wanted as well.
-  const float below = totals.size() > 1 ? .25f : 1.f;
+Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> max_draft_tokens,
+                        std::span<const float> min_path_probs, std::span<const u32> capture_sizes, float break_even_gain) {
+  // With room to fill, candidates below the cutoff are wanted as well.
+  const float below = capture_sizes.size() > 1 ? .25f : 1.f;
   batch_.clear();
   unsearched_.clear();
   for (const i64 handle : handles) batch_.push_back(&request(handle));
@@ -355,9 +355,9 @@ Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<co
       }
     }
     finish_searches();
-    draft(first, last, caps, thresholds, below);
+    draft(first, last, max_draft_tokens, min_path_probs, below);
   }
-  admit(batch_, thresholds, totals, fee);
+  admit(batch_, min_path_probs, capture_sizes, break_even_gain);
   feed_cross(num_taken + kCrossSlice);
   const Problem* counted = &limbo_;
   for (const Request* r : batch_)
@@ -367,34 +367,34 @@ Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<co
 }
 
 Drafts SuffixIndex::propose(std::span<const i64> handles, std::span<const Token> tokens, std::span<const u32> offsets,
-                            std::span<const u32> caps, std::span<const float> thresholds,
-                            std::span<const u32> totals, float fee) {
+                            std::span<const u32> max_draft_tokens, std::span<const float> min_path_probs,
+                            std::span<const u32> capture_sizes, float break_even_gain) {
   const std::lock_guard lock(mutex_);
   const std::size_t n = handles.size();
-  if (offsets.size() != n + 1 || caps.size() != n || thresholds.size() != n)
-    throw SuffixError("propose: offsets must have one more entry than handles, caps and thresholds as many");
+  if (offsets.size() != n + 1 || max_draft_tokens.size() != n || min_path_probs.size() != n)
+    throw SuffixError("propose: offsets must have one more entry than handles, max_draft_tokens and min_path_probs as many");
   for (std::size_t i = 0; i < n; ++i)
     if (offsets[i] > offsets[i + 1] || offsets[i + 1] > tokens.size())
       throw SuffixError("propose: offsets must not fall and stay within the tokens");
   const auto fresh_of = [&](std::size_t i) { return tokens.subspan(offsets[i], offsets[i + 1] - offsets[i]); };
-  return run(handles, fresh_of, caps, thresholds, totals, fee);
+  return run(handles, fresh_of, max_draft_tokens, min_path_probs, capture_sizes, break_even_gain);
 }
 
 Drafts SuffixIndex::propose_rows(std::span<const i64> handles, const Token* matrix, std::size_t stride,
                                  std::span<const u32> rows, std::span<const u32> num_tokens,
-                                 std::span<const u32> caps, std::span<const float> thresholds,
-                                 std::span<const u32> totals, float fee) {
+                                 std::span<const u32> max_draft_tokens, std::span<const float> min_path_probs,
+                                 std::span<const u32> capture_sizes, float break_even_gain) {
   const std::lock_guard lock(mutex_);
   const std::size_t n = handles.size();
-  if (rows.size() != n || num_tokens.size() != n || caps.size() != n || thresholds.size() != n)
-    throw SuffixError("propose_rows: handles, rows, num_tokens, caps and thresholds must have one length");
+  if (rows.size() != n || num_tokens.size() != n || max_draft_tokens.size() != n || min_path_probs.size() != n)
+    throw SuffixError("propose_rows: handles, rows, num_tokens, max_draft_tokens and min_path_probs must have one length");
   const auto fresh_of = [&](std::size_t i) {
     const u32 consumed = batch_[i]->num_consumed;
     if (num_tokens[i] < consumed) throw SuffixError("propose_rows: a request lost tokens");
     const Token* row = matrix + static_cast<std::size_t>(rows[i]) * stride;
     return std::span<const Token>(row + consumed, num_tokens[i] - consumed);
   };
-  return run(handles, fresh_of, caps, thresholds, totals, fee);
+  return run(handles, fresh_of, max_draft_tokens, min_path_probs, capture_sizes, break_even_gain);
 }
 
 void SuffixIndex::new_cross() {

@@ -61,7 +61,7 @@ struct SourceStats {
 
 struct IndexStats {
   std::array<std::array<SourceStats, kNumLengths>, kNumSources> by_source{};
-  u64 passes = 0;            // request-steps that were told of new tokens
+  u64 request_steps = 0;            // request-steps that were told of new tokens
   u64 candidates = 0;        // tokens that could have been drafted
   double expected_first = 0; // sum of the probabilities of first candidates
   double expected_all = 0;   // sum of the probabilities of all candidate paths
@@ -83,17 +83,17 @@ class SuffixIndex {
   // Ends a request; with `keep` its tokens enter the history when the epoch is closed.
   void end(i64 handle, bool keep);
 
-  // Takes the new tokens of each request, then drafts up to caps[i] tokens whose path probability is at least
-  // thresholds[i]. `totals`, ascending: sizes that (requests + drafts) should fill, the last one is the limit; empty:
-  // no limit. The gain of a draft token is probability / threshold - 1; where the gains of all sum to less than `fee`,
+  // Takes the new tokens of each request, then drafts up to max_draft_tokens[i] tokens whose path probability is at least
+  // min_path_probs[i]. `capture_sizes`, ascending: sizes that (requests + drafts) should fill, the last one is the limit; empty:
+  // no limit. The gain of a draft token is probability / threshold - 1; where the gains of all sum to less than `break_even_gain`,
   // what verifying drafts costs at all, none is drafted. A request may be named once.
   Drafts propose(std::span<const i64> handles, std::span<const Token> tokens, std::span<const u32> offsets,
-                 std::span<const u32> caps, std::span<const float> thresholds, std::span<const u32> totals,
-                 float fee = 0);
+                 std::span<const u32> max_draft_tokens, std::span<const float> min_path_probs, std::span<const u32> capture_sizes,
+                 float break_even_gain = 0);
   // The same, reading each request's tokens (prompt first) from row rows[i] of a matrix with `stride` columns.
   Drafts propose_rows(std::span<const i64> handles, const Token* matrix, std::size_t stride,
-                      std::span<const u32> rows, std::span<const u32> num_tokens, std::span<const u32> caps,
-                      std::span<const float> thresholds, std::span<const u32> totals, float fee = 0);
+                      std::span<const u32> rows, std::span<const u32> num_tokens, std::span<const u32> max_draft_tokens,
+                      std::span<const float> min_path_probs, std::span<const u32> capture_sizes, float break_even_gain = 0);
 
   // Packs the kept rollouts that ended into immutable segments of the running epoch; describes them as one.
   SegmentInfo pack();
@@ -217,16 +217,16 @@ class SuffixIndex {
   void start(Reading& reading, Request& request, u32 cap, float floor) const;
   bool read(Reading& reading);
   bool read_token(Reading& reading);
-  void draft(std::size_t first, std::size_t last, std::span<const u32> caps, std::span<const float> thresholds, float below);
-  void admit(std::span<Request*> requests, std::span<const float> thresholds, std::span<const u32> totals, float fee);
+  void draft(std::size_t first, std::size_t last, std::span<const u32> max_draft_tokens, std::span<const float> min_path_probs, float below);
+  void admit(std::span<Request*> requests, std::span<const float> min_path_probs, std::span<const u32> capture_sizes, float break_even_gain);
   Drafts emit(std::span<Request*> requests) const;
   static void forget_draft(Request& request);
   void finish_searches();
   template <typename F>
   void prefetch(std::size_t first, std::size_t last, F&& fresh_of);
   template <typename F>
-  Drafts run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> caps, std::span<const float> thresholds,
-             std::span<const u32> totals, float fee);
+  Drafts run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> max_draft_tokens, std::span<const float> min_path_probs,
+             std::span<const u32> capture_sizes, float break_even_gain);
   void new_cross();
   void feed_cross(u32 budget);
   void queue_cross(std::span<const Token> tokens);

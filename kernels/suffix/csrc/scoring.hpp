@@ -1,4 +1,4 @@
-// How likely is a predicted token to be accepted? Learned on line from what was sampled, which comes back for free.
+// How likely is a predicted token to be accepted? Learned on line from what was sampled, which is known for free.
 //
 // A source (own text, siblings, prompt, past epochs by age, other problems) predicts one token. Its reliability is kept
 // per (source, match length, agreement of its occurrences). Predictions of the same token add their odds; the sum is

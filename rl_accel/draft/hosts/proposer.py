@@ -56,18 +56,18 @@ class DASProposer:
         self.max_model_len = vllm_config.model_config.max_model_len
         self.runner: Any = None
         self.drafter: SuffixDrafter | None = None
-        self._keep: dict[str, bool] = {}
-        self._foreign: set[str] = set()
+        self._keep_in_history: dict[str, bool] = {}
+        self._anonymous: set[str] = set()
         self._foreign_tokens = 0
         self._undrafted: set[str] = set()
-        """Live requests without drafts; they are not in `_keep`."""
+        """Live requests without drafts; they are not in `_keep_in_history`."""
         self.faults = Faults()
         self._last_start: float | None = None
         self._last_ids: list[str] = []
         self._last_drafted = 0
         self._asked = False
         """Whether vLLM has asked for drafts since it last took them."""
-        self._propose_s, self._passes = 0.0, 0
+        self._propose_s, self._steps = 0.0, 0
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """There is no draft model, but this is where vLLM would load it: `attach` has been called by then, or never is.
@@ -87,7 +87,7 @@ class DASProposer:
         if not _is_output_rank(self.vllm_config):
             return
         self.drafter = SuffixDrafter(self.config, **self._identity_of_tokenizer())
-        self.drafter.totals = _capture_sizes(self.vllm_config)
+        self.drafter.capture_sizes = _capture_sizes(self.vllm_config)
         take_drafts = runner.take_draft_token_ids
 
         def take_draft_token_ids() -> Any:
@@ -147,10 +147,10 @@ class DASProposer:
         ids = batch.req_ids[: len(sampled_token_ids)]
         self._end_gone()
         sampled = [row for row, tokens in enumerate(sampled_token_ids) if tokens]
-        fresh = [row for row in sampled if ids[row] not in self._keep and ids[row] not in self._undrafted]
+        fresh = [row for row in sampled if ids[row] not in self._keep_in_history and ids[row] not in self._undrafted]
         for row in fresh:
             self._begin(ids[row], token_ids_cpu[row, : batch.num_prompt_tokens[row]])
-        rows = [row for row in sampled if ids[row] in self._keep]
+        rows = [row for row in sampled if ids[row] in self._keep_in_history]
         row_ids = [ids[row] for row in rows]
         self._time_pass(started, row_ids, steady=not fresh and len(rows) == len(sampled_token_ids))
         if rows:
@@ -161,7 +161,7 @@ class DASProposer:
         self._last_drafted = sum(map(len, drafts))
         self._last_start, self._last_ids = started, row_ids
         self._propose_s += time.perf_counter() - started
-        self._passes += 1
+        self._steps += 1
 
     def _ask(
         self, names: list[str], token_ids: np.ndarray, rows: np.ndarray, num_tokens: np.ndarray
@@ -190,24 +190,24 @@ class DASProposer:
             # Validation that is not kept has texts of its own, out of reach of a training rollout.
             keep = not identity.validate or self.config.learn_from_validation
             problem = ("problem/" if keep else "validation/") + identity.problem_id
-        room = self.max_model_len - len(prompt_token_ids)
-        max_tokens = room if params is None or params.max_tokens is None else min(params.max_tokens, room)
+        remaining = self.max_model_len - len(prompt_token_ids)
+        max_tokens = remaining if params is None or params.max_tokens is None else min(params.max_tokens, remaining)
         try:
             self.drafter.begin(name, problem, prompt_token_ids, max_tokens)
         except DraftError as error:
             self._leave_out(name, error)
             return
-        self._keep[name] = keep
+        self._keep_in_history[name] = keep
         if identity is None:
-            self._foreign.add(name)
+            self._anonymous.add(name)
 
     def _leave_out(self, name: str, error: DraftError) -> None:
         """Go on without drafts for one request, and forget what it said."""
         assert self.drafter is not None
         self.faults.note(UNDRAFTED, "request %.60s goes on without drafts", ascii(name), error=error)
         self._undrafted.add(name)
-        self._keep.pop(name, None)
-        self._foreign.discard(name)
+        self._keep_in_history.pop(name, None)
+        self._anonymous.discard(name)
         if name in self.drafter:
             self.drafter.end(name, keep=False)
 
@@ -215,13 +215,13 @@ class DASProposer:
         """The drafter itself is broken: plain decoding from now on, which samples the same tokens."""
         self.faults.note(DRAFTING_OFF, "the drafter failed, the engine goes on without drafts", error=error)
         self.drafter, self._last_drafted = None, 0
-        self._keep, self._foreign, self._undrafted = {}, set(), set()
+        self._keep_in_history, self._anonymous, self._undrafted = {}, set(), set()
 
     def _end_gone(self) -> None:
         """End what the runner no longer knows."""
         assert self.drafter is not None
-        if not self._keep.keys() <= self.runner.requests.keys():
-            gone = self._keep.keys() - self.runner.requests.keys()
+        if not self._keep_in_history.keys() <= self.runner.requests.keys():
+            gone = self._keep_in_history.keys() - self.runner.requests.keys()
             for name in sorted(gone):  # a set has no order, and history should not depend on hashing
                 self._end(name)
         if self._undrafted:
@@ -232,16 +232,16 @@ class DASProposer:
 
     def _end(self, name: str) -> None:
         assert self.drafter is not None
-        if name in self._foreign:
-            self._foreign.discard(name)
+        if name in self._anonymous:
+            self._anonymous.discard(name)
             self._foreign_tokens += self.drafter.num_generated(name)
-        self.drafter.end(name, self._keep.pop(name))
+        self.drafter.end(name, self._keep_in_history.pop(name))
 
     def _end_done(self) -> None:
         """Between steps: end also what is complete and of which the runner will be told with the next step only."""
         self._end_gone()
         stops = set(_stop_token_ids(self.vllm_config.model_config))
-        for name in sorted(self._keep):
+        for name in sorted(self._keep_in_history):
             request = self.runner.requests[name]
             params, tokens = request.sampling_params, request.output_token_ids
             if params is None or not tokens:
@@ -251,7 +251,7 @@ class DASProposer:
                 self._end(name)
 
     def _time_pass(self, started: float, ids: list[str], steady: bool) -> None:
-        """A pass took from one call to the next, if the same requests ran on and no prompt was processed."""
+        """A step took from one call to the next, if the same requests ran on and no prompt was processed."""
         assert self.drafter is not None
         if self._last_start is None or not steady or not ids:
             return
@@ -319,8 +319,8 @@ class DASProposer:
         except (DraftError, MemoryError) as error:
             logger.error("rl_accel: history is not restored, drafting starts without it: %s", error)
             return {"restored": False, "reason": str(error) or repr(error)}
-        drafter.totals = self.drafter.totals
-        self.drafter, self._keep, self._foreign = drafter, {}, set()
+        drafter.capture_sizes = self.drafter.capture_sizes
+        self.drafter, self._keep_in_history, self._anonymous = drafter, {}, set()
         return {"restored": True, "tokens": sum(s["num_tokens"] for s in drafter.index.segments())}
 
     def _own(self, path: str) -> str:
@@ -335,8 +335,8 @@ class DASProposer:
         drafter, memory = self.drafter, self.drafter.memory_bytes()
         cost = drafter.planner.cost
         metrics = {
-            "propose_ms": 1e3 * self._propose_s / max(self._passes, 1),
-            "num_passes": float(self._passes),
+            "propose_ms": 1e3 * self._propose_s / max(self._steps, 1),
+            "num_steps": float(self._steps),
             "base_ms": 1e3 * cost.base_s,
             "speculation_ms": 1e3 * cost.speculation_s,
             "per_request_us": 1e6 * cost.per_request_s,
@@ -345,7 +345,7 @@ class DASProposer:
             "window": float(drafter.window),
             "live_bytes": float(memory["live"]),
             "closed_bytes": float(memory["closed"]),
-            "cross_bytes": float(memory["cross"]),
+            "global_bytes": float(memory["global"]),
             "lengths_bytes": float(memory["lengths"]),
             **{name: float(count) for name, count in drafter.take_given_up().items()},
         }
@@ -353,7 +353,7 @@ class DASProposer:
             for what, value in (("drafted", drafted), ("accepted", accepted)):
                 name = f"{what}_by_{source}"
                 metrics[name] = metrics.get(name, 0.0) + float(value)
-        self._propose_s, self._passes = 0.0, 0
+        self._propose_s, self._steps = 0.0, 0
         return metrics
 
 
@@ -389,7 +389,7 @@ def _is_output_rank(vllm_config: Any) -> bool:
 
 
 def _capture_sizes(vllm_config: Any) -> np.ndarray:
-    """Token counts of the captured CUDA graphs: a pass is padded to the next one, so up to it drafts are free."""
+    """Token counts of the captured CUDA graphs: a step is padded to the next one, so up to it drafts are free."""
     sizes = getattr(vllm_config.compilation_config, "cudagraph_capture_sizes", None) or []
     if vllm_config.device_config.device_type != "cuda" or vllm_config.model_config.enforce_eager:
         sizes = []

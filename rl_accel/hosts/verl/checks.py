@@ -145,7 +145,7 @@ def _check_lengths(config: DictConfig) -> None:
     if longest is not None and rollout.prompt_length >= longest:
         where = "rollout.max_model_len" if rollout.max_model_len else "the model's positions"
         raise ConfigError(
-            f"prompts of data.max_prompt_length={rollout.prompt_length} tokens leave no room for a response within "
+            f"prompts of data.max_prompt_length={rollout.prompt_length} tokens leave no tokens for a response within "
             f"{where}={longest}"
         )
     total = rollout.prompt_length + rollout.response_length

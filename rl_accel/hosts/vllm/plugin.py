@@ -3,7 +3,7 @@ acts there.
 
 `register()` lets features make their names known to vLLM, and arranges that `load_model` of vLLM's model runners calls
 `install` first. `install` returns at once unless `vllm_config.additional_config["rl_accel"]` is a dict, so vLLM without
-rl_accel settings stays as it is. `load_model` is the seam because it runs once, after every constructor:
+rl_accel settings stays as it is. `load_model` is the hook because it runs once, after every constructor:
 `CPUModelRunner.__init__` replaces device tensors and kernels after `GPUModelRunner.__init__` has returned.
 
 Host symbols: `GPUModelRunner.load_model` (v1/worker/gpu_model_runner.py), `CPUModelRunner.load_model`

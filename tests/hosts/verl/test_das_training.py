@@ -55,8 +55,10 @@ def test_tokens_and_training_are_those_without_drafts(trainings, das) -> None:
 def test_the_second_epoch_is_drafted_from_the_first(das) -> None:
     metrics = das.metrics()
     assert metrics[1]["rollout/spec_num_accepted_tokens"] > 0
-    assert "rl_accel/draft/accepted_by_past1" not in metrics[2] or metrics[2]["rl_accel/draft/accepted_by_past1"] == 0
-    assert metrics[3]["rl_accel/draft/accepted_by_past1"] > 0
+    assert (
+        "rl_accel/draft/accepted_by_epoch_1" not in metrics[2] or metrics[2]["rl_accel/draft/accepted_by_epoch_1"] == 0
+    )
+    assert metrics[3]["rl_accel/draft/accepted_by_epoch_1"] > 0
     assert metrics[4]["rl_accel/draft/closed_bytes"] > 0
     for step in metrics.values():
         assert step["rl_accel/draft/propose_ms"] > 0
@@ -80,7 +82,7 @@ def resumed(trainings, das):
 def test_history_comes_back_with_the_checkpoint(resumed, das) -> None:
     metrics = resumed.metrics()
     assert metrics[3]["rl_accel/draft/history_refused"] == 0
-    assert metrics[3]["rl_accel/draft/accepted_by_past1"] > 0, "nothing was drafted from before the resume"
+    assert metrics[3]["rl_accel/draft/accepted_by_epoch_1"] > 0, "nothing was drafted from before the resume"
     assert tokens_of(resumed, 4) == tokens_of(das, 4)
 
 

@@ -140,14 +140,14 @@ def test_faults_of_the_engines_are_metrics():
 
 def test_what_features_drained_is_reduced_by_their_tables():
     drained = [
-        {"draft": {"engines_off": 1.0, "propose_ms": 2.0, "drafted_by_own": 3.0}},
-        {"draft": {"engines_off": 0.0, "propose_ms": 5.0, "drafted_by_past1": 4.0}, "sync": {"seconds": 0.5}},
+        {"draft": {"engines_off": 1.0, "propose_ms": 2.0, "drafted_by_self": 3.0}},
+        {"draft": {"engines_off": 0.0, "propose_ms": 5.0, "drafted_by_epoch_1": 4.0}, "sync": {"seconds": 0.5}},
     ]
     assert add_up(drained) == {
         "rl_accel/draft/engines_off": 1.0,
         "rl_accel/draft/propose_ms": 5.0,
-        "rl_accel/draft/drafted_by_own": 3.0,
-        "rl_accel/draft/drafted_by_past1": 4.0,
+        "rl_accel/draft/drafted_by_self": 3.0,
+        "rl_accel/draft/drafted_by_epoch_1": 4.0,
         "rl_accel/sync/seconds": 0.5,
     }
     with pytest.raises(KeyError, match="feature draft has no metric 'unheard_of' in its table"):

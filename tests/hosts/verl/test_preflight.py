@@ -67,7 +67,7 @@ def composed(*overrides):
         (f"{ROLLOUT}.n=0", "must be at least 1"),
         (f"{ROLLOUT}.n={{a: 1}}", "is not a group of settings"),
         (f"{ROLLOUT}.temperature=0", "must be more than 0"),
-        (f"{ROLLOUT}.max_model_len=100", "leave no room for a response"),
+        (f"{ROLLOUT}.max_model_len=100", "leave no tokens for a response"),
         (f"{ROLLOUT}.max_num_batched_tokens=100", "which vLLM refuses"),
         ("actor_rollout_ref.model.lora_rank=8", "LoRA needs a GPU"),
         ("algorithm.adv_estimator=grop", "verl 0.9.1 knows gae, grpo"),

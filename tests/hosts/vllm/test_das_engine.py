@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-MODES = ("plain", "das", "dear", "serve", "preempt", "plain_preempt", "tp2")
+MODES = ("plain", "das", "expensive", "serve", "preempt", "plain_preempt", "tp2")
 NUM_PROBLEMS, NUM_SAMPLES, NUM_EPOCHS, MAX_TOKENS = 6, 4, 3, 48
 MAX_DRAFT = 8
 
@@ -34,11 +34,11 @@ def prompt(problem: int) -> list[int]:
     return [(7 * problem + j * j) % 40 + 5 for j in range(20 + problem)]
 
 
-def params(problem: int, sample: int, epoch: int, foreign: bool, validate: bool = False):
+def params(problem: int, sample: int, epoch: int, anonymous: bool, validate: bool = False):
     from vllm import SamplingParams
 
     identity = {"problem_id": f"p{problem}", "sample_index": sample, "step": epoch, "validate": validate}
-    extra = {"seed": 100 * epoch + sample} if foreign else {"extra_args": {"rl_accel": identity}}
+    extra = {"seed": 100 * epoch + sample} if anonymous else {"extra_args": {"rl_accel": identity}}
     return SamplingParams(temperature=0.05, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False, **extra)
 
 
@@ -49,13 +49,13 @@ def run_engine(model: str, mode: str) -> dict:
     from rl_accel.config import AccelConfig
     from rl_accel.hosts.verl.prepare import engine_args, engine_settings
 
-    speculates, foreign = not mode.startswith("plain"), mode == "serve"
+    speculates, anonymous = not mode.startswith("plain"), mode == "serve"
     accel = AccelConfig.from_mapping(
         {
             "draft": {
                 "method": "das",
                 "num_speculative_tokens": MAX_DRAFT,
-                "policy": "budget" if mode == "dear" else "fixed",
+                "policy": "budget" if mode == "expensive" else "fixed",
             }
         }
     )
@@ -74,18 +74,18 @@ def run_engine(model: str, mode: str) -> dict:
         num_gpu_blocks_override=30 if "preempt" in mode else None,
         tensor_parallel_size=2 if mode == "tp2" else 1,
         speculative_config=engine_args(accel)["speculative_config"][0] if speculates else None,
-        additional_config={} if foreign else additional,
+        additional_config={} if anonymous else additional,
         disable_log_stats=False,
         hf_overrides={"eos_token_id": None},
     )
     result: dict = {"tokens": [], "stats": [], "live": llm.collective_rpc(_live)}
-    if mode == "dear":
+    if mode == "expensive":
         llm.collective_rpc(_teach_that_drafts_are_dear)
     for epoch in range(NUM_EPOCHS):
         wanted = [(p, s) for p in range(NUM_PROBLEMS) for s in range(NUM_SAMPLES)]
         outputs = llm.generate(
             [{"prompt_token_ids": prompt(p)} for p, _ in wanted],
-            [params(p, s, epoch, foreign) for p, s in wanted],
+            [params(p, s, epoch, anonymous) for p, s in wanted],
             use_tqdm=False,
         )
         result["tokens"].append([list(output.outputs[0].token_ids) for output in outputs])
@@ -158,7 +158,7 @@ def _live(worker) -> dict:
 
 
 def _teach_that_drafts_are_dear(worker) -> None:
-    """Report passes in which a draft token took as long as a whole pass."""
+    """Report steps in which a draft token took as long as a whole step."""
     planner = worker.model_runner.drafter.drafter.planner
     for i in range(200):
         n, d = 1 + i % 24, (i % 2) * (1 + i % 7)
@@ -230,7 +230,7 @@ def test_later_epochs_accept_more(engines) -> None:
     das = engines("das")
     assert accepted(das, 0) > 0
     assert accepted(das, 2) > accepted(das, 0)
-    assert das["stats"][2][0]["metrics"]["accepted_by_past1"] > 0
+    assert das["stats"][2][0]["metrics"]["accepted_by_epoch_1"] > 0
 
 
 def test_everything_that_ended_is_history_and_nothing_stays_open(engines) -> None:
@@ -241,17 +241,17 @@ def test_everything_that_ended_is_history_and_nothing_stays_open(engines) -> Non
 
 
 def test_drafting_that_does_not_pay_turns_itself_off_and_loses_nothing(engines) -> None:
-    """Hardly a draft is made, the index sleeps, and history is still whole to the last token of every request.
+    """Hardly a draft is made, the index backs off, and history is still whole to the last token of every request.
 
-    In the third epoch, after 128 passes, a probe finds that drafts are not that dear in fact.
+    In the third epoch, after 128 steps, a probe finds that drafts cost less in fact.
     """
-    dear, das = engines("dear"), engines("das")
-    assert dear["tokens"] == engines("plain")["tokens"]
+    expensive, das = engines("expensive"), engines("das")
+    assert expensive["tokens"] == engines("plain")["tokens"]
     drafted, usual = (
-        sum(epoch[0]["counts"]["num_draft_tokens"] for epoch in result["stats"][:2]) for result in (dear, das)
+        sum(epoch[0]["counts"]["num_draft_tokens"] for epoch in result["stats"][:2]) for result in (expensive, das)
     )
     assert drafted < 0.1 * usual
-    for epoch in dear["stats"]:
+    for epoch in expensive["stats"]:
         assert epoch[0]["open"] == 0
         assert epoch[0]["segment"]["num_tokens"] == NUM_PROBLEMS * NUM_SAMPLES * MAX_TOKENS
 
@@ -306,7 +306,7 @@ def test_tensor_parallel_ranks_take_one_ranks_drafts(engines) -> None:
     assert first["counts"]["num_accepted_tokens"] > 0
 
 
-def test_segments_of_any_size_pass_between_engine_and_trainer(engines) -> None:
+def test_segments_of_any_size_step_between_engine_and_trainer(engines) -> None:
     """Only the rank that drafts gives and takes. 18 MB are more than one chunk of the queue to the ranks."""
     shared = engines("tp2")["shared"]
     first, second = shared["taken"]

@@ -229,11 +229,11 @@ def test_a_step_without_a_call_takes_no_drafts_and_is_not_timed() -> None:
     for i in range(4):
         assert request.gain(TEXT[2 * i : 2 * i + 2]) != []
         assert proposer.runner.take_draft_token_ids() == "drafts"
-    timed = proposer.drafter.planner.cost._num_passes
+    timed = proposer.drafter.planner.cost._num_steps
     for _ in range(3):
         assert proposer.runner.take_draft_token_ids() is None
     request.gain(TEXT[8:10])
-    assert proposer.drafter.planner.cost._num_passes == timed
+    assert proposer.drafter.planner.cost._num_steps == timed
     assert proposer.runner.take_draft_token_ids() == "drafts"
 
 

@@ -56,7 +56,7 @@ def test_what_cannot_be_read_harms_nobody(soak) -> None:
 
 
 def test_nothing_is_held_when_all_are_gone(soak) -> None:
-    held = ("requests", "rows", "prompt_logprobs", "masks", "drafted", "foreign", "undrafted", "slots", "scheduled")
+    held = ("requests", "rows", "prompt_logprobs", "masks", "drafted", "anonymous", "undrafted", "slots", "scheduled")
     assert {name: soak["state"][name] for name in held} == dict.fromkeys(held, 0)
     assert soak["state"]["blocks_in_use"] == 0 and soak["front_end"] == 0
 

@@ -329,11 +329,11 @@ def test_logprobs_and_greedy_tokens_equal_a_rescore(engines, mode):
             tokens = torch.tensor(run["tokens"][index])
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + run["tokens"][index]])).logits[0]
-            law = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
-            expected = law.gather(1, tokens[:, None])[:, 0]
+            distribution = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
+            expected = distribution.gather(1, tokens[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(run["logprobs"][index]), expected, atol=1e-4, rtol=0)
             if index % 8 == 5:
-                gap = law.max(dim=-1).values - expected
+                gap = distribution.max(dim=-1).values - expected
                 assert float(gap.max()) < 1e-4
 
 

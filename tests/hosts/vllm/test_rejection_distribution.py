@@ -1,8 +1,8 @@
-"""Losslessness of speculative sampling in vLLM: the joint law of the first three tokens under adversarial drafts.
+"""Losslessness of speculative sampling in vLLM: the joint distribution of the first three tokens under adversarial drafts.
 
 The target is a Markov chain over 8 tokens. 24,000 requests decode with K drafts per step until each has
 three tokens, through the real `RejectionSampler.forward` (drafts, cut, bonus token), and the 512 possible
-triples are compared with the law of the chain by chi-square at alpha 1e-6. Drafts: a token of probability
+triples are compared with the distribution of the chain by chi-square at alpha 1e-6. Drafts: a token of probability
 about 1e-5, the likeliest token, always the same token, and (exact sampling only) what the target is about to
 sample. Samplers: vLLM's own with the CPU repair, and rl_accel's exact one.
 
@@ -146,10 +146,10 @@ def decode(rejection, policy: str, num_drafts: int, filters, num_requests: int =
 def compare(tokens_BL: torch.Tensor, filters):
     """Chi-square of the triples against the chain, and their total variation."""
     probs_VV = torch.stack([target_distribution(row, *filters) for row in chain_logits()])
-    law = probs_VV[START][:, None, None] * probs_VV[:, :, None] * probs_VV[None, :, :]
+    distribution = probs_VV[START][:, None, None] * probs_VV[:, :, None] * probs_VV[None, :, :]
     cells = (tokens_BL * torch.tensor([VOCAB_SIZE**2, VOCAB_SIZE, 1])).sum(dim=1)
     counts = count_tokens(cells, VOCAB_SIZE**LENGTH)
-    return chi_square(counts, law.reshape(-1)), total_variation(counts, law.reshape(-1))
+    return chi_square(counts, distribution.reshape(-1)), total_variation(counts, distribution.reshape(-1))
 
 
 @pytest.mark.parametrize("num_drafts", [1, 2, 3])

@@ -1,4 +1,4 @@
-"""What must hold before a DeepSpeed engine is touched: version, optimizer class, seams as they were read, features that
+"""What must hold before a DeepSpeed engine is touched: version, optimizer class, host symbols as they were read, features that
 quantized communication does not cover, and agreement of all ranks.
 
 Host symbols: those of `HOST_SYMBOLS`, and the settings of `DeepSpeedEngine` and `zero_config` read below.
@@ -78,7 +78,7 @@ def check(engine: Any, config: SDP4BitConfig, group: dist.ProcessGroup) -> dict[
     Raises:
         CommError: for an engine that cannot be served.
         NotLiveError: if the codec does not load.
-        VersionError: for a DeepSpeed that was not tested, or whose seams are not where they were.
+        VersionError: for a DeepSpeed that was not tested, or whose symbols changed.
     """
     versions.check_deepspeed()
     name = type(engine.optimizer).__name__

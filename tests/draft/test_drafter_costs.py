@@ -1,4 +1,4 @@
-"""The drafter and the price of drafts: they stop where they cost more than they save, and stragglers draft more."""
+"""The drafter and the cost of drafts: they stop where they cost more than they save, and stragglers draft more."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from rl_accel.draft import DraftConfig, SuffixDrafter
-from rl_accel.draft.planner import BLANK_EVERY, PLAN_EVERY, PROBE_EVERY
+from rl_accel.draft.planner import PLAN_EVERY, PROBE_EVERY, UNDRAFTED_EVERY
 
 TEXT = list(range(10, 110))
 CHEAP, EXPENSIVE = (0.01, 1e-4, 1e-5), (0.01, 1e-4, 0.02)
-"""Seconds of a pass, of a request, of a draft token."""
+"""Seconds of a step, of a request, of a draft token."""
 
 
 def das(**settings) -> DraftConfig:
@@ -20,7 +20,7 @@ def das(**settings) -> DraftConfig:
 
 
 class Engine:
-    """Decodes for a drafter: every request's text is known, a pass takes what the model of costs says."""
+    """Decodes for a drafter: every request's text is known, a step takes what the model of costs says."""
 
     def __init__(self, drafter: SuffixDrafter, texts: dict[str, list[int]], problems: dict[str, str] | None = None):
         self.drafter, self.texts, self.at = drafter, texts, dict.fromkeys(texts, 0)
@@ -76,15 +76,15 @@ def test_without_prices_drafts_are_as_long_as_allowed(teach) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_expensive_drafts_stop_and_come_back_when_they_are_cheap(teach, seed) -> None:
-    """A closed loop: pass times, with 5 percent noise, follow from the drafts that the drafter made.
+    """A closed loop: step times, with 5 percent noise, follow from the drafts that the drafter made.
 
-    Both failed: passes without drafts outweighed those with drafts, so that the fit was taken for unready and drafts
+    Both failed: steps without drafts outweighed those with drafts, so that the fit was taken for unready and drafts
     went on; and a probe was over before the fit believed that times had changed, so that drafts stayed off.
     """
     engine = engine_with_history(teach, seed)
     engine.costs = EXPENSIVE
     sizes = [sum(map(len, engine.one_pass().values())) for _ in range(600)]
-    assert sum(sizes[:20]) > 100, "prices have to be learned from drafts"
+    assert sum(sizes[:20]) > 100, "costs have to be learned from drafts"
     probes = [i for i in range(200, 600) if sizes[i]]
     assert len(probes) <= (PLAN_EVERY + 1) * (400 // PROBE_EVERY + 1), "drafts only to probe"
     engine.costs = CHEAP
@@ -97,8 +97,8 @@ def test_expensive_drafts_stop_and_come_back_when_they_are_cheap(teach, seed) ->
 def test_cheap_drafts_go_on(teach) -> None:
     engine = engine_with_history(teach)
     sizes = [sum(map(len, engine.one_pass().values())) for _ in range(400)]
-    blank = [i for i in range(100, 400) if not sizes[i]]
-    assert len(blank) <= 300 // BLANK_EVERY + 1, "only to see what a pass without drafts takes"
+    undrafted = [i for i in range(100, 400) if not sizes[i]]
+    assert len(undrafted) <= 300 // UNDRAFTED_EVERY + 1, "only to see what a step without drafts takes"
     assert np.mean(sizes[100:]) > 16
 
 
@@ -125,7 +125,7 @@ def test_classes_give_long_requests_all_and_short_ones_nothing(teach) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_budget_lets_stragglers_draft_more(teach, seed) -> None:
-    """64 requests of like texts; the four whose earlier rollouts were long draft on where drafts are dear."""
+    """64 requests of like texts; the four whose earlier rollouts were long draft on where drafts are expensive."""
     drafter = SuffixDrafter(das(num_speculative_tokens=16, cross_problems=False), seed=seed)
     names, noise = [f"r{i}" for i in range(64)], random.Random(seed)
     for i, name in enumerate(names):
