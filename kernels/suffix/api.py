@@ -131,9 +131,9 @@ class SuffixIndex:
             offsets: uint32 [n + 1].
             max_draft_tokens: uint32 [n], longest draft of each request; 0 only appends.
             min_path_probs: float32 [n], least probability of a draft's path; above 1 nothing is drafted.
-            capture_sizes: uint32, ascending sizes (requests + draft tokens) that a step should fill; the last is a limit.
-            break_even_gain: the gain of a draft token is path probability / min_path_prob - 1; nothing is drafted where those of
-                all admitted tokens sum to less than this.
+            capture_sizes: uint32, ascending: sizes (requests + draft tokens) a step should fill; the last is a limit.
+            break_even_gain: the gain of a draft token is path probability / min_path_prob - 1; nothing is drafted
+                where those of all admitted tokens sum to less than this.
 
         Returns:
             Draft tokens int32 [D], offsets uint32 [n + 1], path probabilities float32 [D].

@@ -145,8 +145,8 @@ def expected_multipliers(remaining: np.ndarray, k: Array, alpha: Array, costs: S
 def min_path_probs(multipliers: np.ndarray, costs: StepCosts) -> np.ndarray:
     """Return the least path probability from which on a draft token of each request is worth its cost, float32 [N].
 
-    A draft token accepted with probability q is worth it if q * (multiplier + per_request_s) > per_draft_s. The result is at
-    least 0.01; above 1 the request should not draft at all.
+    A draft token accepted with probability q is worth it if q * (multiplier + per_request_s) > per_draft_s. The result
+    is at least 0.01; above 1 the request should not draft at all.
     """
     worth_N = np.asarray(multipliers, np.float64) + costs.per_request_s
     probability_N = np.full(worth_N.shape, np.inf)

@@ -7,7 +7,7 @@
     drafter.end("r1")
     drafter.close_epoch(epoch=0)
 
-The index finds likely continuations (`kernels/suffix`), the planner decides how many are worth their cost (`planner.py`).
+The index finds likely continuations (`kernels/suffix`), the planner decides how many are worth it (`planner.py`).
 Without `observe_step` costs are unknown and drafts are as long as allowed. Not thread-safe. Host: `hosts/proposer.py`.
 """
 
@@ -205,8 +205,9 @@ class SuffixDrafter:
     ) -> list[list[int]]:
         """`propose` for a host that keeps each request's text (prompt first) in a row of `token_ids`.
 
-        Once nothing was worth drafting for `BACK_OFF_AFTER` calls, the index is asked in one call of `BACK_OFF_CALLS` only,
-        which takes the tokens of all of them, until something is drafted. After a new request it is asked `RESUME_CALLS` times.
+        Once nothing was worth drafting for `BACK_OFF_AFTER` calls, the index is asked in one call of `BACK_OFF_CALLS`
+        only, which takes the tokens of all of them, until something is drafted. After a new request it is asked
+        `RESUME_CALLS` times in a row.
         """
         if not len(request_ids):
             return []

@@ -1,10 +1,10 @@
 """How long each request's next draft may be: the length-aware budget, the paper's classes, or a fixed length.
 
 Step times are fitted (`cost.py`), remaining lengths predicted (`lengths.py`), and the makespan optimum (`budget.py`)
-gives the value of a token less for each request. A candidate token is admitted while its acceptance probability is worth
-its cost (`min_path_probs`), and all together have to be worth the overhead of speculating (`break_even_gain`). Where they
-are not, nothing is drafted: speculation turns itself off. The index goes on comparing its predictions with what is
-sampled, so it notices when they would be good enough. Two costs have to be probed: that of a draft token every
+gives the value of a token less for each request. A candidate token is admitted while its acceptance probability is
+worth its cost (`min_path_probs`), and all together have to be worth the overhead of speculating (`break_even_gain`).
+Where they are not, nothing is drafted: speculation turns itself off. The index goes on comparing its predictions with
+what is sampled, so it notices when they would be good enough. Two costs have to be probed: that of a draft token every
 `PROBE_EVERY` steps without drafts, and the overhead, which only a step without drafts shows, every `UNDRAFTED_EVERY`.
 
 Source: DAS §4.2; differs: see `budget.py`; half of the value of a step is shared equally, because a rollout that ends
@@ -30,7 +30,7 @@ from rl_accel.draft.lengths import MAX_PROBLEMS, LengthModel
 from rl_accel.errors import DraftError
 
 PLAN_EVERY, MAX_SHARE = 16, 0.02
-"""Steps between two forecasts, whose result is used until the next. Forecasts take no larger share of the time than this."""
+"""Steps between two forecasts, each used until the next. Forecasts take no larger share of the time than this."""
 PROBE_EVERY, PROBE_STEPS = 128, 4
 """Steps without any draft after which so many draft what is likely, to see what drafts cost now."""
 UNDRAFTED_EVERY = 64

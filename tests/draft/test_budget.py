@@ -145,7 +145,7 @@ def test_ties_share_equally_where_drafts_do_not_pay():
 
 
 def test_optimum_at_the_length_of_the_second():
-    """It is worth shortening the straggler to 90 steps, both together do not: 90 it is, and the second gets the rest."""
+    """Shortening the straggler to 90 steps is worth it, shortening both is not: 90 steps, the second gets the rest."""
     cost, k, alpha = FixedCosts(2.0, 0.0, 1.0), 0.8, 1.0
     plan = makespan_optimum(np.array([100.0, 90.0]), k, alpha, cost)
     straggler = 1.0 / (k - 1 + 0.9)
@@ -176,7 +176,7 @@ def test_scenarios_are_solved_as_one_by_one(name):
 
 
 def test_requests_that_cannot_be_told_apart_share_base_s():
-    """4000 scenarios of 16 equal distributions: each mean within 5 standard errors of base_s / 16, the throughput rule."""
+    """4000 scenarios of 16 equal requests: each mean within 5 standard errors of base_s / 16, the throughput rule."""
     remaining = np.random.default_rng(0).exponential(500.0, (4000, 16)) + 1.0
     one_by_one = np.stack([expected_multipliers(row[None], 0.7, 1.3, H100) for row in remaining])
     got, error = expected_multipliers(remaining, 0.7, 1.3, H100), one_by_one.std(axis=0) / np.sqrt(4000)

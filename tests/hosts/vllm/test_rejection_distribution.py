@@ -1,4 +1,4 @@
-"""Losslessness of speculative sampling in vLLM: the joint distribution of the first three tokens under adversarial drafts.
+"""Losslessness of speculative sampling in vLLM: the distribution of the first three tokens under adversarial drafts.
 
 The target is a Markov chain over 8 tokens. 24,000 requests decode with K drafts per step until each has
 three tokens, through the real `RejectionSampler.forward` (drafts, cut, bonus token), and the 512 possible

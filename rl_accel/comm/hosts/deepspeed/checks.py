@@ -1,5 +1,5 @@
-"""What must hold before a DeepSpeed engine is touched: version, optimizer class, host symbols as they were read, features that
-quantized communication does not cover, and agreement of all ranks.
+"""What must hold before a DeepSpeed engine is touched: version, optimizer class, host symbols as they were read, no
+features that quantized communication does not cover, and agreement of all ranks.
 
 Host symbols: those of `HOST_SYMBOLS`, and the settings of `DeepSpeedEngine` and `zero_config` read below.
 """
