@@ -93,15 +93,18 @@ bool same(const Buffer<T>& a, const Buffer<T>& b) {
 
 // Runs the call with each instruction set; returns what it wrote, which must be the same every time.
 template <class T, class Call>
-Buffer<T> agreed(const std::vector<std::string>& sets, std::size_t numel, std::size_t shift, const Bytes& before, Call&& call) {
+Buffer<T> agreed(const std::vector<std::string>& sets, std::size_t numel, std::size_t shift, const Bytes& before,
+                 Call&& call) {
   Buffer<T> first(numel, shift);
   for (std::size_t i = 0; i < sets.size(); ++i) {
     require(set_instructions(sets[i].c_str()), "a set stays supported");
     Buffer<T> out(numel, shift);
     if (!before.empty()) std::memcpy(out.data(), before.data(), before.size());
     call(out.data());
-    if (i == 0) first = std::move(out);
-    else require(same(out, first), "instruction sets agree");
+    if (i == 0)
+      first = std::move(out);
+    else
+      require(same(out, first), "instruction sets agree");
   }
   return first;
 }
@@ -134,7 +137,8 @@ void random_calls(Random& random, const std::vector<std::string>& sets) {
     });
     for (std::size_t i = 0; i < numel; ++i) {
       float scale;
-      std::memcpy(&scale, blocks.data() + format.code_bytes(numel) + i / format.group_size * sizeof scale, sizeof scale);
+      std::memcpy(&scale, blocks.data() + format.code_bytes(numel) + i / format.group_size * sizeof scale,
+                  sizeof scale);
       require(std::abs(back.data()[i] - x.data()[i]) <= 1.01f * scale, "values come back within a scale");
     }
   }

@@ -67,22 +67,33 @@ struct Live {
 class RandomRun {
  public:
   RandomRun(u64 seed, std::string folder)
-      : random_(seed), folder_(std::move(folder)), alphabet_(any(random_, std::vector<u32>{1, 2, 3, 5, 40, 5000})),
-        problems_(any(random_, std::vector<u32>{1, 2, 7, 60})), index_(options()) {}
+      : random_(seed),
+        folder_(std::move(folder)),
+        alphabet_(any(random_, std::vector<u32>{1, 2, 3, 5, 40, 5000})),
+        problems_(any(random_, std::vector<u32>{1, 2, 7, 60})),
+        index_(options()) {}
 
   void run(u32 steps) {
     for (u32 step = 0; step < steps; ++step) {
       const u32 action = below(random_, 100);
-      if (action < 12 || live_.empty()) begin();
-      else if (action < 19) end();
-      else if (action < 22) close();
-      else if (action < 23) index_.drop_before(epoch_ - below(random_, 4));
-      else if (action < 24) segments();
-      else if (action < 25) misuse();
-      else propose();
+      if (action < 12 || live_.empty())
+        begin();
+      else if (action < 19)
+        end();
+      else if (action < 22)
+        close();
+      else if (action < 23)
+        index_.drop_before(epoch_ - below(random_, 4));
+      else if (action < 24)
+        segments();
+      else if (action < 25)
+        misuse();
+      else
+        propose();
       if (step % 64 == 0) index_.check_integrity();
       most_ = std::max(most_, live_.size());
-      require(index_.live_bytes() + index_.closed_bytes() + index_.cross_bytes() <= index_.options().max_bytes + 2048 * most_,
+      require(index_.live_bytes() + index_.closed_bytes() + index_.cross_bytes() <=
+                  index_.options().max_bytes + 2048 * most_,
               "memory is bounded");
     }
     while (!live_.empty()) end();
@@ -144,7 +155,8 @@ class RandomRun {
     index_.write_segment(i, path);
     if (below(random_, 2)) index_.drop_before(infos[i].epoch);
     const SegmentInfo info = index_.open_segment(path, below(random_, 2), below(random_, 2));
-    require(info.num_tokens == infos[i].num_tokens && info.num_bytes == infos[i].num_bytes, "a file is what was written");
+    require(info.num_tokens == infos[i].num_tokens && info.num_bytes == infos[i].num_bytes,
+            "a file is what was written");
     SuffixIndex other(IndexOptions{});
     require(refused([&] { other.open_segment(path); }), "another tokenizer is refused");
     ::unlink(path.c_str());
@@ -224,25 +236,30 @@ class RandomRun {
       for (std::size_t i = 0; i < n; ++i) {
         rows.push_back(static_cast<u32>(n - i));
         sizes.push_back(static_cast<u32>(live_[chosen[i]].text.size()));
-        std::copy(live_[chosen[i]].text.begin(), live_[chosen[i]].text.end(), matrix.begin() + static_cast<std::ptrdiff_t>((n - i) * columns));
+        std::copy(live_[chosen[i]].text.begin(), live_[chosen[i]].text.end(),
+                  matrix.begin() + static_cast<std::ptrdiff_t>((n - i) * columns));
       }
-      drafts = index_.propose_rows(handles, matrix.data(), columns, rows, sizes, max_draft_tokens, min_path_probs, capture_sizes);
+      drafts = index_.propose_rows(handles, matrix.data(), columns, rows, sizes, max_draft_tokens, min_path_probs,
+                                   capture_sizes);
     }
     require(drafts.offsets.size() == n + 1 && drafts.offsets[n] == drafts.tokens.size(), "offsets fit");
     require(drafts.paths.size() == drafts.tokens.size(), "a probability for each token");
     for (std::size_t i = 0; i < n; ++i) {
       Live& r = live_[chosen[i]];
       const u32 first = drafts.offsets[i], last = drafts.offsets[i + 1];
-      require(first <= last && last - first <= std::min(max_draft_tokens[i], index_.options().max_draft), "max_draft_tokens hold");
+      require(first <= last && last - first <= std::min(max_draft_tokens[i], index_.options().max_draft),
+              "max_draft_tokens hold");
       for (u32 k = first; k < last; ++k) {
-        require(drafts.tokens[k] >= 0 && drafts.tokens[k] < static_cast<Token>(alphabet_) + 1, "only tokens that were seen");
+        require(drafts.tokens[k] >= 0 && drafts.tokens[k] < static_cast<Token>(alphabet_) + 1,
+                "only tokens that were seen");
         require(drafts.paths[k] > 0 && drafts.paths[k] <= (k > first ? drafts.paths[k - 1] : 1.f), "paths fall");
         if (capture_sizes.empty()) require(drafts.paths[k] >= min_path_probs[i], "min_path_probs hold");
       }
       if (min_path_probs[i] > 1) require(first == last, "nothing is drafted above a threshold of one");
       r.draft.assign(drafts.tokens.begin() + first, drafts.tokens.begin() + last);
     }
-    if (!capture_sizes.empty() && !drafts.tokens.empty()) require(n + drafts.tokens.size() <= capture_sizes.back(), "the limit holds");
+    if (!capture_sizes.empty() && !drafts.tokens.empty())
+      require(n + drafts.tokens.size() <= capture_sizes.back(), "the limit holds");
   }
 
   Random random_;
@@ -278,7 +295,8 @@ void extreme() {
   for (u32 i = 0; i < 300; ++i) {
     const std::vector<Token> next{static_cast<Token>(i < 100 ? 3 : 4 + i % 3)};
     const Drafts drafts = feed(index, handle, next, 8);
-    if (i < 100 || i > 120) require(drafts.tokens.at(0) == (i < 100 ? 3 : 4 + static_cast<Token>(i + 1) % 3), "periods go on");
+    if (i < 100 || i > 120)
+      require(drafts.tokens.at(0) == (i < 100 ? 3 : 4 + static_cast<Token>(i + 1) % 3), "periods go on");
   }
   index.check_integrity();
   index.end(handle, true);
@@ -337,7 +355,8 @@ void files(u64 seed, double seconds, const std::string& folder) {
         std::memcpy(&data[below(random, 4) ? at / 4 * 4 : at], &word, 4);
       }
       seal(data);
-      std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(data.data()), static_cast<std::streamsize>(data.size()));
+      std::ofstream(path, std::ios::binary)
+          .write(reinterpret_cast<const char*>(data.data()), static_cast<std::streamsize>(data.size()));
       SuffixIndex index(IndexOptions{});
       ++tried;
       if (refused([&] { index.open_segment(path); })) continue;
@@ -391,8 +410,10 @@ void threads(u64 seed, double seconds, const std::string& folder) {
           offsets.push_back(static_cast<u32>(tokens.size()));
         }
         max_draft_tokens[0] = static_cast<u32>(number);
-        const Drafts drafts = index.propose(handles, tokens, offsets, max_draft_tokens, std::vector<float>(handles.size(), 0.f), {});
-        require(drafts.offsets.size() == handles.size() + 1 && drafts.offsets[1] <= number, "a thread gets its own drafts");
+        const Drafts drafts =
+            index.propose(handles, tokens, offsets, max_draft_tokens, std::vector<float>(handles.size(), 0.f), {});
+        require(drafts.offsets.size() == handles.size() + 1 && drafts.offsets[1] <= number,
+                "a thread gets its own drafts");
         ++passes;
       }
       for (const i64 handle : handles) index.end(handle, below(*random, 2));

@@ -105,9 +105,7 @@ struct Avx2 {
   struct Decoder {
     __m256 scale;
     explicit Decoder(float of) : scale(_mm256_set1_ps(of)) {}
-    __m256 part(__m128i codes) const {
-      return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)), scale);
-    }
+    __m256 part(__m128i codes) const { return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)), scale); }
     Block operator()(const u8* codes) const {
       if constexpr (kBits == 8) {
         return each([&](int i) { return part(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + 8 * i))); });

@@ -30,7 +30,8 @@ struct Avx512 {
   static void store(Bfloat16* to, const Block& x) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     // Words 4 i + 1 and 4 i + 3 go to lane i.
-    const __m512i odd_words = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00040004)), _mm512_set1_epi32(0x00030001));
+    const __m512i odd_words =
+        _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00040004)), _mm512_set1_epi32(0x00030001));
     _mm512_storeu_si512(to, _mm512_permutex2var_epi16(bfloat16(x.at[0]), odd_words, bfloat16(x.at[1])));
   }
 

@@ -1,5 +1,6 @@
 // The three operations. They go through the values a batch at a time: some groups that fit into the first-level cache.
-// A first pass over a batch finds the largest magnitudes, a second one encodes, so that no group waits for its own maximum.
+// A first pass over a batch finds the largest magnitudes, a second one encodes, so that no group waits for its own
+// maximum.
 #include "codec.hpp"
 
 #include <algorithm>

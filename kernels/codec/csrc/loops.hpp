@@ -59,9 +59,9 @@ void fill(float* values, const void* x, const void* subtract, size_t count, size
           u32* largest) {
   for (size_t i = 0; i < total; i += group_size) {
     const size_t left = count > i ? count - i : 0;
-    *largest++ = fill_group<Isa, X, S, kHadamard>(values + i, static_cast<const X*>(x) + i,
-                                                  static_cast<const S*>(subtract) + i,
-                                                  left < group_size ? left : group_size, group_size);
+    *largest++ =
+        fill_group<Isa, X, S, kHadamard>(values + i, static_cast<const X*>(x) + i, static_cast<const S*>(subtract) + i,
+                                         left < group_size ? left : group_size, group_size);
   }
 }
 

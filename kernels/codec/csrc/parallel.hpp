@@ -21,7 +21,8 @@ void split(std::size_t numel, std::size_t unit, unsigned threads, Work&& work) {
   const std::size_t parts = std::clamp<std::size_t>(numel / kValuesPerThread, 1, std::max(threads, 1u));
   const std::unique_ptr<float[]> scratch(new float[parts * unit]);
   const auto run = [&](std::size_t part) {
-    work(num_units * part / parts * unit, std::min(num_units * (part + 1) / parts * unit, numel), scratch.get() + part * unit);
+    work(num_units * part / parts * unit, std::min(num_units * (part + 1) / parts * unit, numel),
+         scratch.get() + part * unit);
   };
   std::vector<std::thread> others;
   others.reserve(parts - 1);

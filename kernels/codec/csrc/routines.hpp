@@ -23,8 +23,8 @@ struct Noise {
 
 // First `count` values of x - subtract, rotated if asked for, as float32; zeros from there to `total`. For each group
 // the bits of its largest magnitude. `total` is a multiple of group_size, here and below.
-using Fill = void (*)(float* values, const void* x, const void* subtract, size_t count, size_t total,
-                      size_t group_size, u32* largest);
+using Fill = void (*)(float* values, const void* x, const void* subtract, size_t count, size_t total, size_t group_size,
+                      u32* largest);
 using Largest = void (*)(const float* values, size_t total, size_t group_size, u32* largest);
 
 // Codes of round(value * inverse); zeros for groups whose inverse is 0.
@@ -40,7 +40,7 @@ using Finish = void (*)(void* out, const u8* codes, size_t count, size_t group_s
 
 struct Routines {
   const char* name;
-  Fill fill[2][3][2];           // x bfloat16; subtract none, float32, bfloat16; Hadamard
+  Fill fill[2][3][2];  // x bfloat16; subtract none, float32, bfloat16; Hadamard
   Largest largest;
   Encode encode[2][2];          // 8 bits; stochastic
   Accumulate accumulate[2][2];  // 8 bits; add

@@ -83,8 +83,7 @@ struct Scalar {
   // Half to even: adding 1.5 * 2^23 leaves no bits behind the point, and its low bits are the integer.
   static u32 rounded(float x) { return __builtin_bit_cast(u32, x + 0x1.8p23f); }
   static void write4(u8* codes, const Block& x) {
-    for (size_t i = 0; i < 16; ++i)
-      codes[i] = static_cast<u8>((rounded(x.at[i]) & 15) | rounded(x.at[i + 16]) << 4);
+    for (size_t i = 0; i < 16; ++i) codes[i] = static_cast<u8>((rounded(x.at[i]) & 15) | rounded(x.at[i + 16]) << 4);
   }
   static void write8(u8* codes, const Block& x) {
     for (size_t i = 0; i < kBlock; ++i) codes[i] = static_cast<u8>(rounded(x.at[i]));

@@ -66,8 +66,9 @@ NB_MODULE(_suffix, m) {
           "__init__",
           [](SuffixIndex* self, u64 tokenizer, u32 max_draft, u32 max_closed, float min_probability,
              std::vector<Token> stop_tokens, u32 cross_tokens, u64 max_bytes) {
-            new (self) SuffixIndex(IndexOptions{tokenizer, std::min(max_draft, kMaxDraft), std::min(max_closed, kMaxClosed), min_probability,
-                                                std::move(stop_tokens), cross_tokens, max_bytes});
+            new (self)
+                SuffixIndex(IndexOptions{tokenizer, std::min(max_draft, kMaxDraft), std::min(max_closed, kMaxClosed),
+                                         min_probability, std::move(stop_tokens), cross_tokens, max_bytes});
           },
           nb::kw_only(), nb::arg("tokenizer"), nb::arg("max_draft"), nb::arg("max_closed"), nb::arg("min_probability"),
           nb::arg("stop_tokens"), nb::arg("cross_tokens"), nb::arg("max_bytes"))
@@ -83,17 +84,18 @@ NB_MODULE(_suffix, m) {
       .def(
           "propose_batch",
           [](SuffixIndex& self, const Array<i64>& handles, const Array<Token>& tokens, const Array<u32>& offsets,
-             const Array<u32>& max_draft_tokens, const Array<float>& min_path_probs, const Array<u32>& capture_sizes, float break_even_gain) {
+             const Array<u32>& max_draft_tokens, const Array<float>& min_path_probs, const Array<u32>& capture_sizes,
+             float break_even_gain) {
             Drafts drafts;
             {
               nb::gil_scoped_release release;
-              drafts = self.propose(view(handles), view(tokens), view(offsets), view(max_draft_tokens), view(min_path_probs),
-                                    view(capture_sizes), break_even_gain);
+              drafts = self.propose(view(handles), view(tokens), view(offsets), view(max_draft_tokens),
+                                    view(min_path_probs), view(capture_sizes), break_even_gain);
             }
             return nb::make_tuple(copy_of(drafts.tokens), copy_of(drafts.offsets), copy_of(drafts.paths));
           },
-          nb::arg("handles"), nb::arg("tokens"), nb::arg("offsets"), nb::arg("max_draft_tokens"), nb::arg("min_path_probs"),
-          nb::arg("capture_sizes"), nb::arg("break_even_gain"))
+          nb::arg("handles"), nb::arg("tokens"), nb::arg("offsets"), nb::arg("max_draft_tokens"),
+          nb::arg("min_path_probs"), nb::arg("capture_sizes"), nb::arg("break_even_gain"))
       .def(
           "propose_rows",
           [](SuffixIndex& self, const Array<i64>& handles, const Matrix& matrix, const Array<u32>& rows,
@@ -108,7 +110,8 @@ NB_MODULE(_suffix, m) {
             {
               nb::gil_scoped_release release;
               drafts = self.propose_rows(view(handles), matrix.data(), static_cast<std::size_t>(matrix.stride(0)),
-                                         view(rows), view(num_tokens), view(max_draft_tokens), view(min_path_probs), view(capture_sizes), break_even_gain);
+                                         view(rows), view(num_tokens), view(max_draft_tokens), view(min_path_probs),
+                                         view(capture_sizes), break_even_gain);
             }
             return rows_of(drafts);
           },
@@ -214,16 +217,15 @@ NB_MODULE(_suffix, m) {
              out["rollouts_lost"] = stats.rollouts_lost;
              return out;
            })
-      .def("scoring_state",
-           [](const SuffixIndex& self) { return copy_of(self.scoring_state()); })
+      .def("scoring_state", [](const SuffixIndex& self) { return copy_of(self.scoring_state()); })
       .def(
           "load_scoring_state",
-          [](SuffixIndex& self, const Array<float>& state) { self.load_scoring_state(view(state)); },
-          nb::arg("state"))
+          [](SuffixIndex& self, const Array<float>& state) { self.load_scoring_state(view(state)); }, nb::arg("state"))
       .def(
           "reliability",
           [](const SuffixIndex& self, u32 source) { return self.reliability(static_cast<Source>(source)); },
           nb::arg("source"));
-  m.attr("SOURCES") = nb::make_tuple("self", "sibling", "prompt", "epoch_1", "epoch_2", "epochs_3_4", "epochs_5_up", "global", "shorter");
+  m.attr("SOURCES") = nb::make_tuple("self", "sibling", "prompt", "epoch_1", "epoch_2", "epochs_3_4", "epochs_5_up",
+                                     "global", "shorter");
   m.attr("MATCH_LENGTHS") = nb::make_tuple("1", "2", "3", "4", "5-6", "7-8", "9-12", "13-20", "21-32", "33+");
 }

@@ -3,17 +3,17 @@
 //   part of max_bytes     holds                            where it does not suffice
 //   1/2, and what         problems with requests, or with  ended rollouts are packed, which takes an eighth and goes on
 //   segments leave        ended rollouts that wait         being drafted from; then the largest problems forget what
-//                                                          their running requests have said so far ("renewed"); then the
-//                                                          requests of the largest problems are let go: no longer
+//                                                          their running requests have said so far ("renewed"); then
+//                                                          the requests of the largest problems are let go: no longer
 //                                                          followed, not drafted for, not kept
 //   1/32 and 2 x 1/16     rollouts on their way into the   the oldest rollouts go; a generation of it ends early
 //                         index over all problems, and it
 //   1/16                  a slice that is being packed     rollouts that do not fit are lost
 //   the rest              segments                         the oldest epoch goes, a segment at a time, others' first
 //
-// It holds whenever a call returns. Within a call a step's tokens are added before they are counted; `kBytesPerToken` is set
-// aside for each. Not counted: 2 KB for each request that ran at once. Every problem keeps its own sum, renewed where it
-// changes, so a step costs one comparison; a quarter is given up at once, so that searching for it is rare.
+// It holds whenever a call returns. Within a call a step's tokens are added before they are counted; `kBytesPerToken`
+// is set aside for each. Not counted: 2 KB for each request that ran at once. Every problem keeps its own sum, renewed
+// where it changes, so a step costs one comparison; a quarter is given up at once, so that searching for it is rare.
 #include <algorithm>
 
 #include "index.hpp"
@@ -193,7 +193,8 @@ std::list<SuffixIndex::Held>::iterator SuffixIndex::oldest() {
 void SuffixIndex::drop(std::list<Held>::iterator held) {
   const Segment* segment = held->segment.get();
   const auto place = [&](const Problem& problem) {
-    return std::find_if(problem.closed.begin(), problem.closed.end(), [&](const Attached& a) { return a.segment.get() == segment; }) -
+    return std::find_if(problem.closed.begin(), problem.closed.end(),
+                        [&](const Attached& a) { return a.segment.get() == segment; }) -
            problem.closed.begin();
   };
   for (const auto& r : requests_)

@@ -103,7 +103,8 @@ void read_all(int file, unsigned char* out, std::size_t size) {
 void check_header(const Header& header, std::size_t size) {
   if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) throw SuffixError("not a segment (wrong magic)");
   if (header.version != kVersion || header.byte_order != kLittleEndian)
-    throw SuffixError("format version " + std::to_string(header.version) + ", this build reads " + std::to_string(kVersion));
+    throw SuffixError("format version " + std::to_string(header.version) + ", this build reads " +
+                      std::to_string(kVersion));
   if (header.size != size)
     throw SuffixError("truncated: " + std::to_string(size) + " of " + std::to_string(header.size) + " bytes");
 }
@@ -168,9 +169,12 @@ void Search::look() {
   low_ = found_;
   high_ = first_;
   ++len_;
-  if (token_ == kStart) done_ = true;
-  else if (high_ - low_ == 1) compare_on();
-  else begin_level();
+  if (token_ == kStart)
+    done_ = true;
+  else if (high_ - low_ == 1)
+    compare_on();
+  else
+    begin_level();
 }
 
 void Search::step() {
@@ -252,8 +256,8 @@ std::shared_ptr<const Segment> Segment::build(i64 epoch, i64 policy_version, u64
   }
   std::shared_ptr<Segment> segment(new Segment(sizeof(Header) + table.size() * sizeof(Entry) + words * sizeof(u32)));
   unsigned char* data = segment->data_;
-  Header header{{}, kVersion, kLittleEndian, segment->size_, 0, tokenizer, epoch, policy_version,
-                table.size(), rollouts, tokens};
+  Header header{{},    kVersion,       kLittleEndian, segment->size_, 0,     tokenizer,
+                epoch, policy_version, table.size(),  rollouts,       tokens};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
   std::memcpy(data, &header, sizeof header);
   if (!table.empty()) std::memcpy(data + sizeof header, table.data(), table.size() * sizeof(Entry));
@@ -277,11 +281,12 @@ std::shared_ptr<const Segment> Segment::build(i64 epoch, i64 policy_version, u64
 }
 
 std::shared_ptr<const Segment> Segment::open(const std::string& path, u64 tokenizer) {
-  const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer would wait for one
+  const int file =
+      ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer would wait for one
   if (file < 0) fail(path, std::strerror(errno));
   std::shared_ptr<Segment> segment;
   try {
-    struct stat info {};
+    struct stat info{};
     if (::fstat(file, &info) != 0) throw SuffixError(std::strerror(errno));
     if (!S_ISREG(info.st_mode)) throw SuffixError("not a file");
     Header header{};
@@ -304,9 +309,11 @@ std::shared_ptr<const Segment> Segment::open(const std::string& path, u64 tokeni
   return segment;
 }
 
-std::shared_ptr<const Segment> Segment::copy(std::span<const unsigned char> bytes, u64 tokenizer, const std::string& origin) {
+std::shared_ptr<const Segment> Segment::copy(std::span<const unsigned char> bytes, u64 tokenizer,
+                                             const std::string& origin) {
   try {
-    if (bytes.size() < sizeof(Header)) throw SuffixError("too short to be a segment (" + std::to_string(bytes.size()) + " bytes)");
+    if (bytes.size() < sizeof(Header))
+      throw SuffixError("too short to be a segment (" + std::to_string(bytes.size()) + " bytes)");
     Header header;
     std::memcpy(&header, bytes.data(), sizeof header);
     check_header(header, bytes.size());
@@ -365,8 +372,7 @@ std::size_t Segment::size_of(std::size_t num_problems, u64 num_rollouts, u64 num
 bool Segment::find(u64 problem, ClosedProblem& out) const {
   const Entry* table = table_of(data_);
   const Entry* end = table + header_of(data_).num_problems;
-  const Entry* entry =
-      std::lower_bound(table, end, problem, [](const Entry& e, u64 key) { return e.problem < key; });
+  const Entry* entry = std::lower_bound(table, end, problem, [](const Entry& e, u64 key) { return e.problem < key; });
   if (entry == end || entry->problem != problem) return false;
   out = problem_at(data_, *entry);
   return true;

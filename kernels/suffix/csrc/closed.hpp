@@ -4,8 +4,8 @@
 // ends there, read backwards ("reversed-context suffix array"). Narrowing an interval by one context token after the
 // other gives the longest match and the number of occurrences at every shorter length. 8 bytes a token.
 //
-// Immutable after construction, so any number of threads may read it. A file is read, not mapped: a mapped file that another
-// node removes or cuts, as file systems of several nodes allow, would end the process.
+// Immutable after construction, so any number of threads may read it. A file is read, not mapped: a mapped file that
+// another node removes or cuts, as file systems of several nodes allow, would end the process.
 #pragma once
 
 #include <array>
@@ -18,12 +18,13 @@
 
 namespace rl_accel::suffix {
 
-inline constexpr Token kStart = -1;    // opens every rollout in a text
-inline constexpr u32 kMaxContext = 64; // longest context that the order looks at
+inline constexpr Token kStart = -1;     // opens every rollout in a text
+inline constexpr u32 kMaxContext = 64;  // longest context that the order looks at
 
 struct ClosedProblem {
   std::span<const Token> text;
-  std::span<const u32> order;  // places i with a continuation text[i + 1], by reversed context text[i], text[i - 1], ...
+  std::span<const u32>
+      order;  // places i with a continuation text[i + 1], by reversed context text[i], text[i - 1], ...
   std::span<const Token> heads = {};  // text[order[i]] of every kHeadStep-th i, or none: so that few places are read
 };
 
@@ -39,8 +40,8 @@ struct ClosedCursor {
   u32 total = 0;  // occurrences when it was last searched
 };
 
-// Finds the longest suffix of `context` (at most kMaxContext tokens) in `problem`; `context` must stay. Each step reads one
-// place: `prefetch` before it, for many searches in turn, lets them wait for memory together.
+// Finds the longest suffix of `context` (at most kMaxContext tokens) in `problem`; `context` must stay. Each step reads
+// one place: `prefetch` before it, for many searches in turn, lets them wait for memory together.
 class Search {
  public:
   Search(const ClosedProblem& problem, std::span<const Token> context);
@@ -58,7 +59,7 @@ class Search {
   const u32* order_;
   std::span<const Token> heads_;
   std::span<const Token> context_;
-  u32 low_ = 0, high_, len_ = 0;      // places [low, high) have the last `len` tokens of the context
+  u32 low_ = 0, high_, len_ = 0;       // places [low, high) have the last `len` tokens of the context
   u32 first_ = 0, last_ = 0, at_ = 0;  // a bound is looked for in [first, last), next at `at`
   u32 found_ = kNone;                  // first place with the next token
   Token token_ = 0;
@@ -84,7 +85,8 @@ class Segment {
   // Reads a file. Throws SuffixError if it is damaged, of another format, or of another tokenizer.
   static std::shared_ptr<const Segment> open(const std::string& path, u64 tokenizer);
   // Copies what `bytes` of another segment returned; `origin` is named in errors. Throws SuffixError as `open`.
-  static std::shared_ptr<const Segment> copy(std::span<const unsigned char> bytes, u64 tokenizer, const std::string& origin);
+  static std::shared_ptr<const Segment> copy(std::span<const unsigned char> bytes, u64 tokenizer,
+                                             const std::string& origin);
   // Writes to a temporary file beside `path`, syncs and renames it. Throws SuffixError.
   void write(const std::string& path) const;
   std::span<const unsigned char> bytes() const { return {data_, size_}; }

@@ -31,8 +31,8 @@ inline u64 mix64(u64 x) {
   return x ^ (x >> 31);
 }
 
-// Fetches the cache line of `at`. GCC takes a function of nothing but __builtin_prefetch for pure and drops calls of it; the
-// empty statement is a side effect.
+// Fetches the cache line of `at`. GCC takes a function of nothing but __builtin_prefetch for pure and drops calls of
+// it; the empty statement is a side effect.
 inline void fetch(const void* at) {
   __builtin_prefetch(at);
   asm volatile("");

@@ -84,7 +84,8 @@ bool SuffixIndex::read_token(Reading& reading) {
     float strongest = -1;
     for (u32 i = 0; i < ballot.size; ++i) {
       r.votes[r.num_votes++] = {ballot.cell[i], ballot.token[i]};
-      if (ballot.token[i] == token && ballot.odds[i] > strongest) strongest = ballot.odds[i], r.lead_cell = ballot.cell[i];
+      if (ballot.token[i] == token && ballot.odds[i] > strongest)
+        strongest = ballot.odds[i], r.lead_cell = ballot.cell[i];
     }
     stats_.expected_first += reading.path;
   }
@@ -141,10 +142,10 @@ void SuffixIndex::draft(std::size_t first, std::size_t last, std::span<const u32
   }
 }
 
-// Decides how many tokens of each draft are admitted. Path probabilities fall along a draft, so admitting the tokens with
-// the best ratio of probability to cost takes a prefix of every draft.
-void SuffixIndex::admit(std::span<Request*> requests, std::span<const float> min_path_probs, std::span<const u32> capture_sizes,
-                        float break_even_gain) {
+// Decides how many tokens of each draft are admitted. Path probabilities fall along a draft, so admitting the tokens
+// with the best ratio of probability to cost takes a prefix of every draft.
+void SuffixIndex::admit(std::span<Request*> requests, std::span<const float> min_path_probs,
+                        std::span<const u32> capture_sizes, float break_even_gain) {
   std::size_t admitted = 0, possible = 0;
   float gain = 0;
   for (std::size_t i = 0; i < requests.size(); ++i) {

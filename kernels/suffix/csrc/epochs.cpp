@@ -7,8 +7,9 @@
 namespace rl_accel::suffix {
 
 SegmentInfo SuffixIndex::describe(const Segment& s, bool foreign, bool shared) {
-  return {s.epoch(),        s.policy_version(), s.num_problems(), s.num_rollouts(), s.num_tokens(),
-          s.memory_bytes(), s.checksum(),       foreign,          shared};
+  return {s.epoch(),      s.policy_version(), s.num_problems(), s.num_rollouts(),
+          s.num_tokens(), s.memory_bytes(),   s.checksum(),     foreign,
+          shared};
 }
 
 SegmentInfo SuffixIndex::pack() {

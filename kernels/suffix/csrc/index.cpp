@@ -6,8 +6,8 @@
 namespace rl_accel::suffix {
 namespace {
 
-constexpr u32 kCrossSlice = 64;   // more tokens than a step takes are fed to the index over all problems
-constexpr u32 kCrossContext = 32; // tokens matched again when that index was renewed
+constexpr u32 kCrossSlice = 64;           // more tokens than a step takes are fed to the index over all problems
+constexpr u32 kCrossContext = 32;         // tokens matched again when that index was renewed
 constexpr std::size_t kQueuedBytes = 64;  // of a rollout that waits for it, beside its tokens
 constexpr float kMinProbability = 1e-6f;
 constexpr std::size_t kMinCross = 64 << 10;  // bytes; in less, a generation is over before it is of use
@@ -35,8 +35,9 @@ std::span<const Token> SuffixIndex::text_at(const Problem& problem, u32 end) {
   const u32 name = End::seq(end), position = End::pos(end);
   if (name == End::kMaxSeqs - 1 || position == End::kMaxLen) return {};  // clamped
   if (name == kPromptSequence)
-    return position == 0 || position > problem.prompt.size() ? std::span<const Token>{}
-                                                             : std::span<const Token>(problem.prompt).subspan(position - 1);
+    return position == 0 || position > problem.prompt.size()
+               ? std::span<const Token>{}
+               : std::span<const Token>(problem.prompt).subspan(position - 1);
   const std::vector<Token>& tokens = problem.sequences[name].tokens;
   return position >= tokens.size() ? std::span<const Token>{} : std::span<const Token>(tokens).subspan(position);
 }
@@ -150,7 +151,8 @@ void SuffixIndex::end(i64 handle, bool keep) {
   if (&problem == &limbo_) return;
   sequence.ended = true;
   // The engine cuts what was accepted behind a stop token only after the drafter has seen it.
-  for (std::size_t i = sequence.tokens.size() - std::min<std::size_t>(sequence.tokens.size() - 1, r.num_fresh); i + 1 < sequence.tokens.size(); ++i)
+  for (std::size_t i = sequence.tokens.size() - std::min<std::size_t>(sequence.tokens.size() - 1, r.num_fresh);
+       i + 1 < sequence.tokens.size(); ++i)
     if (is_stop(sequence.tokens[i])) {
       sequence.tokens.resize(i + 1);
       break;
@@ -190,7 +192,8 @@ void SuffixIndex::learn(Request& r, std::span<const Token> tokens) {
       ++right;
     }
     if (r.num_admitted > 0) {
-      SourceStats& s = stats_.by_source[static_cast<u32>(Scoring::source_of(r.lead_cell))][Scoring::length_of(r.lead_cell)];
+      SourceStats& s =
+          stats_.by_source[static_cast<u32>(Scoring::source_of(r.lead_cell))][Scoring::length_of(r.lead_cell)];
       ++s.drafts;
       s.drafted += r.num_admitted;
       s.accepted += std::min(right, r.num_admitted);
@@ -220,8 +223,10 @@ void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
     for (std::size_t i = 0; i < r.cursors.size(); ++i) {
       const ClosedProblem& closed = problem.closed[i].problem;
       if (advance(r.cursors[i], closed, token)) continue;
-      if (&token == &tokens.back()) unsearched_.emplace_back(&r, static_cast<u32>(i));
-      else r.cursors[i] = search(closed, tail(text, kMaxContext));
+      if (&token == &tokens.back())
+        unsearched_.emplace_back(&r, static_cast<u32>(i));
+      else
+        r.cursors[i] = search(closed, tail(text, kMaxContext));
     }
   }
   if (options_.cross_tokens == 0) return;
@@ -243,8 +248,8 @@ void SuffixIndex::take(Request& r, std::span<const Token> tokens) {
   }
 }
 
-// Fetches what requests [first, last) of the batch will read to take their first new token. Each pass reads what the one
-// before it has fetched, so the requests wait for memory together.
+// Fetches what requests [first, last) of the batch will read to take their first new token. Each pass reads what the
+// one before it has fetched, so the requests wait for memory together.
 template <typename F>
 void SuffixIndex::prefetch(std::size_t first, std::size_t last, F&& fresh_of) {
   struct Walk {
@@ -265,7 +270,8 @@ void SuffixIndex::prefetch(std::size_t first, std::size_t last, F&& fresh_of) {
     problem.automaton.prefetch(r.last);
     walks[n++] = {&problem.automaton, fresh_of(i)[0], {r.last, kNone, kNone, kNone}};
     for (u32 g = 0; g < 2; ++g)
-      if (cross_[g]) cross_[g]->automaton.prefetch(r.cross[g].generation == cross_[g]->generation ? r.cross[g].state : 0);
+      if (cross_[g])
+        cross_[g]->automaton.prefetch(r.cross[g].generation == cross_[g]->generation ? r.cross[g].state : 0);
   }
   for (std::size_t i = first; i < last; ++i) {
     const Request& r = *batch_[i];
@@ -312,23 +318,28 @@ void SuffixIndex::finish_searches() {
 // Makes place for the new tokens of a batch. A request is let go where its own do not fit.
 template <typename F>
 void SuffixIndex::make_place(F&& fresh_of) {
-  const auto need_of = [&](std::size_t i) { return batch_[i]->problem == &limbo_ ? 0 : kBytesPerToken * fresh_of(i).size(); };
+  const auto need_of = [&](std::size_t i) {
+    return batch_[i]->problem == &limbo_ ? 0 : kBytesPerToken * fresh_of(i).size();
+  };
   std::size_t need = 0;
   for (std::size_t i = 0; i < batch_.size(); ++i) need += need_of(i);
   if (live_ + need <= max_live()) return;
   give_up(std::min(need, max_live() / 4));
   std::size_t left = max_live() - std::min(live_, max_live());
   for (std::size_t i = 0; i < batch_.size(); ++i) {
-    if (need_of(i) > left) let_go(*batch_[i]);
-    else left -= need_of(i);
+    if (need_of(i) > left)
+      let_go(*batch_[i]);
+    else
+      left -= need_of(i);
   }
 }
 
-// Some tens of requests are taken together, and all requests of one problem that follow each other: all of them append, then
-// all of them draft, so that siblings see each other's newest tokens while the problem is still in the cache.
+// Some tens of requests are taken together, and all requests of one problem that follow each other: all of them append,
+// then all of them draft, so that siblings see each other's newest tokens while the problem is still in the cache.
 template <typename F>
 Drafts SuffixIndex::run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> max_draft_tokens,
-                        std::span<const float> min_path_probs, std::span<const u32> capture_sizes, float break_even_gain) {
+                        std::span<const float> min_path_probs, std::span<const u32> capture_sizes,
+                        float break_even_gain) {
   // With room to fill, candidates below the cutoff are wanted as well.
   const float below = capture_sizes.size() > 1 ? .25f : 1.f;
   batch_.clear();
@@ -372,7 +383,8 @@ Drafts SuffixIndex::propose(std::span<const i64> handles, std::span<const Token>
   const std::lock_guard lock(mutex_);
   const std::size_t n = handles.size();
   if (offsets.size() != n + 1 || max_draft_tokens.size() != n || min_path_probs.size() != n)
-    throw SuffixError("propose: offsets must have one more entry than handles, max_draft_tokens and min_path_probs as many");
+    throw SuffixError(
+        "propose: offsets must have one more entry than handles, max_draft_tokens and min_path_probs as many");
   for (std::size_t i = 0; i < n; ++i)
     if (offsets[i] > offsets[i + 1] || offsets[i + 1] > tokens.size())
       throw SuffixError("propose: offsets must not fall and stay within the tokens");
@@ -387,7 +399,8 @@ Drafts SuffixIndex::propose_rows(std::span<const i64> handles, const Token* matr
   const std::lock_guard lock(mutex_);
   const std::size_t n = handles.size();
   if (rows.size() != n || num_tokens.size() != n || max_draft_tokens.size() != n || min_path_probs.size() != n)
-    throw SuffixError("propose_rows: handles, rows, num_tokens, max_draft_tokens and min_path_probs must have one length");
+    throw SuffixError(
+        "propose_rows: handles, rows, num_tokens, max_draft_tokens and min_path_probs must have one length");
   const auto fresh_of = [&](std::size_t i) {
     const u32 consumed = batch_[i]->num_consumed;
     if (num_tokens[i] < consumed) throw SuffixError("propose_rows: a request lost tokens");

@@ -3,7 +3,8 @@
 // Two tiers: per problem one LiveAutomaton of the running epoch (live.hpp) and one reversed-context array per closed
 // epoch (closed.hpp). A request keeps its end state in the automaton and the occurrences that it follows in each closed
 // epoch, so nothing is matched twice. A draft is read position by position: every source predicts a token, the odds of
-// equal predictions add up (scoring.hpp), the best token goes on, sources that predicted otherwise fall back or drop out.
+// equal predictions add up (scoring.hpp), the best token goes on, sources that predicted otherwise fall back or drop
+// out.
 //
 // Thread rules: every public method takes one mutex; none needs Python's lock. Cost per request and step: a few cache
 // misses to append and to match, then one load per draft token and source. Figures: scripts/bench_suffix.py.
@@ -29,13 +30,13 @@ inline constexpr u32 kMaxClosed = 8;
 inline constexpr u32 kPromptSequence = 0;  // name of the prompt among a problem's sequences
 
 struct IndexOptions {
-  u64 tokenizer = 0;          // fingerprint of the tokenizer whose ids are indexed
-  u32 max_draft = 32;         // tokens of the longest draft
-  u32 max_closed = kMaxClosed;  // closed epochs that a request looks into, newest first
-  float min_probability = .001f;  // a draft ends where its path is less likely than this
+  u64 tokenizer = 0;               // fingerprint of the tokenizer whose ids are indexed
+  u32 max_draft = 32;              // tokens of the longest draft
+  u32 max_closed = kMaxClosed;     // closed epochs that a request looks into, newest first
+  float min_probability = .001f;   // a draft ends where its path is less likely than this
   std::vector<Token> stop_tokens;  // nothing is drafted behind these
-  u32 cross_tokens = 1u << 18;  // size of each of the two generations of the index over all problems; 0: none
-  u64 max_bytes = u64{1} << 62;  // of everything that the index holds, see budget.cpp
+  u32 cross_tokens = 1u << 18;     // size of each of the two generations of the index over all problems; 0: none
+  u64 max_bytes = u64{1} << 62;    // of everything that the index holds, see budget.cpp
 };
 
 // What a batch of drafts looks like; row i is [offsets[i], offsets[i + 1]).
@@ -61,10 +62,10 @@ struct SourceStats {
 
 struct IndexStats {
   std::array<std::array<SourceStats, kNumLengths>, kNumSources> by_source{};
-  u64 request_steps = 0;            // request-steps that were told of new tokens
-  u64 candidates = 0;        // tokens that could have been drafted
-  double expected_first = 0; // sum of the probabilities of first candidates
-  double expected_all = 0;   // sum of the probabilities of all candidate paths
+  u64 request_steps = 0;      // request-steps that were told of new tokens
+  u64 candidates = 0;         // tokens that could have been drafted
+  double expected_first = 0;  // sum of the probabilities of first candidates
+  double expected_all = 0;    // sum of the probabilities of all candidate paths
   // What the memory had no place for; see budget.cpp.
   u64 problems_renewed = 0, requests_let_go = 0, segments_dropped = 0, rollouts_lost = 0;
 };
@@ -83,17 +84,18 @@ class SuffixIndex {
   // Ends a request; with `keep` its tokens enter the history when the epoch is closed.
   void end(i64 handle, bool keep);
 
-  // Takes the new tokens of each request, then drafts up to max_draft_tokens[i] tokens whose path probability is at least
-  // min_path_probs[i]. `capture_sizes`, ascending: sizes that (requests + drafts) should fill, the last one is the limit; empty:
-  // no limit. The gain of a draft token is probability / threshold - 1; where the gains of all sum to less than `break_even_gain`,
-  // what verifying drafts costs at all, none is drafted. A request may be named once.
+  // Takes the new tokens of each request, then drafts up to max_draft_tokens[i] tokens whose path probability is at
+  // least min_path_probs[i]. `capture_sizes`, ascending: sizes that (requests + drafts) should fill, the last one is
+  // the limit; empty: no limit. The gain of a draft token is probability / threshold - 1; where the gains of all sum to
+  // less than `break_even_gain`, what verifying drafts costs at all, none is drafted. A request may be named once.
   Drafts propose(std::span<const i64> handles, std::span<const Token> tokens, std::span<const u32> offsets,
-                 std::span<const u32> max_draft_tokens, std::span<const float> min_path_probs, std::span<const u32> capture_sizes,
-                 float break_even_gain = 0);
+                 std::span<const u32> max_draft_tokens, std::span<const float> min_path_probs,
+                 std::span<const u32> capture_sizes, float break_even_gain = 0);
   // The same, reading each request's tokens (prompt first) from row rows[i] of a matrix with `stride` columns.
-  Drafts propose_rows(std::span<const i64> handles, const Token* matrix, std::size_t stride,
-                      std::span<const u32> rows, std::span<const u32> num_tokens, std::span<const u32> max_draft_tokens,
-                      std::span<const float> min_path_probs, std::span<const u32> capture_sizes, float break_even_gain = 0);
+  Drafts propose_rows(std::span<const i64> handles, const Token* matrix, std::size_t stride, std::span<const u32> rows,
+                      std::span<const u32> num_tokens, std::span<const u32> max_draft_tokens,
+                      std::span<const float> min_path_probs, std::span<const u32> capture_sizes,
+                      float break_even_gain = 0);
 
   // Packs the kept rollouts that ended into immutable segments of the running epoch; describes them as one.
   SegmentInfo pack();
@@ -143,12 +145,12 @@ class SuffixIndex {
     std::vector<Sequence> sequences;
     std::vector<Attached> closed;
     u32 num_live = 0;
-    bool no_prompt = false;      // it had one that was given up
-    bool idle = false;           // without requests; waits to be packed
-    bool leaving = false;        // its requests are being let go
+    bool no_prompt = false;                       // it had one that was given up
+    bool idle = false;                            // without requests; waits to be packed
+    bool leaving = false;                         // its requests are being let go
     std::size_t text_bytes = 0, heads_bytes = 0;  // of all sequences, of `closed`
-    std::size_t counted = 0;     // its part of `live_`
-    std::vector<u32> renamed;    // while it is renewed: the new numbers of its sequences
+    std::size_t counted = 0;                      // its part of `live_`
+    std::vector<u32> renamed;                     // while it is renewed: the new numbers of its sequences
   };
   struct Held {
     std::shared_ptr<const Segment> segment;
@@ -189,8 +191,8 @@ class SuffixIndex {
     void prefetch() const {
       const char* bytes = reinterpret_cast<const char*>(this);
       for (std::size_t at = 0; at < offsetof(Request, path) + 128; at += 64) fetch(bytes + at);
-      for (const void* at : {static_cast<const void*>(paths), static_cast<const void*>(paths + 16),
-                             static_cast<const void*>(scores)})
+      for (const void* at :
+           {static_cast<const void*>(paths), static_cast<const void*>(paths + 16), static_cast<const void*>(scores)})
         fetch(at);
     }
   };
@@ -198,7 +200,7 @@ class SuffixIndex {
   struct Reading;
   static constexpr u32 kTogether = 32;  // requests that take turns, so that they wait for memory together
 
-  static constexpr u32 kWalk = 8;       // suffix links that are fetched ahead
+  static constexpr u32 kWalk = 8;  // suffix links that are fetched ahead
 
   void check_requests() const;
   void check_sums() const;
@@ -217,16 +219,18 @@ class SuffixIndex {
   void start(Reading& reading, Request& request, u32 cap, float floor) const;
   bool read(Reading& reading);
   bool read_token(Reading& reading);
-  void draft(std::size_t first, std::size_t last, std::span<const u32> max_draft_tokens, std::span<const float> min_path_probs, float below);
-  void admit(std::span<Request*> requests, std::span<const float> min_path_probs, std::span<const u32> capture_sizes, float break_even_gain);
+  void draft(std::size_t first, std::size_t last, std::span<const u32> max_draft_tokens,
+             std::span<const float> min_path_probs, float below);
+  void admit(std::span<Request*> requests, std::span<const float> min_path_probs, std::span<const u32> capture_sizes,
+             float break_even_gain);
   Drafts emit(std::span<Request*> requests) const;
   static void forget_draft(Request& request);
   void finish_searches();
   template <typename F>
   void prefetch(std::size_t first, std::size_t last, F&& fresh_of);
   template <typename F>
-  Drafts run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> max_draft_tokens, std::span<const float> min_path_probs,
-             std::span<const u32> capture_sizes, float break_even_gain);
+  Drafts run(std::span<const i64> handles, F&& fresh_of, std::span<const u32> max_draft_tokens,
+             std::span<const float> min_path_probs, std::span<const u32> capture_sizes, float break_even_gain);
   void new_cross();
   void feed_cross(u32 budget);
   void queue_cross(std::span<const Token> tokens);
@@ -269,13 +273,13 @@ class SuffixIndex {
   std::unordered_map<u64, std::unique_ptr<Problem>> problems_;
   std::vector<std::unique_ptr<Request>> requests_;
   std::vector<u32> free_;
-  std::list<Held> segments_;  // newest epoch first
-  i64 epoch_ = 0;             // the running one
-  i64 policy_version_ = 0;    // at the last close
-  Problem limbo_;             // of requests that are no longer followed
-  std::size_t live_ = 0;      // bytes of all problems
-  std::size_t idle_ = 0;      // of them, those that packing frees
-  std::size_t closed_ = 0;    // bytes of all segments
+  std::list<Held> segments_;         // newest epoch first
+  i64 epoch_ = 0;                    // the running one
+  i64 policy_version_ = 0;           // at the last close
+  Problem limbo_;                    // of requests that are no longer followed
+  std::size_t live_ = 0;             // bytes of all problems
+  std::size_t idle_ = 0;             // of them, those that packing frees
+  std::size_t closed_ = 0;           // bytes of all segments
   std::unique_ptr<Cross> cross_[2];  // young, old
   u64 cross_generation_ = 0;
   std::list<std::vector<Token>> cross_queue_;  // ended rollouts on their way into the young generation

@@ -9,8 +9,7 @@ namespace rl_accel::suffix {
 std::size_t SuffixIndex::live_bytes() const {
   const std::lock_guard lock(mutex_);
   std::size_t bytes = live_;
-  for (const auto& r : requests_)
-    bytes += sizeof(Request) + r->cursors.capacity() * sizeof(ClosedCursor);
+  for (const auto& r : requests_) bytes += sizeof(Request) + r->cursors.capacity() * sizeof(ClosedCursor);
   return bytes;
 }
 
@@ -51,7 +50,8 @@ void SuffixIndex::check_requests() const {
     ++live[r->problem];
     if (r->sequence >= r->problem->sequences.size() || r->last >= r->problem->automaton.num_states())
       throw SuffixError("index: a request stands where its problem has nothing");
-    if (r->cursors.size() != r->problem->closed.size()) throw SuffixError("index: a request follows other segments than its problem");
+    if (r->cursors.size() != r->problem->closed.size())
+      throw SuffixError("index: a request follows other segments than its problem");
   }
   for (const auto& [key, problem] : problems_) {
     const bool pending = std::any_of(problem->sequences.begin(), problem->sequences.end(), waits);
@@ -59,7 +59,8 @@ void SuffixIndex::check_requests() const {
     if (problem->key != key || problem->idle != (problem->num_live == 0) || (problem->idle && !pending))
       throw SuffixError("index: a problem that nobody needs");
     for (const Attached& closed : problem->closed)
-      if (std::none_of(segments_.begin(), segments_.end(), [&](const Held& held) { return held.segment == closed.segment; }))
+      if (std::none_of(segments_.begin(), segments_.end(),
+                       [&](const Held& held) { return held.segment == closed.segment; }))
         throw SuffixError("index: a problem looks into a segment that was dropped");
   }
   if (live[&limbo_] != limbo_.num_live) throw SuffixError("index: limbo miscounts its requests");

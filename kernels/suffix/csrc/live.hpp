@@ -32,14 +32,14 @@ class LiveAutomaton {
   static constexpr u32 kTouchCap = 32;
 
   struct State {
-    u32 len = 0;               // of the longest substring
-    u32 link = kNone;          // suffix link
-    u32 end = 0;               // most recent occurrence, packed End
-    Token tok = kNoToken;      // most frequent continuation ...
-    u32 to = kNone;            // ... and its state
-    u32 head = kNone;          // further edges
-    u32 count : 29 = 0;        // occurrences (of chains up to kTouchCap long)
-    u32 degree : 3 = 0;        // further edges; kHashed: all edges, also the inline one, are listed and hashed
+    u32 len = 0;           // of the longest substring
+    u32 link = kNone;      // suffix link
+    u32 end = 0;           // most recent occurrence, packed End
+    Token tok = kNoToken;  // most frequent continuation ...
+    u32 to = kNone;        // ... and its state
+    u32 head = kNone;      // further edges
+    u32 count : 29 = 0;    // occurrences (of chains up to kTouchCap long)
+    u32 degree : 3 = 0;    // further edges; kHashed: all edges, also the inline one, are listed and hashed
   };
 
   LiveAutomaton() { states_.push_back(State{}); }
@@ -65,8 +65,8 @@ class LiveAutomaton {
   u32 num_states() const { return states_.size(); }
   void prefetch(u32 s) const { fetch(&states_[s]); }
 
-  // Fetches what append(s, c) will read of a state s on its way: `states` are the latest states of a walk along the suffix
-  // links, the newest first, which is fetched already. Goes one link on; returns whether there is one.
+  // Fetches what append(s, c) will read of a state s on its way: `states` are the latest states of a walk along the
+  // suffix links, the newest first, which is fetched already. Goes one link on; returns whether there is one.
   bool prefetch_append(u32 (&states)[4], Token c) const {
     if (states[3] != kNone)  // its edge was fetched
       if (const u32 to = find(states[3], c); to != kNone) prefetch(to);
@@ -293,8 +293,10 @@ class LiveAutomaton {
   void prefetch_slot(u32 s, Token c) const {
     const State& state = states_[s];
     if (state.degree == 0 || state.tok == c) return;
-    if (state.degree <= kListMax) fetch(&edges_[state.head]);
-    else fetch(&table_.slots[static_cast<u32>(hash_of(s, c)) & (table_.capacity - 1)]);
+    if (state.degree <= kListMax)
+      fetch(&edges_[state.head]);
+    else
+      fetch(&table_.slots[static_cast<u32>(hash_of(s, c)) & (table_.capacity - 1)]);
   }
 
   void prefetch_edge(u32 s, Token c) const {

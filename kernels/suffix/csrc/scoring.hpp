@@ -2,8 +2,8 @@
 //
 // A source (own text, siblings, prompt, past epochs by age, other problems) predicts one token. Its reliability is kept
 // per (source, match length, agreement of its occurrences). Predictions of the same token add their odds; the sum is
-// then calibrated against what happened at that score and draft position. Counts decay, so the tables follow the policy.
-// Source: ours (DAS §4.1.2 names a "mild down-weighting" of older epochs without a formula).
+// then calibrated against what happened at that score and draft position. Counts decay, so the tables follow the
+// policy. Source: ours (DAS §4.1.2 names a "mild down-weighting" of older epochs without a formula).
 #pragma once
 
 #include <algorithm>
@@ -99,7 +99,8 @@ class Scoring {
 
   void load(const float* in) {
     for (std::size_t i = 0; i < kStateSize; i += 2)
-      if (!(in[i] >= 0 && in[i] <= in[i + 1] && in[i + 1] <= 2 * kForget)) throw SuffixError("scoring: counts out of range");
+      if (!(in[i] >= 0 && in[i] <= in[i + 1] && in[i + 1] <= 2 * kForget))
+        throw SuffixError("scoring: counts out of range");
     for (Trials& t : cells_) t.hits = *in++, t.all = *in++;
     for (Trials& t : scores_) t.hits = *in++, t.all = *in++;
     for (u32 cell = 0; cell < kNumCells; ++cell) refresh(cell);
