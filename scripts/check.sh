@@ -3,7 +3,7 @@
 # of scripts/setup.sh to be active.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-cpp=$(git ls-files --cached --others --exclude-standard '*.cpp' '*.hpp')
+cpp=$(find kernels tests -name "*.?pp")
 if [ "${1:-}" = --fix ]; then
   ruff check --fix . && ruff format . && clang-format -i $cpp
 fi

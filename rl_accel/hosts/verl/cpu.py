@@ -2,17 +2,12 @@
 
 - a platform: `torch.cpu` behind the interface that verl expects of an accelerator (host symbols: `PlatformBase`,
   `PlatformRegistry.register`); Ray schedules a *logical* GPU (`ray.init(num_gpus=1)`);
-- the FSDP2 engines registered for the device "cpu" (`EngineRegistry.register`), with a reference policy that is not
-  pinned: pinning needs an accelerator (`transformer_impl.CPUOffloadPolicy`);
-- a process group spelled "cpu:gloo": verl asks for "cpu:gloo,cpu:gloo", which torch rejects
-  (`verl.utils.distributed.initialize_global_process_group_ray`).
-- critics without flash-attention, which verl names in its code (`verl.utils.model.load_valuehead_model`);
-- one thread for an engine that runs in the process of its core (`CPUWorker.init_device`); two were slower on two cores.
+- the FSDP2 engines registered for the device "cpu" (`EngineRegistry.register`);
+- named patches: `cpu_patches.py`.
 """
 
 from __future__ import annotations
 
-import functools
 import resource
 import types
 from contextlib import contextmanager
@@ -20,7 +15,7 @@ from typing import Any
 
 import psutil
 import torch
-from wrapt import register_post_import_hook, wrap_function_wrapper
+from wrapt import register_post_import_hook
 
 
 def _device_module() -> Any:
@@ -146,9 +141,6 @@ def _register_platform() -> None:
 def _register_engines(module) -> None:
     from verl.workers.engine.base import EngineRegistry
 
-    offload_policy = module.CPUOffloadPolicy
-    module.CPUOffloadPolicy = lambda pin_memory=True: offload_policy(pin_memory=False)
-
     @EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device="cpu")
     class CPUEngineWithLMHead(module.FSDPEngineWithLMHead):
         pass
@@ -158,46 +150,7 @@ def _register_engines(module) -> None:
         pass
 
 
-def _fix_process_group(module) -> None:
-    original = module.initialize_global_process_group_ray
-
-    @functools.wraps(original)
-    def initialize_global_process_group_ray(timeout_second=None, backend=None):
-        return original(timeout_second, backend or "cpu:gloo")
-
-    module.initialize_global_process_group_ray = initialize_global_process_group_ray
-
-
-def _value_heads_by_sdpa(module) -> None:
-    def load_valuehead_model(local_path, torch_dtype, model_config, trust_remote_code):
-        from transformers import AutoModelForTokenClassification
-
-        return AutoModelForTokenClassification.from_pretrained(
-            local_path,
-            dtype=torch_dtype,
-            config=model_config,
-            attn_implementation="sdpa",
-            trust_remote_code=trust_remote_code,
-        )
-
-    module.load_valuehead_model = load_valuehead_model
-
-
-def _one_thread_per_engine(module) -> None:
-    """With the executor `uni` vLLM leaves OpenMP as it finds it; front end and agent loop need the other cores."""
-
-    def init_device(wrapped, worker, args, kwargs):
-        if worker.parallel_config.distributed_executor_backend == "uni":
-            torch.set_num_threads(1)
-        return wrapped(*args, **kwargs)
-
-    wrap_function_wrapper(module, "CPUWorker.init_device", init_device)
-
-
 def install() -> None:
-    """Register the platform now and the rest as soon as verl imports the modules concerned."""
+    """Register the platform now and the engines as soon as verl imports theirs."""
     _register_platform()
     register_post_import_hook(_register_engines, "verl.workers.engine.fsdp.transformer_impl")
-    register_post_import_hook(_fix_process_group, "verl.utils.distributed")
-    register_post_import_hook(_value_heads_by_sdpa, "verl.utils.model")
-    register_post_import_hook(_one_thread_per_engine, "vllm.v1.worker.cpu_worker")

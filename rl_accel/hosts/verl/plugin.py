@@ -4,7 +4,7 @@ verl calls nothing here, it only imports, so this module installs its hooks on i
 waits for a verl module to be imported and costs nothing until then:
 - always: `validate_config`, where a drop-in command's settings are read in the driver (`prepare.py`), `run_ppo`, where
   entries of verl that do not validate are told that they are not served, and the import hooks of features;
-- `VERL_PLATFORM=cpu`: what verl lacks to run without an accelerator (`cpu.py`);
+- `VERL_PLATFORM=cpu`: what verl lacks to run without an accelerator (`cpu.py`, `cpu_patches.py`);
 - `RL_ACCEL_ACTIVE`, which `prepare.py` sets for the Ray processes of a run that asked for rl_accel to the names of the
   features that are on: our trainer, and the named patches, of the spine and of these features.
 verl swallows exceptions of plug-ins at debug level; the run then stops at the unknown trainer name `rl_accel_sync`.
@@ -43,9 +43,11 @@ for _feature in features().values():
         _when_imported(_module, _function)
 
 if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
-    from rl_accel.hosts.verl import cpu
+    from rl_accel.hosts.verl import cpu, cpu_patches
 
     cpu.install()
+    for _patch in cpu_patches.PATCHES:
+        register_post_import_hook(_patch.apply, _patch.module_name())
 
 if os.environ.get(ACTIVE_ENV):
     _when_imported("verl.trainer.ppo.v1.trainer_sync", "rl_accel.hosts.verl.trainer:registered")

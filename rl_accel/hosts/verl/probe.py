@@ -28,7 +28,11 @@ def probe() -> dict[str, bool]:
     if os.environ.get("VERL_PLATFORM") == "cpu":
         from verl.utils.device import get_device_name
 
+        from rl_accel.hosts.verl import cpu_patches
+
         live["cpu platform"] = get_device_name() == "cpu"
+        for patch in cpu_patches.PATCHES:
+            live[f"patch {patch.__name__}"] = patch.is_live(importlib.import_module(patch.module_name()))
     return live
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from rl_accel.errors import WeightSyncError
 from rl_accel.fast_path.hosts.patches import PATCHES as FAST_PATH
+from rl_accel.hosts.verl.cpu_patches import PATCHES as CPU_PATCHES
 from rl_accel.hosts.verl.fsdp2_ranks import RanksOnFSDP2
 from rl_accel.hosts.verl.patches import PATCHES
 from rl_accel.weight_sync.watchdog import call_within
@@ -34,7 +35,7 @@ def in_fresh_process(code, timeout=120, **env):
     return result.stdout.strip().splitlines()[-1]
 
 
-ALL = (*PATCHES, *FAST_PATH, RanksOnFSDP2)
+ALL = (*PATCHES, *FAST_PATH, *CPU_PATCHES, RanksOnFSDP2)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_the_probe_finds_every_hook_live():
     live = json.loads(
         in_fresh_process("import json; from rl_accel.hosts.verl.probe import probe; print(json.dumps(probe()))")
     )
-    assert len(live) == 13
+    assert len(live) == 17
     assert all(live.values()), live
 
 
@@ -72,6 +73,7 @@ def test_without_our_environment_nothing_is_patched():
     code = "import json; from rl_accel.hosts.verl.probe import probe; print(json.dumps(probe()))"
     live = json.loads(in_fresh_process(code, RL_ACCEL_ACTIVE=""))
     assert live.pop("validate_config") and live.pop("cpu platform")
+    assert all(live.pop(f"patch {patch.__name__}") for patch in CPU_PATCHES), "by VERL_PLATFORM"
     assert not any(live.values()), live
 
 
