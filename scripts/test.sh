@@ -5,4 +5,5 @@ cd "$RL_ACCEL_ROOT"
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+# Two processes: most of a test that starts an engine or a training is the import of its hosts, on one core.
+exec python -m pytest -n "${RL_ACCEL_TEST_PROCESSES:-2}" "$@"
