@@ -16,4 +16,4 @@ PARTS=("$@")
 soak preflight 10 tests/hosts/verl/test_preflight_fuzz.py
 soak damage 50 tests/compare/test_damage.py tests/draft/test_history_damage.py
 soak server 12.5 tests/hosts/vllm/test_engine_soak.py
-soak kills 50 tests/hosts/verl/test_interruption.py tests/hosts/verl/test_disk.py
+soak kills 50 tests/hosts/verl/soak_kills.py

@@ -1,7 +1,9 @@
-"""Fixtures of all tests, and what takes how long.
+"""Fixtures of all tests, what takes how long, and what runs beside what.
 
 `tests/durations.json` has the seconds of every module, of the last run with `--record-durations` (the machine quiet).
 `--quick` leaves out the modules that start engines, trainings or many processes: those above `QUICK_S` in that list.
+With `-n` (scripts/test.sh) tests run in processes side by side: those of a module in one, the longest module first, and
+what shares a training in the same one, so that no training is done twice.
 """
 
 from __future__ import annotations
@@ -19,6 +21,12 @@ import torch
 
 DURATIONS = Path(__file__).with_name("durations.json")
 QUICK_S = 11.0
+TRAININGS = "trainings"
+SHARED_TRAININGS = tuple(
+    f"hosts/verl/test_{name}.py"
+    for name in ("training", "drop_in", "interruption", "das_training", "agent_loop", "deepspeed_training", "reuse")
+)
+"""Modules that use the trainings `*_run` of hosts/verl/conftest.py, which are fixtures of one process."""
 _seconds: dict[str, float] = {}
 
 
@@ -28,12 +36,35 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_collection_modifyitems(config, items) -> None:
-    if not config.getoption("--quick"):
-        return
-    known = json.loads(DURATIONS.read_text())
-    slow = [item for item in items if known.get(_module(item.nodeid), 0.0) > QUICK_S]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if item not in set(slow)]
+    seconds = json.loads(DURATIONS.read_text())
+    for item in items:
+        shares = "trainings" in item.fixturenames and any(name.endswith("_run") for name in item.fixturenames)
+        if shares and _module(item.nodeid) not in SHARED_TRAININGS:
+            raise pytest.UsageError(f"{item.nodeid} shares a training: add its module to SHARED_TRAININGS")
+    if config.getoption("--quick"):
+        slow = [item for item in items if seconds.get(_module(item.nodeid), 0.0) > QUICK_S]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: (_group(item.nodeid) != TRAININGS, -seconds.get(_module(item.nodeid), 0.0)))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Give each process a group of tests at a time, in the order above."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    config.option.loadscopereorder = False
+    return GroupScheduling(config, log)
+
+
+def _group(nodeid: str) -> str:
+    """What has to run in one process."""
+    module = _module(nodeid)
+    return TRAININGS if module in SHARED_TRAININGS else module
 
 
 def pytest_runtest_logreport(report) -> None:
@@ -42,7 +73,7 @@ def pytest_runtest_logreport(report) -> None:
 
 
 def pytest_sessionfinish(session) -> None:
-    if session.config.getoption("--record-durations"):
+    if session.config.getoption("--record-durations") and not hasattr(session.config, "workerinput"):
         ordered = sorted(_seconds.items(), key=lambda item: -item[1])
         DURATIONS.write_text(json.dumps({name: round(seconds, 1) for name, seconds in ordered}, indent=1) + "\n")
 

@@ -1,144 +1,52 @@
-"""Real trainings: `python -m rl_accel.train` and plain verl in processes of their own, each arm once per session."""
+"""The trainings that tests share: each is run once a session and serves as many assertions as it can.
+
+| fixture | training | compared with |
+|---|---|---|
+| `plain_run` | exact sampling, no drafts, FSDP2 | |
+| `das_run` | DAS and a feature of another package; the disk fills up, then a kill, then its end | `plain_run` |
+| `ngram_run` | plain verl command with flags, ngram drafts | `plain_run` |
+| `best_of_run` | DeepSpeed on two ranks, an agent loop of several outputs, ended by Ctrl-C | step 1 of `plain_run` |
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
-import sys
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
-from omegaconf import OmegaConf
 
-STEPS = 4
-TIMEOUT_S = 600
-TINY = (
-    "data.train_size=64",
-    "data.val_size=16",
-    "data.train_batch_size=4",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-    "actor_rollout_ref.rollout.n=4",
-    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
-    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
-    "actor_rollout_ref.actor.use_kl_loss=true",
-    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4",
-    "data.max_response_length=96",
-    f"trainer.total_training_steps={STEPS}",
-    f"trainer.test_freq={STEPS}",
-    "trainer.val_before_train=false",
-    "trainer.save_freq=2",
-    "trainer.logger=[file]",
-    "rl_accel.sync.readback=every",
-)
-"""A run of 4 steps with 4 prompts x 4 samples, a checkpoint at step 2 and 4, a validation at the end."""
+from .trainings import Run, Trainings, latest_checkpoint, wait_for_end_of, wait_for_text
+
+HERE = Path(__file__).parent
+TOY = HERE.parents[1] / "feature" / "toy"
+BLOCK = "+actor_rollout_ref.rollout.custom.rl_accel"
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished run and what it left behind."""
+class Session:
+    """One start of a run that did not reach its end."""
 
-    path: Path
+    returncode: int | None
     output: str
-    returncode: int
-
-    def metrics(self) -> dict[int, dict[str, float]]:
-        """Step -> metrics."""
-        lines = (self.path / "metrics.jsonl").read_text().splitlines()
-        return {record["step"]: record["data"] for record in map(json.loads, lines)}
+    checkpoint: int
+    left: list
+    """Processes that outlived it."""
 
 
-class Trainings:
-    """Starts trainings; `run` waits for one, `start` leaves the process to the caller."""
+@dataclass(frozen=True)
+class DisturbedRun:
+    """A run that reached its end in several sessions."""
 
-    def __init__(self, root: Path):
-        self.root = root
-        self._finished: dict[str, Run] = {}
-        self._started: list[subprocess.Popen] = []
-
-    def start(
-        self, name: str, *overrides: str, env: dict[str, str] | None = None
-    ) -> tuple[subprocess.Popen, Path, str]:
-        """Start `rl_accel.train` with the tiny settings; returns process, run folder and a mark of its processes."""
-        path, mark = self.root / name, uuid.uuid4().hex
-        command = [sys.executable, "-m", "rl_accel.train", "recipe=gsm8k_grpo/cpu", *TINY]
-        command += [f"rl_accel.run_dir={path}", *overrides]
-        log = (self.root / f"{name}.log").open("a")
-        env = {**os.environ, "RL_ACCEL_TEST_MARK": mark, "RL_ACCEL_DEVICE": "cpu", **(env or {})}
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=self.root, preexec_fn=_hear_ctrl_c
-        )
-        self._started.append(process)
-        return process, path, mark
-
-    def end_all(self) -> None:
-        """End what a failed test left running."""
-        for process in self._started:
-            if process.poll() is None:
-                process.terminate()
-                process.wait(60)
-
-    def run(self, name: str, *overrides: str) -> Run:
-        """Train to the end; a name is trained once."""
-        if name not in self._finished:
-            process, path, _ = self.start(name, *overrides)
-            returncode = process.wait(TIMEOUT_S)
-            output = (self.root / f"{name}.log").read_text()
-            assert returncode == 0, output[-6000:]
-            self._finished[name] = Run(path, output, returncode)
-        return self._finished[name]
-
-    def run_plain_verl(self, name: str, like: Run, *overrides: str) -> Run:
-        """Run stock `verl.trainer.main_ppo` with the configuration of another run, less its rl_accel block."""
-        path = self.root / name
-        path.mkdir()
-        config = OmegaConf.load(like.path / "config.yaml")
-        del config.rl_accel
-        del config.actor_rollout_ref.rollout.custom
-        config.trainer.default_local_dir = str(path / "checkpoints")
-        OmegaConf.save(config, path / "plain.yaml")
-        env = {
-            **os.environ,
-            "VERL_PLATFORM": "cpu",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VERL_FILE_LOGGER_PATH": str(path / "metrics.jsonl"),
-            "OMP_NUM_THREADS": str(os.cpu_count()),
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
-        command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-path", str(path), "--config-name", "plain"]
-        result = subprocess.run(
-            [*command, "hydra.run.dir=.", "hydra.output_subdir=null", *overrides],
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            env=env,
-            cwd=path,
-            check=False,
-        )
-        assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-        return Run(path, result.stdout + result.stderr, result.returncode)
-
-
-def _hear_ctrl_c() -> None:
-    """A shell starts background jobs with SIGINT ignored, and ignored signals are inherited."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def marked_processes(mark: str) -> list[psutil.Process]:
-    """Living processes that were started, directly or not, by the training with this mark."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("RL_ACCEL_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    run: Run
+    disk_full: Session | None
+    """None where this machine does not let us mount a file system."""
+    killed: Session
 
 
 @pytest.fixture(scope="session")
@@ -152,3 +60,92 @@ def trainings(tmp_path_factory) -> Iterator[Trainings]:
 def plain_run(trainings) -> Run:
     """Exact sampling, no drafts."""
     return trainings.run("none")
+
+
+@pytest.fixture(scope="session")
+def ngram_run(trainings, plain_run) -> Run:
+    """The drop-in form: verl's own command with flags."""
+    return trainings.run_plain_verl(
+        "drop_in",
+        plain_run,
+        f"{BLOCK}.sampling.exact=true",
+        f"{BLOCK}.run_dir={trainings.root / 'drop_in'}",
+        f"{BLOCK}.trace.tokens=true",
+        f"{BLOCK}.draft.method=ngram",
+    )
+
+
+@pytest.fixture(scope="session")
+def das_run(trainings) -> Iterator[DisturbedRun]:
+    """DAS drafts and the toy feature of `tests/feature`. The disk fills up in the checkpoint of step 4 (it holds one of
+    11 MB, not two); on a larger disk the run is killed after that checkpoint and before the log line of its step."""
+    name, path = "das", trainings.root / "das"
+    settings = ("rl_accel.draft.method=das", "rl_accel.draft.record=true", "rl_accel.toy.enable=true")
+    settings += ("rl_accel.toy.size=7",)
+    env = {"PYTHONPATH": str(TOY)}
+    jumping = {"PYTHONPATH": os.pathsep.join([str(TOY), str(HERE / "jumping_clock")]), "JUMP_SEED": "1"}
+    path.mkdir()
+    disk_full = None
+    with small_disk(path) as resize:
+        if resize is not None:
+            process, _, mark = trainings.start(name, *settings, env=env)
+            returncode = process.wait(600)
+            left = wait_for_end_of(mark, 60)
+            disk_full = Session(returncode, trainings.output(name), latest_checkpoint(path), left)
+            resize(200)
+        process, _, mark = trainings.start(name, *settings, env=jumping)
+        tracker = path / "checkpoints" / "latest_checkpointed_iteration.txt.pending"
+        wait_for_text(tracker, "4", process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        left = wait_for_end_of(mark, 60)
+        killed = Session(None, trainings.output(name), latest_checkpoint(path), left)
+        yield DisturbedRun(trainings.run(name, *settings, env=env), disk_full, killed)
+
+
+@contextlib.contextmanager
+def small_disk(path: Path):
+    """A file system of 16 MiB at `path`; yields a function that gives it another size in MiB, or None."""
+
+    def mount(*options):
+        return subprocess.run(["mount", *options, str(path)], capture_output=True, text=True, check=False).returncode
+
+    if shutil.which("mount") is None or os.geteuid() != 0 or mount("-t", "tmpfs", "-o", "size=16m", "tmpfs"):
+        yield None
+        return
+    try:
+        yield lambda mebibytes: mount("-o", f"remount,size={mebibytes}m")
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@dataclass(frozen=True)
+class InterruptedRun:
+    """A run of several steps that Ctrl-C ended."""
+
+    run: Run
+    left: list
+
+
+@pytest.fixture(scope="session")
+def best_of_run(trainings) -> InterruptedRun:
+    """The shipped recipe with trainer=deepspeed and a loop that asks three times for one prompt; Ctrl-C in step 3."""
+    loops = trainings.root / "loops.yaml"
+    loops.write_text("- name: best_of\n  _target_: best_of_loop.BestOfLoop\n")
+    process, path, mark = trainings.start(
+        "best_of",
+        "trainer=deepspeed",
+        f"actor_rollout_ref.rollout.agent.agent_loop_config_path={loops}",
+        "actor_rollout_ref.rollout.agent.default_agent_loop=best_of",
+        "trainer.total_training_steps=500",
+        "trainer.save_freq=-1",
+        "trainer.test_freq=-1",
+        env={"PYTHONPATH": str(HERE)},
+    )
+    try:
+        wait_for_text(path / "metrics.jsonl", '"step":2,', process)
+        process.send_signal(signal.SIGINT)
+        returncode = process.wait(120)
+    finally:
+        process.kill()
+    return InterruptedRun(Run(path, trainings.output("best_of"), returncode), wait_for_end_of(mark, 30))

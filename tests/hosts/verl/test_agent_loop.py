@@ -4,42 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
-from rl_accel.compare.tokens import load_tokens
 from rl_accel.hosts.verl.session import SessionClient
+
+from .trainings import tokens_of
 
 IDENTITY = {"problem_id": "p", "sample_index": 1, "step": 2, "validate": False}
 
 
-@pytest.fixture(scope="module")
-def best_of(trainings):
-    """One step of a loop that asks three times for one prompt and returns three outputs."""
-    loops = trainings.root / "loops.yaml"
-    loops.write_text("- name: best_of\n  _target_: best_of_loop.BestOfLoop\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        return trainings.run(
-            "best_of",
-            f"actor_rollout_ref.rollout.agent.agent_loop_config_path={loops}",
-            "actor_rollout_ref.rollout.agent.default_agent_loop=best_of",
-            "trainer.total_training_steps=1",
-            "trainer.save_freq=-1",
-            "trainer.test_freq=-1",
-        )
-
-
-def rows(run) -> dict[tuple[str, int], list[int]]:
-    return {key: row.token_ids.tolist() for key, row in load_tokens(run.path / "tokens" / "1.npz").items()}
-
-
-def test_every_output_has_a_row_and_a_text_of_its_own(best_of, plain_run) -> None:
+def test_every_output_has_a_row_and_a_text_of_its_own(best_of_run, plain_run) -> None:
     """The first text of a session is that of a session which generates once, under the same name."""
-    found, single = rows(best_of), rows(plain_run)
+    found, single = tokens_of(best_of_run.run, 1), tokens_of(plain_run, 1)
     first = {key: text for key, text in found.items() if "[output" not in key[0]}
     assert first == single
     assert set(found) == {(f"{p}{o}", s) for p, s in single for o in ("", " [output 1]", " [output 2]")}
@@ -51,11 +30,12 @@ def test_every_output_has_a_row_and_a_text_of_its_own(best_of, plain_run) -> Non
     assert differing >= len(single) * 3 // 4
 
 
-def test_the_step_is_measured_over_all_outputs(best_of) -> None:
-    metrics = best_of.metrics()[1]
-    assert metrics["rollout/num_response_tokens"] == sum(map(len, rows(best_of).values()))
-    assert metrics["rl_accel/rollout/malformed_identities"] == 0
-    assert metrics["training/rollout_probs_diff_max"] < 1e-4
+def test_the_step_is_measured_over_all_outputs(best_of_run) -> None:
+    for step in (1, 2):
+        metrics = best_of_run.run.metrics()[step]
+        assert metrics["rollout/num_response_tokens"] == sum(map(len, tokens_of(best_of_run.run, step).values()))
+        assert metrics["rl_accel/rollout/malformed_identities"] == 0
+        assert metrics["training/rollout_probs_diff_max"] < 1e-4
 
 
 class Remote:

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-from .conftest import STEPS
-from .test_training import tokens, trained
 
 ZERO = ("zero1", "zero2", "zero3")
 PARITY = {"fp32": (1, 2, 4), "untied": (2,), "critic": (2,)}
@@ -198,49 +194,3 @@ def test_4_bit_communication_in_the_engine(ranks, kind):
     assert result["metrics"]["rl_accel/comm/gradient_intra_bytes"][0] > 0
     assert result["resumed"] == result["straight"]
     assert largest_difference(*result["weights"]) == 0
-
-
-def whole_weights(path):
-    """What DeepSpeed's own script makes of a checkpoint."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    return get_fp32_state_dict_from_zero_checkpoint(str(path / f"checkpoints/global_step_{STEPS}/actor"))
-
-
-@pytest.mark.timeout(1500)  # two trainings
-def test_training_on_two_ranks_and_resuming(trainings):
-    """The shipped recipe with trainer=deepspeed; then steps 3 and 4 again from the checkpoint of step 2."""
-    run = trainings.run("deepspeed", "trainer=deepspeed")
-    for step in run.metrics().values():
-        assert 0 <= step["training/rollout_probs_diff_max"] < 1e-4
-        assert step["training/rollout_actor_probs_pearson_corr"] > 0.9999
-        assert step["rl_accel/rollout/logprob_abs_diff_mean"] < 1e-4
-        assert step["rl_accel/sync/readback_max_abs_err"] < 1e-6
-    assert run.metrics()[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-9), "policy and reference start equal"
-    assert run.metrics()[STEPS]["actor/kl_loss"] > 1e-5
-    assert max(step["actor/grad_norm"] for step in run.metrics().values()) > 1e-3
-
-    again = trainings.root / "deepspeed_again"
-    shutil.copytree(run.path, again)
-    shutil.rmtree(again / f"checkpoints/global_step_{STEPS}")
-    (again / "checkpoints/latest_checkpointed_iteration.txt").write_text("2")
-    resumed = trainings.run("deepspeed_again", "trainer=deepspeed")
-    assert tokens(resumed) == tokens(run)
-    assert trained(resumed.metrics()[STEPS]) == trained(run.metrics()[STEPS])
-    expected, found = whole_weights(run.path), whole_weights(resumed.path)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-@pytest.mark.timeout(900)
-def test_training_with_4_bit_communication(trainings):
-    """The policy that trains is the one that generates, and the figures are among the metrics."""
-    flags = ("rl_accel.comm.enable=true", "rl_accel.allow_lossy=true", "rl_accel.comm.bypass=never")
-    flags += ("rl_accel.deepspeed.zero_stage=1",)
-    run = trainings.run("deepspeed_comm", "trainer=deepspeed", *flags)
-    assert len(run.metrics()) == STEPS
-    for step in run.metrics().values():
-        assert 0 <= step["training/rollout_probs_diff_max"] < 1e-4
-        assert step["rl_accel/sync/readback_max_abs_err"] < 1e-6
-        assert step["actor/rl_accel/comm/gradients_quantized"] == step["actor/rl_accel/comm/weights_quantized"] == 1
-        assert step["actor/rl_accel/comm/gradient_intra_bytes"] > 0
-        assert step["actor/rl_accel/comm/weight_intra_bytes"] > 0

@@ -1,65 +1,20 @@
-"""The drop-in form on a plain verl command, and what happens when everything is off."""
+"""The drop-in form: flags on a plain verl command."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from .test_training import STEPS, probs_diff, tokens, trained
-
-BLOCK = "+actor_rollout_ref.rollout.custom.rl_accel"
-DETERMINISTIC = (
-    "actor_rollout_ref.rollout.top_k=1",  # one token possible: the stock sampler's order of draws cannot matter
-    "actor_rollout_ref.rollout.n=1",
-    "algorithm.adv_estimator=reinforce_plus_plus",  # GRPO has no gradient without differing samples
-    "data.train_batch_size=16",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=16",
-)
+from .trainings import assert_same_run
 
 
-def rollouts(run):
-    """Step -> sorted (prompt, response, score) of verl's own dump."""
-    found = {}
-    for step in range(1, STEPS + 1):
-        lines = (run.path / "rollouts" / f"{step}.jsonl").read_text().splitlines()
-        found[step] = sorted((row["input"], row["output"], row["score"]) for row in map(json.loads, lines))
-    return found
+def test_a_plain_verl_command_with_flags_is_the_same_run_and_ngram_drafts_change_nothing(ngram_run, plain_run):
+    assert_same_run(ngram_run, plain_run, exact=False)
 
 
-def test_a_plain_verl_command_with_flags_is_the_same_run(trainings, plain_run):
-    path = trainings.root / "drop_in"
-    dropped_in = trainings.run_plain_verl(
-        "drop_in",
-        plain_run,
-        f"{BLOCK}.sampling.exact=true",
-        f"{BLOCK}.run_dir={path}",
-        f"{BLOCK}.trace.tokens=true",
-        f"{BLOCK}.draft.method=ngram",
-    )
-    assert tokens(dropped_in) == tokens(plain_run)
-    for step, metrics in plain_run.metrics().items():
-        assert trained(dropped_in.metrics()[step]) == pytest.approx(trained(metrics), rel=1e-5, abs=1e-7)
-        assert probs_diff(dropped_in.metrics()[step]) == pytest.approx(probs_diff(metrics), abs=1e-5)
-
-
-def test_with_everything_off_rollouts_and_losses_are_those_of_plain_verl(trainings):
-    off = trainings.run(
-        "off",
-        *DETERMINISTIC,
-        "rl_accel.sampling.exact=false",
-        "rl_accel.fast_path.enable=false",  # on in all other trainings
-        f"trainer.rollout_data_dir={trainings.root}/off/rollouts",
-    )
-    plain = trainings.run_plain_verl(
-        "plain_verl", off, f"trainer.rollout_data_dir={trainings.root}/plain_verl/rollouts"
-    )
-    assert "rl_accel" not in json.dumps(sorted(plain.metrics()[1]))
-    assert "on: no fast path" in off.output
-    assert rollouts(off) == rollouts(plain)
-    gradients = [step["actor/grad_norm"] for step in off.metrics().values()]
-    assert min(gradients) > 1e-4, "a run without gradients proves nothing"
-    for step in range(1, STEPS + 1):
-        ours, theirs = off.metrics()[step], plain.metrics()[step]
-        for name in ("actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "actor/entropy", "critic/score/mean"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (step, name)
+def test_drafts_are_counted(ngram_run):
+    metrics = ngram_run.metrics().values()
+    assert sum(step["rollout/spec_num_accepted_tokens"] for step in metrics) > 0
+    for step in metrics:
+        accepted, drafted = step["rollout/spec_num_accepted_tokens"], step["rollout/spec_num_draft_tokens"]
+        assert step["rollout/spec_accept_rate"] == pytest.approx(accepted / drafted if drafted else 0)
+        assert step["rollout/spec_accept_length"] >= 1

@@ -1,125 +1,62 @@
-"""Killed, resumed and interrupted runs: the same final weights, and no process left behind."""
+"""Runs that are killed, interrupted or out of disk: one clear error, no process left, and the same run in the end.
+
+`soak_kills.py` beside this file kills many runs at random moments.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
-import signal
+import resource
 import subprocess
-import time
-from pathlib import Path
+import sys
 
-import psutil
 import pytest
-import torch
 
-from .conftest import STEPS, TIMEOUT_S, Run, marked_processes
-from .test_training import probs_diff, tokens, trained, weights
-
-SOAK = int(os.environ.get("RL_ACCEL_SOAK", "1"))
+from .trainings import TINY, assert_same_run
 
 
-def wait_for_text(path, text, process):
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(FileNotFoundError):  # it may be renamed at any moment
-            if text in path.read_text():
-                return
-        time.sleep(0.01)
-    raise AssertionError(f"{text!r} is not in {path}; exit status {process.poll()}")
+def test_a_run_that_was_disturbed_ends_with_the_same_weights(das_run, plain_run):
+    """Drafts, a full disk and a kill later; every step is there once, and equal to the last bit."""
+    assert_same_run(das_run.run, plain_run)
+    assert "Traceback" not in das_run.run.output
 
 
-def wait_for_end_of(mark, seconds):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and marked_processes(mark):
-        time.sleep(0.5)
-    return marked_processes(mark)
+def test_a_kill_between_a_checkpoint_and_its_log_line_loses_no_step(das_run):
+    """The checkpoint does not count before its step is logged, and no process outlives the run."""
+    assert das_run.killed.checkpoint == 2
+    assert not das_run.killed.left
 
 
-def assert_same_run(resumed, plain_run):
-    """Every step is there once and is that of a run that nobody disturbed; so are the final weights."""
-    assert sorted(resumed.metrics()) == list(range(1, STEPS + 1))
-    assert tokens(resumed) == tokens(plain_run)
-    assert trained(resumed.metrics()[STEPS]) == trained(plain_run.metrics()[STEPS])
-    assert probs_diff(resumed.metrics()[STEPS]) == pytest.approx(probs_diff(plain_run.metrics()[STEPS]), abs=1e-5)
-    expected, found = weights(plain_run.path), weights(resumed.path)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+def test_a_full_disk_ends_a_run_with_one_error_and_loses_no_checkpoint(das_run):
+    if das_run.disk_full is None:
+        pytest.skip("needs the right to mount a file system")
+    session = das_run.disk_full
+    assert session.returncode == 1
+    assert "takes no more" in session.output and "it goes on from the last checkpoint" in session.output
+    assert "Traceback" not in session.output
+    assert session.checkpoint == 2
+    assert not session.left
 
 
-def test_killed_runs_resume_to_the_same_weights(trainings, plain_run):
-    """`RL_ACCEL_SOAK` is the number of kills. The first falls between a checkpoint and the log line of its step, in a
-    run that saves every second step; the others at random moments of runs that save every step, so in saves too.
-
-    Every other kill takes all processes at once, the rest the driver alone; the wall clock jumps in each session.
-    """
-    moments = random.Random(0)
-    kills: list[str] = []
-    while len(kills) < SOAK:
-        name, first = f"killed-{len(kills)}", not kills
-        settings = ("trainer.save_freq=2" if first else "trainer.save_freq=1",)
-        checkpoint = 0
-        while len(kills) < SOAK:
-            process, path, mark = trainings.start(name, *settings, env=jumping_clock(moments))
-            latest = path / "checkpoints" / "latest_checkpointed_iteration.txt"
-            if first:
-                wait_for_text(latest.with_name(f"{latest.name}.pending"), "4", process)
-            else:
-                wait_at_random(moments, path, process)
-            if process.poll() == 0:
-                break
-            assert process.returncode is None, (trainings.root / f"{name}.log").read_text()[-3000:]
-            for victim in marked_processes(mark) if len(kills) % 2 else [process]:
-                with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                    victim.send_signal(signal.SIGKILL)
-            process.wait()
-            assert not wait_for_end_of(mark, 60), "processes outlive a killed run"
-            found = int(latest.read_text()) if latest.exists() else 0
-            assert found >= checkpoint, "a checkpoint was lost"
-            checkpoint = found
-            if first:
-                assert checkpoint == 2
-            kills.append(f"{name} at step {checkpoint}")
-            print(f"kill {len(kills)} of {SOAK}: {kills[-1]}", flush=True)
-            if first:
-                break
-        resumed = trainings.run(name, *settings) if process.returncode else Run(path, "", 0)
-        assert_same_run(resumed, plain_run)
-        text = (trainings.root / f"{name}.log").read_text()
-        assert "Traceback" not in text, text[-3000:]
+def test_a_disk_that_is_full_before_the_first_step_is_one_error(tmp_path):
+    """Files of up to 8 KB still fit: the run folder is opened, and its config.yaml is the first that does not fit."""
+    command = [sys.executable, "-m", "rl_accel.train", "recipe=gsm8k_grpo/cpu", *TINY]
+    done = subprocess.run(
+        [*command, f"rl_accel.run_dir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "RL_ACCEL_DEVICE": "cpu"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, 8 << 10)),
+    )
+    assert done.returncode == 1
+    assert "could not be prepared: [Errno 27] File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
-def wait_at_random(moments, path, process):
-    """Wait for a moment of the run, or for its end; most of a session is its start, most moments are in its steps."""
-    metrics = path / "metrics.jsonl"
-    if moments.random() < 0.8:
-        seen = metrics.read_text().count("\n") if metrics.exists() else 0
-        wait_for_lines(metrics, seen + moments.randint(1, 2), process)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(moments.random() * (3 if moments.random() < 0.8 else 30))
-
-
-def jumping_clock(moments):
-    """Environment in which `time.time` of every Python process jumps by up to a day, once every few seconds."""
-    return {"PYTHONPATH": str(Path(__file__).parent / "jumping_clock"), "JUMP_SEED": str(moments.randint(0, 10**6))}
-
-
-def wait_for_lines(path, number, process):
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and path.read_text().count("\n") >= number:
-            return
-        time.sleep(0.02)
-
-
-def test_ctrl_c_leaves_no_process(trainings):
-    process, path, mark = trainings.start("interrupted", "trainer.total_training_steps=500", "trainer.save_freq=-1")
-    try:
-        wait_for_text(path / "metrics.jsonl", '"step":1,', process)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(120) == 130
-    finally:
-        process.kill()
-    assert not wait_for_end_of(mark, 30)
-    assert "Traceback" not in (trainings.root / "interrupted.log").read_text()
+def test_ctrl_c_leaves_no_process(best_of_run):
+    assert best_of_run.run.returncode == 130
+    assert not best_of_run.left
+    assert "Traceback" not in best_of_run.run.output
