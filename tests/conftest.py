@@ -13,7 +13,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -92,33 +91,44 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.fixture
-def run_ranks(tmp_path):
-    """Run a script as several gloo ranks, real processes; returns what each rank saved at `$RESULT` (torch.save)."""
+@pytest.fixture(scope="session")
+def rank_servers():
+    """Script -> the process that forks its ranks (`rank_server.py`), started once."""
+    servers: dict[Path, subprocess.Popen] = {}
+
+    def server(script: Path) -> subprocess.Popen:
+        if script not in servers:
+            servers[script] = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("rank_server.py")), str(script)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            )
+        return servers[script]
+
+    yield server
+    for process in servers.values():
+        process.stdin.close()
+        process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory, rank_servers):
+    """Run `main()` of a script as several gloo ranks, real processes; returns what each saved at `$RESULT`."""
 
     def run(script: Path, world_size: int, *args: str, timeout: float = 240, expect_failure: bool = False, **env: str):
-        folder = tmp_path / f"ranks-{time.monotonic_ns()}"
-        folder.mkdir()
-        common = {**os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), **env}
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
-        common |= {"DS_ACCELERATOR": "cpu"}
-        processes = []
-        for rank in range(world_size):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "RESULT": str(folder / f"{rank}.pt")}
-            log = (folder / f"{rank}.log").open("w")
-            command = [sys.executable, str(script), *args]
-            processes.append(subprocess.Popen(command, env=common | own, stdout=log, stderr=subprocess.STDOUT))
-        deadline = time.monotonic() + timeout
-        try:
-            for process in processes:
-                process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            raise RankFailedError(f"ranks still running after {timeout} s\n{_logs(folder)}") from None
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        codes = [process.returncode for process in processes]
+        folder = tmp_path_factory.mktemp("ranks")
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        launch = {"world_size": world_size, "args": args, "env": env, "folder": str(folder), "timeout": timeout}
+        server = rank_servers(script)
+        server.stdin.write(json.dumps(launch) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        assert answer, f"{script} could not be imported; see above"
+        codes = json.loads(answer)
+        if None in codes:
+            raise RankFailedError(f"ranks still running after {timeout} s\n{_logs(folder)}")
         if expect_failure:
             return codes, _logs(folder)
         if any(codes):

@@ -1,8 +1,7 @@
 """One rank of the engine tests: builds verl's engines on the tiny policy, trains them on made-up batches.
 
-    torchrun --nproc-per-node N tests/hosts/verl/deepspeed_ranks.py OUT.pt SCENARIO...
-
-All engines of a scenario get the same data; rank 0 writes {scenario: results} to OUT.pt.
+Started by `run_ranks` (tests/conftest.py) with names of scenarios. All engines of a scenario get the same data; rank 0
+saves {scenario: results}, the others None.
 """
 
 from __future__ import annotations
@@ -369,15 +368,14 @@ SCENARIOS = {
 }
 
 
-def main(out: str, *scenarios: str) -> None:
+def main() -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("cpu:gloo")
-    results = {name: SCENARIOS[name]() for name in scenarios}
-    if torch.distributed.get_rank() == 0:
-        torch.save(results, out)
+    results = {name: SCENARIOS[name]() for name in sys.argv[1:]}
+    torch.save(results if torch.distributed.get_rank() == 0 else None, os.environ["RESULT"])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -7,9 +7,6 @@ clipping is active in every update.
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,27 +26,17 @@ SCENARIOS = {
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory):
+def ranks(run_ranks, tmp_path_factory):
     """Return the results of `deepspeed_ranks.py` for a world size, run once."""
     finished = {}
 
     def run(world: int) -> dict:
         if world not in finished:
-            folder = tmp_path_factory.mktemp(f"ranks{world}")
+            extensions = tmp_path_factory.mktemp("extensions") / "made"
             script = Path(__file__).with_name("deepspeed_ranks.py")
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-            result = subprocess.run(
-                [*command, str(script), str(folder / "out.pt"), *SCENARIOS[world]],
-                capture_output=True,
-                text=True,
-                timeout=600,
-                cwd=folder,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")},
-                check=False,
-            )
-            assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-            assert not (folder / "extensions").exists(), "starting DeepSpeed on a CPU compiled an operation"
-            finished[world] = torch.load(folder / "out.pt", weights_only=False)
+            results = run_ranks(script, world, *SCENARIOS[world], timeout=600, TORCH_EXTENSIONS_DIR=str(extensions))
+            assert not extensions.exists(), "starting DeepSpeed on a CPU compiled an operation"
+            finished[world] = results[0]
         return finished[world]
 
     return run
