@@ -50,6 +50,18 @@ class DisturbedRun:
 
 
 @pytest.fixture(scope="session")
+def in_fresh_process(run_ranks):
+    """Run code in processes that import verl as the Ray processes of a run do; returns the last line printed."""
+
+    def run(code: str, world_size: int = 1, **env: str):
+        env = {"VERL_PLATFORM": "cpu", "RL_ACCEL_ACTIVE": "sync,fast_path", **env}
+        lines = run_ranks(HERE / "fresh_process.py", world_size, code, timeout=120, **env)
+        return [line for line, *_ in lines] if world_size > 1 else (lines[0] or [""])[0]
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def trainings(tmp_path_factory) -> Iterator[Trainings]:
     trainings = Trainings(tmp_path_factory.mktemp("trainings"))
     yield trainings

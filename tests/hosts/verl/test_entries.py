@@ -10,8 +10,6 @@ import pytest
 
 from rl_accel import recipes
 
-from .test_patches import in_fresh_process
-
 REFUSED = "drives verl's synchronous V1 trainer only"
 BLOCK = "+actor_rollout_ref.rollout.custom.rl_accel.sampling.exact=true"
 
@@ -39,7 +37,7 @@ def test_trainers_that_are_not_served_say_so_before_ray_starts(tmp_path, module,
     assert "ray init kwargs" not in result.stdout
 
 
-def test_a_killed_save_leaves_the_last_checkpoint_to_resume_from(tmp_path):
+def test_a_killed_save_leaves_the_last_checkpoint_to_resume_from(tmp_path, in_fresh_process):
     """verl truncates the file that names the latest checkpoint before it writes it, and writes it before the step is
     logged."""
     code = f"""

@@ -5,11 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
-import sys
-import textwrap
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -20,26 +16,11 @@ from rl_accel.hosts.verl.fsdp2_ranks import RanksOnFSDP2
 from rl_accel.hosts.verl.patches import PATCHES
 from rl_accel.weight_sync.watchdog import call_within
 
-
-def in_fresh_process(code, timeout=120, **env):
-    """Run code in a process that imports verl as a Ray process of an rl_accel run does; returns its last line."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "VERL_PLATFORM": "cpu", "RL_ACCEL_ACTIVE": "sync,fast_path", **env},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout.strip().splitlines()[-1]
-
-
 ALL = (*PATCHES, *FAST_PATH, *CPU_PATCHES, RanksOnFSDP2)
 
 
 @pytest.fixture(scope="module")
-def checked():
+def checked(in_fresh_process):
     """Patch -> what a process that has imported verl, with nothing patched, finds wrong with its symbol."""
     names = [(patch.__module__, patch.__name__) for patch in ALL]
     code = f"""
@@ -61,7 +42,7 @@ def test_the_patched_symbol_exists_and_takes_what_was_tested(patch, checked):
     assert checked[patch.__name__] == ""
 
 
-def test_the_probe_finds_every_hook_live():
+def test_the_probe_finds_every_hook_live(in_fresh_process):
     live = json.loads(
         in_fresh_process("import json; from rl_accel.hosts.verl.probe import probe; print(json.dumps(probe()))")
     )
@@ -69,7 +50,7 @@ def test_the_probe_finds_every_hook_live():
     assert all(live.values()), live
 
 
-def test_without_our_environment_nothing_is_patched():
+def test_without_our_environment_nothing_is_patched(in_fresh_process):
     code = "import json; from rl_accel.hosts.verl.probe import probe; print(json.dumps(probe()))"
     live = json.loads(in_fresh_process(code, RL_ACCEL_ACTIVE=""))
     assert live.pop("validate_config") and live.pop("cpu platform")
@@ -77,7 +58,7 @@ def test_without_our_environment_nothing_is_patched():
     assert not any(live.values()), live
 
 
-def test_the_file_logger_keeps_the_metrics_of_the_run_that_it_resumes(tmp_path):
+def test_the_file_logger_keeps_the_metrics_of_the_run_that_it_resumes(tmp_path, in_fresh_process):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step":1,"data":{"a":1}}\n{"step":2,"da')
     code = """
@@ -111,24 +92,24 @@ TRANSFER = """
     except (ValueError, BufferError) as error:
         outcome.append(type(error).__name__)
     thread.join(5)
-    print(sorted(outcome), flush=True)
-    import os; os._exit(0)
+    print(sorted(outcome))
 """
 
 
-def test_a_failing_receiver_lets_its_sender_finish(tmp_path):
+def test_a_failing_receiver_lets_its_sender_finish(tmp_path, in_fresh_process):
     assert in_fresh_process(TRANSFER.format(folder=tmp_path)) == "['ValueError', 'sent']"
 
 
-def test_without_the_patch_the_sender_waits_for_ever(tmp_path):
+def test_without_the_patch_the_sender_waits_for_ever(tmp_path, in_fresh_process):
     """The bug that the patch is for; if this fails, verl has mended it and the patch can go."""
     assert "sent" not in in_fresh_process(TRANSFER.format(folder=tmp_path), RL_ACCEL_ACTIVE="")
 
 
 TWO_RUNS = """
-    import asyncio, pathlib, sys, threading, time, torch
+    import asyncio, os, pathlib, threading, time, torch
     from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver, BucketedWeightSender
-    folder, own, other = pathlib.Path({folder!r}), {own!r}, {other!r}
+    own, other = ("1", "2") if os.environ["RANK"] == "0" else ("2", "1")
+    folder, os.environ["RL_ACCEL_RUN"] = pathlib.Path({folder!r}), "run" + own
     handle = "ipc:///tmp/rl-colocate-zmq-{job}-replica-0-rank-0.sock"
 
     def send():
@@ -144,23 +125,14 @@ TWO_RUNS = """
     BucketedWeightReceiver(handle, torch.device("cpu"), use_shm=True).receive_weights(
         on_bucket_received=lambda bucket, is_last: seen.extend(float(weight[0]) for _, weight in bucket)
     )
-    print(seen, flush=True)
-    import os; os._exit(0)
+    print(seen)
 """
 
 
-def test_two_runs_on_a_machine_do_not_take_each_others_weights(tmp_path):
+def test_two_runs_on_a_machine_do_not_take_each_others_weights(tmp_path, in_fresh_process):
     """Both senders are there before a receiver is. Without the patch, the second sender takes the first one's place."""
-    with ThreadPoolExecutor() as pool:
-        answers = [
-            pool.submit(
-                in_fresh_process,
-                TWO_RUNS.format(folder=str(tmp_path), own=own, other=other, job=os.getpid()),
-                RL_ACCEL_RUN=f"run{own}",
-            )
-            for own, other in (("1", "2"), ("2", "1"))
-        ]
-        assert [answer.result() for answer in answers] == ["[1.0]", "[2.0]"]
+    code = TWO_RUNS.format(folder=str(tmp_path), job=os.getpid())
+    assert in_fresh_process(code, world_size=2) == ["[1.0]", "[2.0]"]
 
 
 def test_the_watchdog_turns_a_stuck_call_into_an_error():
