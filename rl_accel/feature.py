@@ -246,7 +246,7 @@ class Trainer:
         """See the rollouts that a step trained on (`hosts.verl.metrics.FIELDS`)."""
 
     def save(self) -> None:
-        """A checkpoint is about to be written: `self.trainer.feature_folder(self.feature.name)`."""
+        """A checkpoint is about to be written; `self.trainer.feature_folder(self.feature.name)` is not there yet."""
 
     def restore(self) -> None:
         """A checkpoint was loaded."""

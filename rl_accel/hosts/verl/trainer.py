@@ -86,6 +86,8 @@ class AcceleratedTrainerSync(PPOTrainerSync):
 
     def _save_checkpoint(self) -> None:
         for feature in self.features:
+            # What a run that was killed in this save, or found its disk full, has left.
+            shutil.rmtree(self.feature_folder(feature.feature.name), ignore_errors=True)
             feature.save()
         self._remove_orphans()
         super()._save_checkpoint()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
 import torch
 
 from .trainings import STEPS, assert_same_policy, tokens, trained
@@ -26,6 +27,8 @@ def test_training_with_4_bit_communication_and_resuming(trainings):
     )
     run = trainings.run("deepspeed_comm", *flags)
     assert len(run.metrics()) == STEPS
+    assert run.metrics()[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-9), "policy and reference start equal"
+    assert run.metrics()[STEPS]["actor/kl_loss"] > 1e-5
     for step in run.metrics().values():
         assert_same_policy(step)
         assert step["actor/rl_accel/comm/gradients_quantized"] == step["actor/rl_accel/comm/weights_quantized"] == 1

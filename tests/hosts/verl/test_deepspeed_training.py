@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from .trainings import assert_same_policy
 
 
@@ -12,6 +10,5 @@ def test_training_on_two_ranks(best_of_run):
     metrics = best_of_run.run.metrics()
     for step in (1, 2):
         assert_same_policy(metrics[step])
-    assert metrics[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-9), "policy and reference start equal"
     assert metrics[2]["actor/kl_loss"] > 1e-6
     assert max(metrics[step]["actor/grad_norm"] for step in (1, 2)) > 1e-3

@@ -9,6 +9,7 @@ import pytest
 from .trainings import STEPS
 
 DETERMINISTIC = (
+    "data.train_size=64",
     "actor_rollout_ref.rollout.top_k=1",  # one token possible: the stock sampler's order of draws cannot matter
     "actor_rollout_ref.rollout.n=1",
     "algorithm.adv_estimator=reinforce_plus_plus",  # GRPO has no gradient without differing samples

@@ -194,7 +194,8 @@ def trained(metrics: dict[str, float]) -> dict[str, float]:
     log-probs, whose last bits depend on what was in a batch together."""
     kept = ("actor/", "critic/", "response_length/", "val-core/")
     skipped = ("actor/perf", "actor/mfu")
-    return {key: value for key, value in metrics.items() if key.startswith(kept) and not key.startswith(skipped)}
+    found = {key: value for key, value in metrics.items() if key.startswith(kept) and not key.startswith(skipped)}
+    return {key: value for key, value in found.items() if not key.endswith("_s")}
 
 
 def probs_diff(metrics: dict[str, float]) -> dict[str, float]:
