@@ -183,13 +183,12 @@ class SuffixDrafter:
         if tokens.min(initial=0) < 0:
             raise DraftError(f"token ids must not be negative; got {tokens.min()}")
         self._generated[slots] += lengths
-        max_draft_tokens, min_path_probs = self._limits_of(slots)
-        max_draft_tokens = np.minimum(max_draft_tokens, np.maximum(wanted, 0)).astype(np.uint32)
+        allowed, min_path_probs = self._limits_of(slots)
         drafts, ends, _ = self.index.propose_batch(
             self._handles[slots],
             tokens,
             offsets,
-            max_draft_tokens,
+            np.minimum(allowed, np.maximum(wanted, 0)).astype(np.uint32),
             min_path_probs,
             self.capture_sizes,
             self.planner.next_break_even_gain(),

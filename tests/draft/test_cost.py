@@ -57,7 +57,7 @@ def test_equals_the_batch_solution():
         assert abs(times[-1] - 1.0) < cost.HUBER_CLIP * fit.relative_error or len(rows) < 10
     decay = np.sqrt(cost.KEEP ** np.arange(300)[::-1])
     x, y = np.array(rows) * decay[:, None], np.array(times) * decay
-    ww, _, nn, dd = (x**2).sum(axis=0) * cost.PRIOR_PASSES / (decay**2).sum()
+    ww, _, nn, dd = (x**2).sum(axis=0) * cost.PRIOR_STEPS / (decay**2).sum()
     same, size = np.sqrt(nn + dd), np.sqrt(nn)
     priors = [[0, 0, same, -same], [-size / cost.PRIOR_TOKENS_PER_BASE, 0, size, 0], [0, np.sqrt(ww), 0, 0]]
     want = np.linalg.lstsq(np.concatenate([x, priors]), np.append(y, [0.0, 0.0, 0.0]), rcond=None)[0]

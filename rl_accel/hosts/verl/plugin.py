@@ -46,8 +46,8 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
     from rl_accel.hosts.verl import cpu, cpu_patches
 
     cpu.install()
-    for _patch in cpu_patches.PATCHES:
-        register_post_import_hook(_patch.apply, _patch.module_name())
+    for _cpu_patch in cpu_patches.PATCHES:
+        register_post_import_hook(_cpu_patch.apply, _cpu_patch.module_name())
 
 if os.environ.get(ACTIVE_ENV):
     _when_imported("verl.trainer.ppo.v1.trainer_sync", "rl_accel.hosts.verl.trainer:registered")
