@@ -23,6 +23,7 @@ import deepspeed
 import deepspeed.runtime.bf16_optimizer as bf16_module
 import deepspeed.runtime.zero.stage3 as stage3_module
 import deepspeed.runtime.zero.stage_1_and_2 as stage12_module
+import functorch.compile  # noqa: F401  DeepSpeed imports it with the first engine, in every rank
 import pytest
 import torch
 import torch.distributed as dist

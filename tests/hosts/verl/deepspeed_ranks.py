@@ -15,6 +15,7 @@ from pathlib import Path
 os.environ["VERL_PLATFORM"] = "cpu"
 os.environ["RL_ACCEL_ACTIVE"] = "sync"
 
+import functorch.compile  # noqa: F401  DeepSpeed imports it with the first engine, in every rank
 import torch
 from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -118,7 +118,7 @@ def test_tensor_parallel_ranks_take_one_ranks_drafts(engines) -> None:
     assert first["counts"]["num_accepted_tokens"] > 0
 
 
-def test_segments_of_any_size_step_between_engine_and_trainer(engines) -> None:
+def test_segments_of_any_size_pass_between_engine_and_trainer(engines) -> None:
     """Only the rank that drafts gives and takes. 18 MB are more than one chunk of the queue to the ranks."""
     shared = engines("tp2")["shared"]
     first, second = shared["taken"]
