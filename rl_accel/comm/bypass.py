@@ -27,7 +27,7 @@ FIRST_PERIOD, LONGEST_PERIOD = 64, 4096
 
 @dataclass
 class Bypass:
-    """One collective's choice between quantized and plain. All ranks take the same steps and decide alike."""
+    """One collective's choice between quantized and plain. All ranks take the same steps and decide the same."""
 
     enabled: bool = True
     """False: always quantized."""

@@ -24,7 +24,7 @@ examples:
   python -m rl_accel.compare --arms none,ngram --seeds 3 recipe=gsm8k_grpo
 
 exit codes: 0 done; 1 the runs cannot be compared; 2 usage; 3 with --fail-on-difference, an arm is neither
-identical nor shown to be alike; 130 interrupted
+identical nor shown to be equivalent; 130 interrupted
 """
 
 
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--score-margin",
         type=float,
         default=default.score_margin,
-        help="difference in reward and accuracy that counts as alike, absolute (default: %(default)s)",
+        help="difference in reward and accuracy that counts as equivalent, absolute (default: %(default)s)",
     )
     parser.add_argument(
         "--length-margin",
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="the same for response length, as a fraction (default: %(default)s)",
     )
     parser.add_argument(
-        "--fail-on-difference", action="store_true", help="exit 3 unless every arm is identical or alike"
+        "--fail-on-difference", action="store_true", help="exit 3 unless every arm is identical or equivalent"
     )
     parser.add_argument(
         "--launcher", default=f"{shlex.quote(sys.executable)} -m rl_accel.train", help=argparse.SUPPRESS
@@ -96,7 +96,7 @@ def compare(args: argparse.Namespace) -> int:
     print(f"Written: {picture}, compare.md and compare.json beside it", file=sys.stderr)
     if args.wandb:
         report.log_wandb(args.wandb, arms, comparisons, picture)
-    failed = args.fail_on_difference and any(c.word not in ("identical", "alike") for c in comparisons)
+    failed = args.fail_on_difference and any(c.word not in ("identical", "equivalent") for c in comparisons)
     return 3 if failed else 0
 
 

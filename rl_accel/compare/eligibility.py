@@ -87,7 +87,7 @@ def _dependent(arm: Sequence[Candidate]) -> Iterator[str]:
             if c.run.seed is not None and c.run.seed == earlier.run.seed:
                 yield f"two runs of arm {c.run.arm} have seed {c.run.seed}: {names}"
             elif c.training is not None and c.training == earlier.training:
-                yield f"{names} of arm {c.run.arm} trained alike to the last bit: they do not count twice"
+                yield f"{names} of arm {c.run.arm} trained the same to the last bit: they do not count twice"
 
 
 def _unfinished(candidates: Sequence[Candidate]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Did two runs train bit for bit alike? Tokens first, then metrics; the first difference is named.
+"""Did two runs train the same, bit for bit? Tokens first, then metrics; the first difference is named.
 
 Leaves out metrics of time, of drafting, and of the engine's log-probs, whose last bits follow the shape of its
 batches: they differ between runs that train identically.
@@ -30,7 +30,7 @@ class MetricDivergence:
 
 @dataclass(frozen=True)
 class Identity:
-    """Whether two runs trained bit for bit alike over their common steps."""
+    """Whether two runs trained the same, bit for bit, over their common steps."""
 
     run_a: str
     run_b: str

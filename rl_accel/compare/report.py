@@ -217,7 +217,7 @@ def describe_identity(identity: Identity) -> str:
             "row": "the response exists on one side only",
         }[p.reason]
         rows = f"{p.rows_different} of {p.rows} rows of the step differ"
-        return f"{agreed}; tokens part at {where}, {what} ({rows})"
+        return f"{agreed}; tokens diverge at {where}, {what} ({rows})"
     basis = "tokens and metrics" if identity.basis == "tokens" else "metrics only, there are no common token files"
     if identity.metric is not None:
         m = identity.metric
@@ -245,12 +245,12 @@ def _test_lines(comparison: Comparison, criteria: Criteria) -> list[str]:
             f"Welch's t-test (two-sided, Holm over {len(comparison.tests)} metrics) and TOST on one number "
             f"per run, its mean over the last half of the common steps; alpha {criteria.alpha:g}.",
             "",
-            "| metric | steps | baseline | other | margin | p different | p alike | verdict |",
+            "| metric | steps | baseline | other | margin | p different | p equivalent | verdict |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
         ]
         lines += [
             f"| {t.quantity} | {t.steps} | {t.mean_a:.4g} | {t.mean_b:.4g} | ±{t.margin:.3g} "
-            f"| {t.p_different:.3g} | {t.p_alike:.3g} | {t.word} |"
+            f"| {t.p_different:.3g} | {t.p_equivalent:.3g} | {t.word} |"
             for t in comparison.tests
         ]
         lines.append("")

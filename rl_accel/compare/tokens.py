@@ -1,4 +1,4 @@
-"""The rollouts of a step on disk, and the first token at which two runs part.
+"""The rollouts of a step on disk, and the first token at which two runs diverge.
 
 File `tokens/STEP.npz`, a row per response, rows in any order:
     problem_id     unicode [N]   which problem
@@ -70,7 +70,7 @@ class TokenComparison:
     """Steps that both runs have, in order."""
     steps_one_sided: tuple[int, ...]
     last_identical_step: int | None
-    """The last step before the divergence (None: they part in the first)."""
+    """The last step before the divergence (None: they diverge in the first)."""
     divergence: Divergence | None
 
 
@@ -178,7 +178,7 @@ def token_steps(directory: Path | None) -> dict[int, Path]:
 
 
 def compare_tokens(directory_a: Path | None, directory_b: Path | None) -> TokenComparison:
-    """Find the first step, and in it the earliest position, at which two runs part.
+    """Find the first step, and in it the earliest position, at which two runs diverge.
 
     Only steps that both have are read, and none after the divergence.
     """

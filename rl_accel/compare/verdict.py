@@ -2,8 +2,8 @@
 
 Identity is exact: tokens, then metrics, bit for bit. Alikeness over seeds is tested on one number per run
 and metric (the mean over the last half of the steps): Welch's t-test says "different", two one-sided
-t-tests (TOST, Schuirmann 1987) say "alike" within a margin; "different" is Holm-corrected over the metrics,
-and "alike" needs every metric, so that both keep their alpha. Nothing but "undecided" is said of runs that
+t-tests (TOST, Schuirmann 1987) say "equivalent" within a margin; "different" is Holm-corrected over the metrics,
+and "equivalent" needs every metric, so that both keep their alpha. Nothing but "undecided" is said of runs that
 `eligibility` does not let through.
 
 Leaves out: corrections over several arms, and tests on the shape of a curve.
@@ -27,7 +27,7 @@ from rl_accel.errors import CompareError
 
 @dataclass(frozen=True)
 class Criteria:
-    """What counts as alike.
+    """What counts as equivalent.
 
     Raises:
         CompareError: a margin that is negative or not finite.
@@ -59,12 +59,12 @@ class MetricTest:
     margin: float
     p_different: float
     """Welch, two-sided, Holm-adjusted over the metrics."""
-    p_alike: float
+    p_equivalent: float
     """TOST: the larger of its two one-sided p-values."""
     steps: int
     """Steps averaged in each run."""
     word: str
-    """`alike`, `different` or `undecided`."""
+    """`equivalent`, `different` or `undecided`."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Comparison:
     unpaired: int
     """Runs of either arm that have no partner: identity and speed say nothing about them."""
     word: str
-    """`identical`, `alike`, `different` or `undecided`."""
+    """`identical`, `equivalent`, `different` or `undecided`."""
     reason: str
     obstacles: list[str]
     """Why nothing is claimed, if `eligibility` forbids it; `reason` is the first."""
@@ -145,10 +145,10 @@ def judge_metrics(baseline: Sequence[Run], other: Sequence[Run], criteria: Crite
             rows.append((quantity, a.mean(), b.mean(), margin, *welch_and_tost(a, b, margin), steps))
     adjusted = holm([row[4] for row in rows])
     tests = []
-    for (quantity, mean_a, mean_b, margin, _, p_alike, steps), p_different in zip(rows, adjusted, strict=True):
-        alike, different = p_alike < criteria.alpha, p_different < criteria.alpha
-        word = "alike" if alike else "different" if different else "undecided"
-        tests.append(MetricTest(quantity, float(mean_a), float(mean_b), margin, p_different, p_alike, steps, word))
+    for (quantity, mean_a, mean_b, margin, _, p_equivalent, steps), p_different in zip(rows, adjusted, strict=True):
+        equivalent, different = p_equivalent < criteria.alpha, p_different < criteria.alpha
+        word = "equivalent" if equivalent else "different" if different else "undecided"
+        tests.append(MetricTest(quantity, float(mean_a), float(mean_b), margin, p_different, p_equivalent, steps, word))
     return tests
 
 
@@ -177,8 +177,8 @@ def welch_and_tost(a: np.ndarray, b: np.ndarray, margin: float) -> tuple[float, 
         return float(difference == 0.0), float(abs(difference) >= margin)
     df = sum(variances) ** 2 / (variances[0] ** 2 / (len(a) - 1) + variances[1] ** 2 / (len(b) - 1))
     t = stats.t(df)
-    p_alike = max(t.sf((difference + margin) / error), t.cdf((difference - margin) / error))
-    return float(2 * t.sf(abs(difference) / error)), float(p_alike)
+    p_equivalent = max(t.sf((difference + margin) / error), t.cdf((difference - margin) / error))
+    return float(2 * t.sf(abs(difference) / error)), float(p_equivalent)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -205,12 +205,12 @@ def _judge(tests: Sequence[MetricTest], seeds_a: int, seeds_b: int) -> tuple[str
         return "undecided", "one seed per arm" if seeds_a == seeds_b else "one seed in an arm"
     if not tests:
         return "undecided", "no reward, accuracy or response length that all runs have"
-    named = {word: _named(tests, word) for word in ("different", "undecided", "alike")}
+    named = {word: _named(tests, word) for word in ("different", "undecided", "equivalent")}
     if named["different"]:
         return "different", named["different"]
     if named["undecided"]:
         return "undecided", f"too few seeds or too wide a spread for {named['undecided']}"
-    return "alike", f"within the margin: {named['alike']}"
+    return "equivalent", f"within the margin: {named['equivalent']}"
 
 
 def _named(tests: Sequence[MetricTest], word: str) -> str:

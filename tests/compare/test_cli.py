@@ -125,7 +125,7 @@ def test_report_of_three_arms(runs, tmp_path):
         in done.stdout
     )
     assert "Note: The runs differ in `versions`: {'vllm': '0'} / {'vllm': '1'}." in done.stdout
-    assert "tokens part at step 9, problem r, sample 0, token 2 of the response" in done.stdout
+    assert "tokens diverge at step 9, problem r, sample 0, token 2 of the response" in done.stdout
     result = json.loads((tmp_path / "out" / "compare.json").read_text())
     words = [(c["other"], c["word"]) for c in result["comparisons"]]
     assert words == [("ngram", "identical"), ("broken", "undecided")]

@@ -1,6 +1,6 @@
 """What must not be claimed: runs that were killed, diverged, are of other lengths, or are one run given twice.
 
-Every case would be "alike" or "identical" if it were judged on the steps and values that the runs happen to share.
+Every case would be "equivalent" or "identical" if it were judged on the steps and values that the runs happen to share.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def edit(folder: Path, metric: str, steps: range | list[int], value: float | str
 
 @pytest.fixture
 def arms(tmp_path) -> dict[str, list[Path]]:
-    """Three seeds of two arms that train alike."""
+    """Three seeds of two arms that train the same."""
     return {
         arm: [write_run(tmp_path / f"{arm}-seed{seed}", seed + 10 * i) for seed in range(SEEDS)]
         for i, arm in enumerate(("none", "ngram"))
@@ -84,9 +84,9 @@ def undecided(arms: dict[str, list[Path]]) -> str:
 
 
 def test_whole_runs_are_judged(arms):
-    """The negative control: without the flaws of the other tests the verdict is "alike" or "identical"."""
+    """The negative control: without the flaws of the other tests the verdict is "equivalent" or "identical"."""
     result = judge(arms)
-    assert (result.word, result.obstacles) == ("alike", [])
+    assert (result.word, result.obstacles) == ("equivalent", [])
     assert [test.quantity for test in result.tests] == ["reward", "accuracy", "response_length"]
 
 
@@ -154,7 +154,7 @@ def test_a_run_that_was_killed_and_resumed_is_whole(arms):
     """It validates where it goes on, at a step at which the others do not; its last validation must be there."""
     for path in arms["ngram"]:
         edit(path, ACCURACY, [24], 0.2)
-    assert judge(arms).word == "alike"
+    assert judge(arms).word == "equivalent"
     edit(arms["ngram"][0], ACCURACY, [64], "absent")
     assert "run ngram-seed0 ends with accuracy at step 48" in undecided(arms)
 
@@ -182,7 +182,7 @@ def test_a_seed_that_changed_nothing_is_no_second_run(tmp_path):
     arms = {arm: [write_run(tmp_path / f"{arm}-seed{s}", 5) for s in range(2)] for arm in ("none", "ngram")}
     for paths in arms.values():
         (paths[1] / "run.json").write_text(json.dumps({"seed": 6, "finished": True}))
-    reason = "run none-seed0 and run none-seed1 of arm none trained alike to the last bit: they do not count twice"
+    reason = "run none-seed0 and run none-seed1 of arm none trained the same to the last bit: they do not count twice"
     assert undecided(arms) == reason
 
 
@@ -225,7 +225,7 @@ def test_exit_code_and_report_tell_the_obstacle(arms, tmp_path, capsys):
     sources = [str(path) for paths in arms.values() for path in paths]
     options = ["--out", str(tmp_path / "out"), "--fail-on-difference"]
     assert main([*sources, *options]) == 0
-    assert "alike" in capsys.readouterr().out
+    assert "equivalent" in capsys.readouterr().out
     edit(arms["ngram"][1], REWARD, range(33, 65), None)
     assert main([*sources, *options]) == 3
     printed = capsys.readouterr().out

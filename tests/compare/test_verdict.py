@@ -125,7 +125,7 @@ def test_pairs_by_seed_else_by_order():
 
 @pytest.mark.parametrize(
     ("offset", "spread", "word"),
-    [(0.0, 0.003, "alike"), (0.15, 0.01, "different"), (0.0, 0.15, "undecided")],
+    [(0.0, 0.003, "equivalent"), (0.15, 0.01, "different"), (0.0, 0.15, "undecided")],
 )
 def test_verdict_over_seeds(offset, spread, word):
     generator = np.random.default_rng(5)
@@ -141,8 +141,8 @@ def test_margins_are_settings_and_length_is_relative():
     baseline, other = (seeds(arm, 0, 0.01, 4, generator) for arm in "ab")
     wide = judge_metrics(baseline, other, Criteria(score_margin=0.1, length_margin=0.1))
     narrow = judge_metrics(baseline, other, Criteria(score_margin=1e-4, length_margin=1e-4))
-    assert [test.word for test in wide] == ["alike", "alike"]
-    assert "alike" not in [test.word for test in narrow]
+    assert [test.word for test in wide] == ["equivalent", "equivalent"]
+    assert "equivalent" not in [test.word for test in narrow]
     assert wide[1].margin == pytest.approx(0.1 * wide[1].mean_a)
 
 
@@ -156,13 +156,13 @@ def test_welch_and_tost_against_scipy():
     generator = np.random.default_rng(7)
     for size_a, size_b in ((2, 2), (3, 5), (8, 4)):
         a, b = generator.normal(0, 1, size_a), generator.normal(0.3, 2, size_b)
-        p_different, p_alike = welch_and_tost(a, b, 1.5)
+        p_different, p_equivalent = welch_and_tost(a, b, 1.5)
         assert p_different == pytest.approx(stats.ttest_ind(a, b, equal_var=False).pvalue, rel=1e-9)
         sides = (
             stats.ttest_ind(b + 1.5, a, equal_var=False, alternative="greater").pvalue,
             stats.ttest_ind(b - 1.5, a, equal_var=False, alternative="less").pvalue,
         )
-        assert p_alike == pytest.approx(max(sides), rel=1e-9)
+        assert p_equivalent == pytest.approx(max(sides), rel=1e-9)
     same = np.array([0.5, 0.5])
     assert welch_and_tost(same, same, 0.02) == (1.0, 0.0)
     assert welch_and_tost(same, same + 0.1, 0.02) == (0.0, 1.0)
@@ -195,24 +195,24 @@ def test_error_rates_of_the_verdicts():
     """
     generator = np.random.default_rng(8)
     bound, trials = 0.08 * 400, 400
-    false_different = false_alike = 0
+    false_different = false_equivalent = 0
     for _ in range(trials):
         baseline = seeds("a", 0, 0.02, 3, generator, steps=6)
         same, apart = (seeds("b", offset, 0.02, 3, generator, steps=6) for offset in (0.0, 0.02))
         false_different += any(test.word == "different" for test in judge_metrics(baseline, same, CRITERIA))
-        false_alike += all(test.word == "alike" for test in judge_metrics(baseline, apart, CRITERIA))
+        false_equivalent += all(test.word == "equivalent" for test in judge_metrics(baseline, apart, CRITERIA))
     assert false_different <= bound
-    assert false_alike <= bound
+    assert false_equivalent <= bound
 
 
 def test_power_of_the_verdicts():
     """A tool that always says undecided would pass the error rates: with clear cases it must decide."""
     generator = np.random.default_rng(9)
-    different = alike = 0
+    different = equivalent = 0
     for _ in range(100):
         baseline = seeds("a", 0, 0.004, 4, generator, steps=6)
         apart, same = (seeds("b", offset, 0.004, 4, generator, steps=6) for offset in (0.1, 0.0))
         different += compare_arms(baseline, apart, CRITERIA).word == "different"
-        alike += compare_arms(baseline, same, CRITERIA).word == "alike"
+        equivalent += compare_arms(baseline, same, CRITERIA).word == "equivalent"
     assert different >= 85
-    assert alike >= 85
+    assert equivalent >= 85

@@ -1,4 +1,4 @@
-"""Position-keyed sampling inside vLLM's V1 model runner, for plain and speculating steps alike.
+"""Position-keyed sampling inside vLLM's V1 model runner, for plain and speculating steps.
 
 Replaces the *instances* `runner.sampler` and `runner.rejection_sampler` by subclasses that differ from
 vLLM's in one act: where vLLM draws a random token, they take `gumbel_argmax` with the request's key and the

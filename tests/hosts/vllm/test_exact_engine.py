@@ -30,7 +30,7 @@ def first_difference(a: list[list[int]], b: list[list[int]]) -> str:
     for request, (x, y) in enumerate(zip(a, b, strict=True)):
         for position, (s, t) in enumerate(zip(x, y, strict=True)):
             if s != t:
-                return f"request {request} parts at output token {position}: {s} and {t}"
+                return f"request {request} diverges at output token {position}: {s} and {t}"
     return ""
 
 
