@@ -26,6 +26,9 @@ from rl_accel.comm.topology import Topology
 from rl_accel.kernels.codec.layout import padded
 from rl_accel.kernels.common.noise import fold_key
 
+_all_gather_single = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)  # its name until torch 2.12
 _HOP_ONE, _HOP_TWO = 1, 2
 _WISH = 4
 """Bytes of a rank's wish for weights in full: a whole word, so that scales stay aligned."""
@@ -176,7 +179,7 @@ class QuantizedCollectives:
         shards[top.rank].copy_(old_shard)
         pieces = list(self._gather(block))
         if resync is not None and torch.stack([piece[-1] for _, piece in pieces]).any().item():
-            dist.all_gather_single(held, new_shard, group=top.group)
+            _all_gather_single(held, new_shard, group=top.group)
             return True
         for rank, piece in pieces:
             format.decode_sum(piece[:num_bytes].unsqueeze(0), shards[rank], rotated=False, add=difference)
@@ -214,12 +217,12 @@ class QuantizedCollectives:
         inter = intra = 0
         if top.cross_group is not None:
             column = torch.empty(top.num_nodes, block.numel(), dtype=torch.uint8, device=block.device)
-            dist.all_gather_single(column.view(-1), block, group=top.cross_group)
+            _all_gather_single(column.view(-1), block, group=top.cross_group)
             inter = block.numel() * (top.num_nodes - 1)
         grid = column.unsqueeze(0)
         if top.local_group is not None:
             grid = torch.empty(top.local_size, *column.shape, dtype=torch.uint8, device=block.device)
-            dist.all_gather_single(grid.view(-1), column.view(-1), group=top.local_group)
+            _all_gather_single(grid.view(-1), column.view(-1), group=top.local_group)
             intra = column.numel() * (top.local_size - 1)
         if of_gradients:
             self.traffic.gradient_inter += inter
