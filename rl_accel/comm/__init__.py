@@ -1,7 +1,7 @@
 """SDP4Bit: 4-bit communication of sharded data parallelism.
 
 The path: `attach` -> a host's glue (`hosts/deepspeed`, `hosts/fsdp2.py`) -> `CommHandle` -> `QuantizedCollectives` ->
-`wire.Format` -> `codec` -> a backend (`kernels/codec`).
+`wire.Format` -> `kernels/codec`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from rl_accel.comm.handle import CommHandle
     from rl_accel.kernels.codec.api import dequantize, dequantize_add, quantize, requantize
 
+_CODEC = "rl_accel.kernels.codec.api"
 _WHERE = {
-    "CommHandle": "handle",
-    "SDP4BitConfig": "config",
-    "attach": "entry",
-    "dequantize": "codec",
-    "dequantize_add": "codec",
-    "initialize": "entry",
-    "quantize": "codec",
-    "requantize": "codec",
+    "CommHandle": "rl_accel.comm.handle",
+    "SDP4BitConfig": "rl_accel.comm.config",
+    "attach": "rl_accel.comm.entry",
+    "dequantize": _CODEC,
+    "dequantize_add": _CODEC,
+    "initialize": "rl_accel.comm.entry",
+    "quantize": _CODEC,
+    "requantize": _CODEC,
 }
 __all__ = [
     "CommHandle",
@@ -41,4 +42,4 @@ def __getattr__(name: str) -> Any:
     """Import on first use: the settings are read in processes that have no need of torch."""
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -256,7 +256,9 @@ def check_a_state_loaded_on_some_ranks_is_an_error_on_all() -> None:
 
 
 def comms(model):
-    groups = [part._get_fsdp_state()._fsdp_param_groups[0] for part in (model, *model.blocks)]
+    states = [part._get_fsdp_state() for part in (model, *model.blocks)]
+    # One group a module before torch 2.13.
+    groups = [s._fsdp_param_groups[0] if hasattr(s, "_fsdp_param_groups") else s._fsdp_param_group for s in states]
     return [(type(g._all_gather_comm), type(g._reduce_scatter_comm)) for g in groups]
 
 
