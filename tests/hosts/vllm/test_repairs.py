@@ -99,9 +99,30 @@ def test_generators_come_back_after_an_error() -> None:
 
 @pytest.mark.parametrize(
     "patch",
-    (*mask_repair.PATCHES, *runner_repair.PATCHES, cpu_repair.ExpandBatchToTokensPatch),
+    (*mask_repair.PATCHES, *runner_repair.PATCHES, *cpu_repair.PATCHES),
     ids=lambda patch: patch.__name__,
 )
 def test_what_a_repair_replaces_is_there_and_takes_what_was_tested(patch) -> None:
     patch.check_signature()
-    assert len(patch.__doc__) > 60 and "0.28.0" in patch.versions
+    assert len(patch.__doc__) > 60 and "0.2" in patch.versions
+
+
+def test_a_kernel_that_knows_no_precision_of_noise_is_found_and_served() -> None:
+    """As in the CPU build of 0.24; the one that is installed by default takes the argument."""
+    seen = {}
+
+    def kernel(output, ends, draft_token_ids, draft_probs, target_probs, inv_q, vocab_size, NO_DRAFT_PROBS=False):
+        seen.update(inv_q=inv_q, vocab_size=vocab_size, no_draft_probs=NO_DRAFT_PROBS)
+
+    owner = SimpleNamespace(
+        sample_recovered_tokens_kernel=SimpleNamespace(func=kernel),
+    )
+    patched = cpu_repair.RecoveredTokensKernel({(1,): kernel})
+    noise = torch.ones(1, 4, dtype=torch.float64)
+    patched[(1,)](None, None, None, None, None, noise, 4, NO_DRAFT_PROBS=True, USE_FP64_GUMBEL=True)
+    assert seen["inv_q"].dtype == torch.float32 and seen["vocab_size"] == 4 and seen["no_draft_probs"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_repair, "vllm_rejection", owner)
+        assert cpu_repair.SampleRecoveredTokensPatch.is_broken(torch.device("cpu"))
+        owner.sample_recovered_tokens_kernel.func = lambda USE_FP64_GUMBEL: None
+        assert not cpu_repair.SampleRecoveredTokensPatch.is_broken(torch.device("cpu"))
