@@ -32,11 +32,7 @@ GREEDY = [False, True, False, False, True, False]
 
 
 @pytest.fixture(autouse=True)
-def repaired_cpu(monkeypatch):
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-    current_platform.import_kernels()
-    CPUModelRunner._postprocess_triton(None)
+def repaired_cpu(monkeypatch, cpu_kernels):
     monkeypatch.setattr(vllm_rejection, "expand_batch_to_tokens", cpu_repair.expand_batch_to_tokens)
 
 

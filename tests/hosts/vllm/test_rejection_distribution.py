@@ -27,7 +27,10 @@ from rl_accel.lossless import chi_square, count_tokens, total_variation
 from rl_accel.sampling.hosts.exact_sampler import ExactRejectionSampler, ExactSampler
 from rl_accel.sampling.hosts.row_identity import RowSource, StepRows
 
-pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the samplers are driven on CPU tensors")
+pytestmark = [
+    pytest.mark.skipif(not current_platform.is_cpu(), reason="the samplers are driven on CPU tensors"),
+    pytest.mark.usefixtures("cpu_kernels"),
+]
 
 VOCAB_SIZE, LENGTH, NUM_REQUESTS = 8, 3, 24_000
 START, RARE, SAME = 0, 7, 3
@@ -38,15 +41,6 @@ FILTERS = {  # temperature, top_k, top_p
     "top_p": (0.8, VOCAB_SIZE, 0.8),
     "both": (1.2, 6, 0.85),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cpu_kernels():
-    """Put vLLM's C++ kernels in the place of Triton's, as its CPU runner does in its constructor."""
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-    current_platform.import_kernels()
-    CPUModelRunner._postprocess_triton(None)
 
 
 @pytest.fixture
