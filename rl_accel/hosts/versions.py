@@ -45,7 +45,11 @@ def _stack(name: str, torch: str, vllm: str, transformers: str = "5.9.0") -> Sta
     return Stack(name, {"verl": "0.9.1", "torch": torch, "vllm": vllm, "transformers": transformers})
 
 
-STACKS = (_stack("default", "2.13.0", "0.28.0"), _stack("verl", "2.11.0", "0.24.0"))
+STACKS = (
+    _stack("default", "2.13.0", "0.28.0"),
+    _stack("verl", "2.11.0", "0.24.0"),
+    _stack("", "2.13.0", "0.29.0", "5.10.4"),
+)
 """Tested sets, the one that scripts/setup.sh installs by default first; `verl` is what `verl[vllm]` 0.9.1 asks for."""
 
 TESTED_DEEPSPEED = "0.19.8"
