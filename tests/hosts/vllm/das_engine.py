@@ -56,8 +56,8 @@ def run_engine(model: str, mode: str) -> dict:
         max_model_len=96,
         max_num_seqs=24,
         max_num_batched_tokens=512,
-        block_size=16,
-        num_gpu_blocks_override=30 if "preempt" in mode else None,
+        block_size=32,  # of 16 there are none on CPU from vLLM 0.29 on
+        num_gpu_blocks_override=15 if "preempt" in mode else None,
         tensor_parallel_size=2 if mode == "tp2" else 1,
         speculative_config=engine_args(accel)["speculative_config"][0] if speculates else None,
         additional_config={} if anonymous else additional,
