@@ -21,9 +21,15 @@ import torch
 DURATIONS = Path(__file__).with_name("durations.json")
 QUICK_S = 11.0
 TRAININGS = "trainings"
-SHARED_TRAININGS = tuple(
-    f"hosts/verl/test_{name}.py"
-    for name in ("training", "drop_in", "interruption", "das_training", "agent_loop", "deepspeed_training", "reuse")
+SHARED_TRAININGS = (
+    "hosts/verl/soak_kills.py",
+    "hosts/verl/test_agent_loop.py",
+    "hosts/verl/test_das_training.py",
+    "hosts/verl/test_deepspeed_training.py",
+    "hosts/verl/test_drop_in.py",
+    "hosts/verl/test_interruption.py",
+    "hosts/verl/test_reuse.py",
+    "hosts/verl/test_training.py",
 )
 """Modules that use the trainings `*_run` of hosts/verl/conftest.py, which are fixtures of one process."""
 _seconds: dict[str, float] = {}
