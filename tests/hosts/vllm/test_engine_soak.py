@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from rl_accel.hosts.versions import installed
+
 FACTOR = float(os.environ.get("RL_ACCEL_SOAK", "1"))
 
 
@@ -50,7 +52,8 @@ def test_what_cannot_be_read_harms_nobody(soak) -> None:
     faults = soak["state"]["faults"]
     assert faults["malformed_identities"] > 10 * FACTOR
     assert "undrafted_requests" not in faults and "engines_off" not in faults
-    assert set(soak["refused"]) <= {"malformed identity"}, "vLLM 0.24 refuses some over HTTP"
+    may_refuse = {"malformed identity"} if installed("vllm").startswith("0.24.") else set()  # over HTTP
+    assert set(soak["refused"]) <= may_refuse
     assert soak["nested_xargs"] == soak["empty_prompt"] == 400
     assert "served" not in (*soak["unsendable"], soak["pooling"])
     assert soak["embedded"] == ["length"] * 2
