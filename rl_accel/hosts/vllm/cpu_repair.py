@@ -67,7 +67,7 @@ class SampleRecoveredTokensPatch(HostPatch):
     @staticmethod
     def is_broken(device: torch.device) -> bool:
         kernel = getattr(vllm_rejection.sample_recovered_tokens_kernel, "func", None)
-        return kernel is not None and "USE_FP64_GUMBEL" not in inspect.signature(kernel).parameters
+        return inspect.isfunction(kernel) and "USE_FP64_GUMBEL" not in inspect.signature(kernel).parameters
 
     @classmethod
     def replace(cls, module: Any) -> None:
