@@ -1,7 +1,8 @@
 """Fixtures of all tests, what takes how long, and what runs beside what.
 
 `tests/durations.json` has the seconds of every module, of the last run with `--record-durations` (the machine quiet).
-`--quick` leaves out the modules that start engines, trainings or many processes: those above `QUICK_S` in that list.
+`--quick` leaves out what starts engines, trainings or many processes: the tests that share a training, and the modules
+above `QUICK_S` in that list.
 With `-n` (scripts/test.sh) tests run in processes side by side: those of a module in one, the longest module first, and
 what shares a training in the same one, so that no training is done twice.
 """
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 DURATIONS = Path(__file__).with_name("durations.json")
-QUICK_S = 11.0
+QUICK_S = 22.0
 TRAININGS = "trainings"
 SHARED_TRAININGS = (
     "hosts/verl/soak_kills.py",
@@ -43,13 +44,12 @@ def pytest_addoption(parser) -> None:
 def pytest_collection_modifyitems(config, items) -> None:
     seconds = json.loads(DURATIONS.read_text())
     for item in items:
-        shares = "trainings" in item.fixturenames and any(name.endswith("_run") for name in item.fixturenames)
-        if shares and _module(item.nodeid) not in SHARED_TRAININGS:
+        if _shares_training(item) and _module(item.nodeid) not in SHARED_TRAININGS:
             raise pytest.UsageError(f"{item.nodeid} shares a training: add its module to SHARED_TRAININGS")
     if config.getoption("--quick"):
-        slow = [item for item in items if seconds.get(_module(item.nodeid), 0.0) > QUICK_S]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in set(slow)]
+        slow = {item for item in items if _shares_training(item) or seconds.get(_module(item.nodeid), 0.0) > QUICK_S}
+        config.hook.pytest_deselected(items=list(slow))
+        items[:] = [item for item in items if item not in slow]
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: (_group(item.nodeid) != TRAININGS, -seconds.get(_module(item.nodeid), 0.0)))
 
@@ -64,6 +64,10 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False
     return GroupScheduling(config, log)
+
+
+def _shares_training(item) -> bool:
+    return "trainings" in item.fixturenames and any(name.endswith("_run") for name in item.fixturenames)
 
 
 def _group(nodeid: str) -> str:
