@@ -72,6 +72,10 @@ class AccelConfig:
             name: build(feature.config, values.get(name, {}), f"rl_accel.{name}")
             for name, feature in features().items()
         }
+        for name, implied in _implied(settings).items():
+            given = values.get(name, {})
+            if isinstance(given, Mapping):
+                settings[name] = build(features()[name].config, {**implied, **given}, f"rl_accel.{name}")
         return cls(run, settings)
 
     def enabled(self) -> list[Feature]:
@@ -97,6 +101,15 @@ class AccelConfig:
                         f"rl_accel.{holders[claim]} and rl_accel.{feature.name} both need {claim}; switch one off"
                     )
                 holders[claim] = feature.name
+
+
+def _implied(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what features ask of each other: feature -> settings."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, feature in features().items():
+        for other, values in (feature.implies(settings[name]) if feature.implies else {}).items():
+            found.setdefault(other, {}).update(values)
+    return found
 
 
 def build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:

@@ -29,6 +29,7 @@ from rl_accel.errors import ConfigError
 BUILT_IN = (
     "rl_accel.sampling.feature:FEATURE",
     "rl_accel.draft.feature:FEATURE",
+    "rl_accel.speculator.feature:FEATURE",
     "rl_accel.weight_sync.feature:FEATURE",
     "rl_accel.trace.feature:FEATURE",
     "rl_accel.deepspeed.feature:FEATURE",
@@ -67,6 +68,8 @@ class Feature:
     claims: Callable[[Any], frozenset[str]] | frozenset[str] = frozenset()
     """Positions in a host that only one feature may hold, such as `vllm.speculative_config`; maybe a function of its
     settings."""
+    implies: Callable[[Any], Mapping[str, Mapping[str, Any]]] | None = None
+    """Settings of other features that follow from its own, where the user leaves them out: feature -> settings."""
     metrics: tuple[Metric, ...] = ()
     samples: bool = False
     """Whether its `Engine` takes part in sampling, so that vLLM's known faults there must be repaired."""
@@ -160,6 +163,10 @@ class Engine:
 
     def install(self, runner: Any) -> None:
         """Set up before the model is loaded."""
+
+    def draft_source(self) -> Any:
+        """Return a `CandidateSource` that the drafter may ask beside history (`draft/combined.py`), or None."""
+        return None
 
     def installed(self, runner: Any) -> None:
         """Called when every feature is set up and sampling has passed its self-test."""

@@ -161,6 +161,23 @@ class SuffixIndex:
 
         Only what a request gained since it was last seen is taken, so calls may have been missed.
         """
+        return self.candidates_of_rows(
+            handles, token_ids, rows, num_tokens, max_draft_tokens, min_path_probs, capture_sizes, break_even_gain
+        )[0]
+
+    @_draft_errors
+    def candidates_of_rows(
+        self,
+        handles: npt.NDArray[np.int64],
+        token_ids: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.uint32],
+        num_tokens: npt.NDArray[np.uint32],
+        max_draft_tokens: npt.NDArray[np.uint32],
+        min_path_probs: npt.NDArray[np.float32],
+        capture_sizes: npt.NDArray[np.uint32] = NO_CAPTURE_SIZES,
+        break_even_gain: float = 0.0,
+    ) -> tuple[list[list[int]], npt.NDArray[np.float32]]:
+        """`propose_rows`, and the path probabilities of all draft tokens, float32 [D], row after row."""
         return self._index.propose_rows(
             handles, token_ids, rows, num_tokens, max_draft_tokens, min_path_probs, capture_sizes, break_even_gain
         )

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from rl_accel.config import unknown
 from rl_accel.errors import ConfigError
 
-DRAFT_METHODS = ("none", "ngram", "suffix", "das")
+DRAFT_METHODS = ("none", "ngram", "suffix", "das", "head", "auto")
+OUR_METHODS = ("das", "head", "auto")
+"""Those that our proposer serves."""
+HEAD_METHODS = ("head", "auto")
+"""Those that ask the head of `rl_accel.speculator`."""
 DRAFT_POLICIES = ("budget", "classes", "fixed")
-DRAFT_LENGTHS = {"none": 1, "ngram": 5, "suffix": 24, "das": 16}
+DRAFT_LENGTHS = {"none": 1, "ngram": 5, "suffix": 24, "das": 16, "head": 8, "auto": 16}
 """Longest draft where none is set, by method; `suffix`: vLLM's own default, its tree depth."""
 
 
@@ -19,10 +23,12 @@ class DraftConfig:
     """Speculative decoding of rollouts (`rl_accel.draft.*`)."""
 
     method: str = "none"
-    """`none`; `das`: rollout history with length-aware budgets; or one of vLLM's own: `ngram` (looks in the request
-    itself), `suffix` (package arctic-inference)."""
+    """`none`; `das`: rollout history with length-aware budgets; `head`: a small model that learns from the rollouts
+    (`rl_accel.speculator`); `auto`: whichever of the two is worth more, per request and step; or one of vLLM's own:
+    `ngram` (looks in the request itself), `suffix` (package arctic-inference)."""
     num_speculative_tokens: int | None = None
-    """Most draft tokens per request and engine step, 1 to 128. None: 16 for `das`, 5 for `ngram`, 24 for `suffix`."""
+    """Most draft tokens per request and engine step, 1 to 128. None: 16 for `das` and `auto`, 8 for
+    `head`, 5 for `ngram`, 24 for `suffix`."""
     prompt_lookup_min: int = 2
     """`ngram`: shortest match, in tokens."""
     prompt_lookup_max: int = 4

@@ -70,7 +70,7 @@ class SuffixDrafter:
         self.config = config or DraftConfig(method="das")
         self.tokenizer = tokenizer
         self.max_draft = self.config.num_speculative_tokens or MAX_DRAFT
-        if self.config.method == "das":
+        if self.config.enabled:
             self.max_draft = self.config.max_draft
         limit = int(min(self.config.history_gib * 2**30, UNBOUNDED))
         max_problems = min(max(int(LENGTHS_SHARE * limit) // BYTES_PER_PROBLEM, 1), MAX_PROBLEMS)
@@ -99,6 +99,7 @@ class SuffixDrafter:
         self._usual_min_path_prob = 0.0
         self._idle_calls, self._calls_left_out = 0, 0
         self._stop_tokens = np.array(stop_token_ids, np.int32)
+        self._stop_set = frozenset(stop_token_ids)
         self._expected, self._steps = 0.0, 0
         self._last_rate = 0.0
         self._by_source: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
@@ -302,7 +303,7 @@ class SuffixDrafter:
     def collect(self) -> dict[str, Any]:
         """Take the index's counters into account; returns them (see `SuffixIndex.take_stats`)."""
         stats = self.index.take_stats()
-        self.planner.observe_candidates(stats["request_steps"], stats["expected_first"], stats["expected_all"])
+        self._observe_candidates(stats)
         self._expected += stats["expected_first"]
         self._steps += stats["request_steps"]
         for source, length, drafts, drafted, accepted in stats["by_source"]:
@@ -311,6 +312,9 @@ class SuffixDrafter:
         for name in GIVEN_UP:
             self._given_up[name] += stats[name]
         return stats
+
+    def _observe_candidates(self, stats: dict[str, Any]) -> None:
+        self.planner.observe_candidates(stats["request_steps"], stats["expected_first"], stats["expected_all"])
 
     def take_given_up(self) -> dict[str, int]:
         """Return and reset how often memory was short, by `GIVEN_UP`."""
@@ -349,21 +353,26 @@ class SuffixDrafter:
         stop_token_ids: Sequence[int] = (),
         seed: int = 0,
     ) -> SuffixDrafter:
-        """Return a drafter with the history of a snapshot.
+        """Return a drafter with the history of a snapshot, as `restore` takes it."""
+        drafter = cls(config, tokenizer=tokenizer, stop_token_ids=stop_token_ids, seed=seed)
+        drafter.restore(path)
+        return drafter
+
+    def restore(self, path: str | os.PathLike) -> None:
+        """Take the history of a snapshot into a drafter that is new.
 
         Raises:
-            DraftError: if the snapshot is missing, truncated, damaged, or of another tokenizer.
+            DraftError: if the snapshot is missing, truncated, damaged, or of another tokenizer; the drafter is of no
+                use then.
         """
-        drafter = cls(config, tokenizer=tokenizer, stop_token_ids=stop_token_ids, seed=seed)
-        manifest = history.read_manifest(path, tokenizer)
-        lengths = history.load_learned(path, drafter.index)
-        drafter.planner.load_state_dict({**manifest["planner"], "lengths": lengths})
-        drafter._files = history.load_segments(path, drafter.index, manifest)
-        drafter.epoch = manifest["epoch"]
-        drafter.window = min(max(manifest["window"], 1), drafter.config.window)
-        drafter.drop_before(drafter.epoch - drafter.window)
-        drafter.index.begin_epoch(drafter.epoch)
-        return drafter
+        manifest = history.read_manifest(path, self.tokenizer)
+        lengths = history.load_learned(path, self.index)
+        self.planner.load_state_dict({**manifest["planner"], "lengths": lengths})
+        self._files = history.load_segments(path, self.index, manifest)
+        self.epoch = manifest["epoch"]
+        self.window = min(max(manifest["window"], 1), self.config.window)
+        self.drop_before(self.epoch - self.window)
+        self.index.begin_epoch(self.epoch)
 
     def _slots_of(self, request_ids: Sequence[str]) -> npt.NDArray[np.int64]:
         try:

@@ -1,6 +1,6 @@
 """Drafting as a feature."""
 
-from rl_accel.draft.config import DraftConfig
+from rl_accel.draft.config import HEAD_METHODS, DraftConfig
 from rl_accel.feature import Feature, Metric
 
 DAS_PROPOSER = "rl_accel.draft.hosts.proposer.DASProposer"
@@ -14,6 +14,7 @@ FEATURE = Feature(
     config=DraftConfig,
     samples=True,
     claims=frozenset({"vllm.speculative_config"}),
+    implies=lambda settings: {"speculator": {"enable": True}} if settings.method in HEAD_METHODS else {},
     metrics=(
         Metric("undrafted_requests", "requests", "sum", "since the start: requests for which the drafter failed"),
         Metric("engines_off", "engines", "sum", "since the start: engines whose drafter failed as a whole"),
@@ -38,7 +39,7 @@ FEATURE = Feature(
             "tokens",
             "sum",
             "by the source of a draft's first token: `self`, `sibling`, `prompt`, `epoch_1`, `epoch_2`, `epochs_3_4`, "
-            "`epochs_5_up` (epochs ago), `global`, `shorter` (a shorter context of the running epoch)",
+            "`epochs_5_up` (epochs ago), `global`, `shorter` (a shorter context of the running epoch), `head`",
         ),
         Metric("accepted_by_*", "tokens", "sum", "the same of accepted tokens"),
         Metric("history_refused", "engines", "sum", "since the start: snapshots not restored on resume"),

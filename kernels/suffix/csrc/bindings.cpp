@@ -113,7 +113,7 @@ NB_MODULE(_suffix, m) {
                                          view(rows), view(num_tokens), view(max_draft_tokens), view(min_path_probs),
                                          view(capture_sizes), break_even_gain);
             }
-            return rows_of(drafts);
+            return nb::make_tuple(rows_of(drafts), copy_of(drafts.paths));
           },
           nb::arg("handles"), nb::arg("matrix"), nb::arg("rows"), nb::arg("num_tokens"), nb::arg("max_draft_tokens"),
           nb::arg("min_path_probs"), nb::arg("capture_sizes"), nb::arg("break_even_gain"))

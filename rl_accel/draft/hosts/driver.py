@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from rl_accel.draft.config import OUR_METHODS
 from rl_accel.draft.feature import DAS_PROPOSER
 from rl_accel.errors import ConfigError
 from rl_accel.feature import Driver
@@ -35,7 +36,7 @@ class DraftDriver(Driver):
         draft = self.settings
         if not draft.enabled:
             return {}
-        if draft.method == "das":
+        if draft.method in OUR_METHODS:
             return {"speculative_config": {"model": DAS_PROPOSER, "num_speculative_tokens": draft.max_draft}}
         speculative = {"method": draft.method, "num_speculative_tokens": draft.max_draft}
         if draft.method == "ngram":

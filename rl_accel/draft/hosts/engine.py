@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rl_accel.draft.config import OUR_METHODS
 from rl_accel.draft.feature import DAS_PROPOSER
 from rl_accel.draft.hosts.proposer import DRAFTING_OFF, UNDRAFTED
 from rl_accel.errors import NotLiveError
@@ -27,17 +28,18 @@ class DraftEngine(Engine):
                 f"rl_accel.draft.method is {self.settings.method!r}, but vLLM was started without speculative_config; "
                 "pass one, or set rl_accel.draft.method=none"
             )
-        if self.settings.method == "das" and getattr(vllm_config.speculative_config, "model", None) != DAS_PROPOSER:
+        if self.settings.method in OUR_METHODS and getattr(vllm_config.speculative_config, "model", None) != DAS_PROPOSER:
             raise NotLiveError(
-                "rl_accel.draft.method is 'das', but speculative_config names another drafter; its model must be "
+                f"rl_accel.draft.method is {self.settings.method!r}, but speculative_config names another drafter; its model must be "
                 f"{DAS_PROPOSER}"
             )
 
     def installed(self, runner: Any) -> None:
         self._faults = runner.rl_accel_faults
-        if self.settings.method == "das" and hasattr(runner, "rejection_sampler"):
+        if self.settings.method in OUR_METHODS and hasattr(runner, "rejection_sampler"):
             self._proposer = runner.drafter
-            self._proposer.attach(runner)
+            sources = [role.draft_source() for role in runner.rl_accel.values()]
+            self._proposer.attach(runner, next((source for source in sources if source is not None), None))
 
     def live(self) -> str:
         return self.settings.method

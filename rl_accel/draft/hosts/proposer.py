@@ -27,10 +27,12 @@ from typing import Any
 import numpy as np
 
 from rl_accel.config import build
-from rl_accel.draft.config import DraftConfig
+from rl_accel.draft.combined import CombinedDrafter
+from rl_accel.draft.config import HEAD_METHODS, DraftConfig
 from rl_accel.draft.drafter import SuffixDrafter
 from rl_accel.errors import DraftError, NotLiveError
 from rl_accel.hosts.vllm.faults import Faults
+from rl_accel.hosts.vllm.ranks import is_output_rank
 from rl_accel.hosts.vllm.request_identity import identity_of
 
 logger = logging.getLogger(__name__)
@@ -50,11 +52,12 @@ class DASProposer:
     def __init__(self, vllm_config: Any):
         self.vllm_config = vllm_config
         settings = (getattr(vllm_config, "additional_config", None) or {}).get("rl_accel") or {}
-        draft = {**settings.get("draft", {}), "method": "das"}
+        draft = {"method": "das", **settings.get("draft", {})}
         draft["num_speculative_tokens"] = vllm_config.speculative_config.num_speculative_tokens
         self.config = build(DraftConfig, draft, "rl_accel.draft")
         self.max_model_len = vllm_config.model_config.max_model_len
         self.runner: Any = None
+        self.source: Any = None
         self.drafter: SuffixDrafter | None = None
         self._keep_in_history: dict[str, bool] = {}
         self._anonymous: set[str] = set()
@@ -80,13 +83,24 @@ class DASProposer:
                 "the DAS proposer was not attached to its model runner; rl_accel's plug-in of the group "
                 "vllm.general_plugins must be installed and not filtered by VLLM_PLUGINS"
             )
+        if self.source is not None:
+            self.source.load(args[0] if args else kwargs["target_model"])
 
-    def attach(self, runner: Any) -> None:
-        """Bind to the model runner; only the rank whose drafts vLLM uses gets an index."""
-        self.runner, self.faults = runner, runner.rl_accel_faults
-        if not _is_output_rank(self.vllm_config):
+    def attach(self, runner: Any, source: Any = None) -> None:
+        """Bind to the model runner; only the rank whose drafts vLLM uses gets an index.
+
+        Args:
+            source: a `CandidateSource` to ask beside history, for the methods `head` and `auto`.
+
+        Raises:
+            NotLiveError: if the method needs one and there is none.
+        """
+        self.runner, self.faults, self.source = runner, runner.rl_accel_faults, source
+        if self.config.method in HEAD_METHODS and source is None:
+            raise NotLiveError(f"rl_accel.draft.method={self.config.method} needs rl_accel.speculator, which is off here")
+        if not is_output_rank(self.vllm_config):
             return
-        self.drafter = SuffixDrafter(self.config, **self._identity_of_tokenizer())
+        self.drafter = self._new_drafter()
         self.drafter.capture_sizes = _capture_sizes(self.vllm_config)
         take_drafts = runner.take_draft_token_ids
 
@@ -101,6 +115,11 @@ class DASProposer:
             return take_drafts() if self._last_drafted else None
 
         runner.take_draft_token_ids = take_draft_token_ids
+
+    def _new_drafter(self) -> SuffixDrafter:
+        if self.config.method in HEAD_METHODS:
+            return CombinedDrafter(self.config, self.source, **self._identity_of_tokenizer())
+        return SuffixDrafter(self.config, **self._identity_of_tokenizer())
 
     def _identity_of_tokenizer(self) -> dict[str, Any]:
         return {
@@ -313,9 +332,8 @@ class DASProposer:
             return {}
         try:
             own = self._own(path)
-            drafter = SuffixDrafter.open(
-                own if os.path.exists(own) else path, self.config, **self._identity_of_tokenizer()
-            )
+            drafter = self._new_drafter()
+            drafter.restore(own if os.path.exists(own) else path)
         except (DraftError, MemoryError) as error:
             logger.error("rl_accel: history is not restored, drafting starts without it: %s", error)
             return {"restored": False, "reason": str(error) or repr(error)}
@@ -378,14 +396,6 @@ def _stop_token_ids(model_config: Any) -> list[int]:
     for value in (stops, generation):
         found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     return sorted(int(token) for token in found)
-
-
-def _is_output_rank(vllm_config: Any) -> bool:
-    if vllm_config.parallel_config.tensor_parallel_size == 1:
-        return True
-    from vllm.distributed import get_tensor_model_parallel_rank
-
-    return get_tensor_model_parallel_rank() == 0
 
 
 def _capture_sizes(vllm_config: Any) -> np.ndarray:

@@ -122,7 +122,7 @@ def _implied(vllm_config: Any) -> dict[str, Mapping[str, Any]]:
 
 def _with_implied(config: Mapping[str, Any], vllm_config: Any) -> dict[str, Any]:
     implied = _implied(vllm_config)
-    return {**config, **{name: {**config.get(name, {}), **values} for name, values in implied.items()}}
+    return {**config, **{name: {**values, **config.get(name, {})} for name, values in implied.items()}}
 
 
 def _refuse(model_runner: str, wanted: list[Feature], vllm_config: Any) -> None:

@@ -1,0 +1,223 @@
+"""The drafter with one more source of candidates: history where it knows the text, a draft model elsewhere.
+
+For each request the source that promises the larger gain drafts. The gain of a draft token is what the planner counts in
+(`kernels/suffix/api.py`: path probability / min_path_prob - 1, in units of a draft token's cost), so sources are
+compared by accepted tokens against cost, and drafting nothing is one of the answers. The model costs time before it
+promises anything: it is asked where that has been worth it lately, for batches of this size, and tried again every
+`RETRY_EVERY` steps elsewhere.
+
+Source: ours. Cost: the source's own, and about 50 us a step.
+
+Shape suffixes: N requests, K draft tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rl_accel.draft.config import DraftConfig
+from rl_accel.draft.drafter import SuffixDrafter
+
+MIN_PROBABILITY = 0.01
+"""As in `budget.py`: estimates of path probabilities mean little below."""
+FIRST_CALLS, RETRY_EVERY = 32, 64
+"""Calls for a batch size before its value is believed, and steps between two tries where it is negative."""
+VALUE_RATE = 0.1
+SOURCE = "head"
+
+
+class CandidateSource(Protocol):
+    """Something else than history that proposes draft tokens."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has something to say at all."""
+
+    def candidates(
+        self,
+        rows_N: npt.NDArray[np.uint32],
+        num_tokens_N: npt.NDArray[np.uint32],
+        token_ids: npt.NDArray[np.int32],
+        max_draft_tokens_N: npt.NDArray[np.uint32],
+        min_path_probs_N: npt.NDArray[np.float32],
+        min_step_gain: float,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Return draft tokens and path probabilities, both [N, K], K at most the largest of `max_draft_tokens_N`.
+
+        Args:
+            rows_N: rows of the engine's batch, which `token_ids` has as well.
+            num_tokens_N: tokens of each row, the last one sampled just now.
+            min_step_gain: a further token for all rows is not worth its cost where it gains less than this.
+        """
+
+    def observe(self, num_drafts: int, num_drafted: int, expected: float, num_accepted: int) -> None:
+        """Hear what became of its drafts: how many there were, their tokens, those expected and those accepted."""
+
+
+class _Value:
+    """What asking the source brought lately, in seconds a call, by batch size in powers of two."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, tuple[int, float]] = {}
+        self._idle_calls = 0
+
+    def asks(self, num_rows: int) -> bool:
+        calls, value = self._values.get(num_rows.bit_length(), (0, 0.0))
+        if calls < FIRST_CALLS or value > 0.0:
+            self._idle_calls = 0
+            return True
+        self._idle_calls += 1
+        return self._idle_calls % RETRY_EVERY == 0
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        calls, value = self._values.get(num_rows.bit_length(), (0, 0.0))
+        rate = max(VALUE_RATE, 1.0 / (calls + 1))
+        self._values[num_rows.bit_length()] = calls + 1, value + rate * (seconds - value)
+
+
+class CombinedDrafter(SuffixDrafter):
+    """History and one more source. `head`: the source alone."""
+
+    def __init__(self, config: DraftConfig, source: CandidateSource, **kwargs: Any):
+        super().__init__(config, **kwargs)
+        self.source = source
+        self.uses_history = config.method == "auto"
+        self._value = _Value()
+        self.last_step_s = 0.0
+        self._step_s = 0.0  # of the source, a draft token for all its rows
+        self._last: dict[int, tuple[int, float]] = {}
+        """Slot -> tokens of its last draft, and how many were expected to be accepted; by the source only."""
+        self.last_source_s = 0.0
+        self._served = np.zeros(3)
+
+    def propose_rows(
+        self,
+        request_ids: Sequence[str],
+        token_ids: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.uint32],
+        num_tokens: npt.NDArray[np.uint32],
+    ) -> list[list[int]]:
+        """As `SuffixDrafter.propose_rows`."""
+        self.last_source_s = 0.0
+        if not len(request_ids):
+            return []
+        slots = self._slots_of(request_ids)
+        generated = num_tokens - self._prompt_lengths[slots]
+        self._observe_accepted(slots, generated - self._generated[slots])
+        self._generated[slots] = generated
+        max_draft_N, min_probs_N = self._limits_of(slots)
+        break_even = self.planner.next_break_even_gain()
+        silent = math.isinf(break_even)
+        drafts, paths = self._from_history(slots, token_ids, rows, num_tokens, max_draft_N, min_probs_N, silent)
+        floor_N = np.maximum(min_probs_N, MIN_PROBABILITY)
+        gains_N = np.array([(path / floor_N[i] - 1.0).sum() for i, path in enumerate(paths)])
+        expected_N = np.array([path.sum() for path in paths])
+        first_N = np.array([path[0] if len(path) else 0.0 for path in paths])
+        chosen = np.zeros(len(slots), bool)
+        if not silent and self.source.ready and self._value.asks(len(slots)):
+            asked = np.flatnonzero(max_draft_N > 0)
+            if len(asked):
+                self._ask_source(
+                    asked, drafts, (gains_N, expected_N, first_N, chosen), token_ids, rows, num_tokens, max_draft_N, floor_N
+                )
+        self.planner.observe_candidates(len(slots), float(first_N.sum()), float(expected_N.sum()))
+        if silent or gains_N.sum() < break_even:
+            return [[] for _ in request_ids]
+        self._last = {int(slots[i]): (len(drafts[i]), float(expected_N[i])) for i in np.flatnonzero(chosen)}
+        return drafts
+
+    def _from_history(
+        self, slots: Any, token_ids: Any, rows: Any, num_tokens: Any, max_draft_N: Any, min_probs_N: Any, silent: bool
+    ) -> tuple[list[list[int]], list[npt.NDArray[np.float32]]]:
+        nothing: tuple[list[list[int]], list[npt.NDArray[np.float32]]] = (
+            [[] for _ in slots], [np.zeros(0, np.float32) for _ in slots],
+        )  # fmt: skip
+        if not self.uses_history:
+            return nothing
+        if self._backs_off():
+            self._take_last_tokens(slots, token_ids, rows, num_tokens)
+            return nothing
+        limits = np.zeros_like(max_draft_N) if silent else max_draft_N
+        drafts, paths = self.index.candidates_of_rows(
+            self._handles[slots], token_ids, rows, num_tokens, limits, min_probs_N, self.capture_sizes
+        )
+        if not silent:
+            self._idle_calls = 0 if any(drafts) else self._idle_calls + 1
+        ends = np.cumsum([len(draft) for draft in drafts])
+        return drafts, np.split(paths, ends[:-1])
+
+    def _ask_source(
+        self,
+        asked: npt.NDArray[np.int64],
+        drafts: list[list[int]],
+        found: tuple[npt.NDArray, npt.NDArray, npt.NDArray, npt.NDArray[np.bool_]],
+        token_ids: Any,
+        rows: Any,
+        num_tokens: Any,
+        max_draft_N: Any,
+        floor_N: Any,
+    ) -> None:
+        """Let the source draft where it gains more than history; changes `drafts` and `found` in place."""
+        gains_N, expected_N, first_N, chosen = found
+        started, per_draft_s = time.perf_counter(), self.planner.cost.per_draft_s
+        min_step_gain = self._step_s / per_draft_s if per_draft_s > 0.0 else 0.0
+        tokens_NK, paths_NK = self.source.candidates(
+            rows[asked], num_tokens[asked], token_ids, max_draft_N[asked], floor_N[asked], min_step_gain
+        )
+        kept_NK = paths_NK >= floor_N[asked, None]
+        kept_NK &= np.arange(tokens_NK.shape[1]) < max_draft_N[asked, None]
+        source_gain = np.where(kept_NK, paths_NK / floor_N[asked, None] - 1.0, 0.0).sum(1)
+        better = source_gain > gains_N[asked]
+        lengths = kept_NK.sum(1)
+        brought = float((source_gain - gains_N[asked])[better].sum())
+        expected = (paths_NK * kept_NK).sum(1)
+        for k in np.flatnonzero(better):
+            i = asked[k]
+            drafts[i] = self._until_stop(tokens_NK[k, : lengths[k]].tolist())
+        where = asked[better]
+        gains_N[where], expected_N[where], chosen[where] = source_gain[better], expected[better], True
+        first_N[where] = paths_NK[better, 0]
+        self.last_source_s = time.perf_counter() - started
+        step_s = self.last_source_s / tokens_NK.shape[1]
+        self._step_s += VALUE_RATE * (step_s - self._step_s) if self._step_s else step_s
+        if per_draft_s > 0.0:
+            self._value.observe(len(max_draft_N), brought * per_draft_s - self.last_source_s)
+
+    def _until_stop(self, draft: list[int]) -> list[int]:
+        for i, token in enumerate(draft):
+            if token in self._stop_set:
+                return draft[: i + 1]
+        return draft
+
+    def _observe_accepted(self, slots: Any, gained: Any) -> None:
+        """See what became of the source's last drafts."""
+        if not self._last:
+            return
+        last, self._last = self._last, {}
+        seen = [(*last[int(slot)], int(n)) for slot, n in zip(slots, gained, strict=True) if int(slot) in last]
+        drafted = sum(length for length, _, _ in seen)
+        expected = sum(value for _, value, _ in seen)
+        accepted = sum(min(max(n - 1, 0), length) for length, _, n in seen)
+        self._served += (len(seen), drafted, accepted)
+        self.source.observe(len(seen), drafted, expected, accepted)
+
+    def observe_step(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
+        """As `SuffixDrafter.observe_step`; the time of the source is no part of what a draft token costs."""
+        seconds -= self.last_source_s
+        if seconds > 0.0:
+            super().observe_step(seconds, num_requests, num_draft_tokens)
+
+    def _observe_candidates(self, stats: dict[str, Any]) -> None:
+        """What history alone would do says little here; `propose_rows` reports what is proposed."""
+
+    def take_source_stats(self) -> dict[tuple[str, str], npt.NDArray[np.int64]]:
+        """As `SuffixDrafter.take_source_stats`, with what this source drafted."""
+        found = super().take_source_stats()
+        served, self._served = self._served, np.zeros(3)
+        return {**found, (SOURCE, "0"): served.astype(np.int64)}

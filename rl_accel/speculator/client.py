@@ -1,0 +1,123 @@
+"""The engine's end of the trainer process: starts it, gives it orders, and does without it when it is gone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from rl_accel.speculator.config import SpeculatorConfig
+from rl_accel.speculator.head import HeadShape
+from rl_accel.speculator.lines import LineReader
+from rl_accel.speculator.served import fold, num_folded
+from rl_accel.speculator.shared import SharedBytes
+from rl_accel.speculator.traces import RowLayout, TraceRing
+from rl_accel.speculator.weights import WeightSlots
+
+logger = logging.getLogger(__name__)
+
+RING_ROWS = 1 << 14
+"""Rows of the ring; the trainer looks several times a second."""
+ORDER_TIMEOUT_S = 30.0
+
+
+class TrainerClient:
+    """Shared memory and the process that reads and writes it."""
+
+    def __init__(self, shape: HeadShape, layout: RowLayout, config: SpeculatorConfig, first: torch.Tensor):
+        self.shape, self.layout, self.config = shape, layout, config
+        self.ring = TraceRing(layout, RING_ROWS)
+        self.slots = WeightSlots(num_folded(shape), shape.fingerprint())
+        self.slots.put(fold(shape, first).numpy())
+        self._first = SharedBytes(4 * shape.num_weights, "rl_accel-first")
+        self._first.data.view(np.float32)[:] = first.numpy()
+        self._process: subprocess.Popen | None = None
+        self._unread = 0
+
+    def start(self) -> None:
+        """Start the process; it needs some seconds until it trains, and nobody waits for it."""
+        settings = {
+            "config": asdict(self.config),
+            "shape": asdict(self.shape),
+            "layout": asdict(self.layout),
+            "capacity": self.ring.capacity,
+            "ring": self.ring.memory.descriptor,
+            "slots": self.slots.memory.descriptor,
+            "first": self._first.descriptor,
+        }
+        threads = str(self.config.threads)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "rl_accel.speculator.process", json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(settings["ring"], settings["slots"], settings["first"]),
+            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""},
+        )
+        assert self._process.stdout is not None
+        self._answers = LineReader(self._process.stdout.fileno())
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def ask(self, do: str, **values: Any) -> dict[str, Any]:
+        """Give an order and wait for the answer.
+
+        Returns:
+            The answer; `{"error": str}` where the process is gone, does not answer in time, or could not do it.
+        """
+        if not self.tell(do, **values):
+            return {"error": "the trainer of the speculator is gone"}
+        answer: dict[str, Any] = {"error": "the trainer of the speculator does not answer"}
+        while self._unread:
+            line = self._line()
+            if line is None:
+                return answer
+            answer = line
+        return answer
+
+    def tell(self, do: str, **values: Any) -> bool:
+        """Give an order without waiting for the answer."""
+        if not self.alive:
+            return False
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **values}).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            return False
+        self._unread += 1
+        return True
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def _line(self) -> dict[str, Any] | None:
+        """Return the next answer."""
+        while True:
+            answer = self._answers.next(ORDER_TIMEOUT_S)
+            if answer is None:
+                return None
+            if "ready" not in answer:
+                self._unread -= 1
+                return answer

@@ -1,0 +1,69 @@
+"""Settings of the online speculator, `rl_accel.speculator.*`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rl_accel.errors import ConfigError
+
+MAX_DEPTH = 32
+
+
+@dataclass(frozen=True)
+class SpeculatorConfig:
+    """A draft head that learns from rollouts while they run (`rl_accel.speculator.*`)."""
+
+    enable: bool = False
+    """Draft with the head; `rl_accel.draft.method` is `auto` then (history or head, whichever is worth more), or `head`."""
+    learn: bool = True
+    """Train the head on what the engine generates. Off: it serves as it was restored."""
+    width: int = 0
+    """Width of the head. 0: that of the policy, at most 512."""
+    history: int = 4
+    """Tokens before the last one that the head sees, 0 to 8."""
+    depth: int = 4
+    """Draft tokens that training looks ahead."""
+    learning_rate: float = 8e-3
+    """Of AdamW, after 20 steps of warm-up."""
+    batch_tokens: int = 256
+    """Tokens that a training step learns from."""
+    replay_tokens: int = 65536
+    """Tokens of recent rollouts that are learned from; older ones are dropped."""
+    max_policy_lag: int = 2
+    """Weight syncs after which the traces of a policy are dropped."""
+    rejected_weight: float = -1.0
+    """Extra weight of the first rejected token of a served draft. -1: learned, 0 where it does not help."""
+    publish_s: float = 2.0
+    """Least seconds between two candidates for serving."""
+    threads: int = 1
+    """CPU threads of the trainer."""
+    nice: int = 0
+    """Its scheduling priority below the engine's, 0 to 19."""
+    max_share: float = 1.0
+    """Largest share of the time that it trains, 0 to 1; it trains less where that costs more than it brings."""
+    seed: int = 0
+    """Of the head's first weights and of sampling from the traces."""
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "width": (0, 8192), "history": (0, 8), "depth": (1, MAX_DEPTH), "batch_tokens": (64, 1 << 20),
+            "replay_tokens": (4096, 1 << 24), "max_policy_lag": (0, 1 << 20), "threads": (1, 256), "nice": (0, 19),
+        }  # fmt: skip
+        for name, (low, high) in ranges.items():
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"rl_accel.speculator.{name} must be {low} to {high}; got {getattr(self, name)}")
+        for name in ("learning_rate", "publish_s"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"rl_accel.speculator.{name} must be positive and finite; got {value}")
+        if not (self.rejected_weight == -1.0 or 0.0 <= self.rejected_weight <= 100.0):
+            raise ConfigError(
+                f"rl_accel.speculator.rejected_weight must be -1 (learned) or 0 to 100; got {self.rejected_weight}"
+            )
+        if not 0.0 < self.max_share <= 1.0:
+            raise ConfigError(f"rl_accel.speculator.max_share must be above 0, at most 1; got {self.max_share}")
+
+    @property
+    def enabled(self) -> bool:
+        return self.enable

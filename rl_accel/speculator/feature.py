@@ -1,0 +1,43 @@
+"""The online speculator as a feature."""
+
+from rl_accel.feature import Feature, Metric
+from rl_accel.speculator.config import SpeculatorConfig
+
+FEATURE = Feature(
+    name="speculator",
+    title="online speculator",
+    config=SpeculatorConfig,
+    samples=True,
+    implies=lambda settings: {"draft": {"method": "auto"}} if settings.enabled else {},
+    metrics=(
+        Metric("version", "1", "max", "of the head that is served; a swap adds one"),
+        Metric("swaps", "1", "sum", "versions that engines took over"),
+        Metric("swap_ms", "ms", "max", "of a swap, mean"),
+        Metric("weights_refused", "1", "sum", "since the start: versions that an engine did not take"),
+        Metric("rolled_back", "1", "sum", "since the start: versions that did worse than the one before and were taken back"),
+        Metric("alarms", "1", "sum", "since the start: versions whose drafts were hardly ever accepted"),
+        Metric("heads_off", "engines", "sum", "since the start: engines whose head failed; they draft without it"),
+        Metric("candidates_refused", "1", "sum", "since the start: candidates that the gate did not let through"),
+        Metric("propose_ms", "ms", "max", "in the head, mean over steps in which it was asked"),
+        Metric("num_asked", "steps", "max", "engine steps in which it was asked"),
+        Metric("tap_ms", "ms", "max", "leaving traces, mean over engine steps"),
+        Metric("traced_share", "1", "mean", "share of requests that leave traces"),
+        Metric("rows_traced", "tokens", "sum", "that engines left traces of"),
+        Metric("rows_lost", "tokens", "sum", "since the start: traces that were overwritten before the trainer saw them"),
+        Metric("train_steps", "1", "sum", "optimizer steps of the head"),
+        Metric("train_s", "s", "sum", "processor time of the trainer"),
+        Metric("train_share", "1", "mean", "share of the time that it may train"),
+        Metric("train_slowdown", "1", "mean", "longer engine steps while it trains, as a share"),
+        Metric("held_out_accept", "tokens", "mean", "that a draft of the last candidate can expect, on requests it does not learn from"),
+        Metric("served_accept", "tokens", "mean", "the same of the served version, at that time"),
+        Metric("calibration", "1", "mean", "accepted tokens / those that the served version promised"),
+        Metric("rejected_weight", "1", "mean", "extra weight of rejected tokens in the loss, as learned"),
+        Metric("trainers_gone", "engines", "sum", "whose trainer has ended; they go on with the head that they have"),
+    ),
+    free=("learn", "threads", "nice", "max_share", "publish_s"),
+    try_out=("enable=true",),
+    driver="rl_accel.speculator.hosts.driver:SpeculatorDriver",
+    engine="rl_accel.speculator.hosts.engine:SpeculatorEngine",
+    trainer="rl_accel.speculator.hosts.trainer:SpeculatorTrainer",
+    probe="rl_accel.speculator.hosts.probe:SpeculatorProbe",
+)

@@ -1,0 +1,181 @@
+"""The draft head: a recurrent block over the policy's hidden states and the tokens that follow, without a KV cache.
+
+    state(aux)                 h = W_fc [g_1 rms(a_1), g_2 rms(a_2), ...]          a_i: hidden states of a few layers
+    block(h, x_1 .. x_n)       h = h + W_mix [rms(e_{x_1}), ..., rms(e_{x_n}), rms(h)];  h = h + down(silu(gate) * up)
+    logits(h)                  W_lm rms(h)
+
+At position t the policy has made `aux` of tokens up to x_t and sampled x_{t+1}; `state` and one `block` with the last
+tokens (x_{t+1}, x_t, ...) give the distribution of x_{t+2}, each further block the next one. The block is the same at
+every depth, so training with several depths is what EAGLE-3 calls training-time test.
+
+Source: ours; EAGLE-3 (fused low, middle and high hidden states, training-time test); differs: no attention, which a
+small policy's step does not pay for, and a few earlier tokens instead.
+
+Shape suffixes: B rollouts, T positions, A = number of layers x H their width, N tokens that the head sees, D its width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+EPS = 1e-6
+MAX_TABLE = 8192
+"""Vocabulary up to which tables of embeddings are made."""
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """What the weights of a head look like; two heads of one shape can be swapped."""
+
+    vocab_size: int
+    hidden_size: int
+    """H, of the policy."""
+    num_aux: int
+    """Layers whose hidden states it sees."""
+    width: int
+    """D."""
+    inner: int
+    """Width of the gated unit."""
+    history: int
+    """Tokens before the last one."""
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each weight, in the order in which they are laid out."""
+        v, d, n = self.vocab_size, self.width, self.history + 1
+        return {
+            "aux_norm": (self.num_aux, self.hidden_size),
+            "fc": (d, self.num_aux * self.hidden_size),
+            "embed": (v, d),
+            "embed_norm": (d,),
+            "state_norm": (d,),
+            "mix": (d, (n + 1) * d),
+            "mlp_norm": (d,),
+            "gate_up": (2 * self.inner, d),
+            "down": (d, self.inner),
+            "final_norm": (d,),
+            "lm_head": (v, d),
+        }
+
+    @property
+    def num_weights(self) -> int:
+        return sum(torch.Size(size).numel() for size in self.sizes().values())
+
+    def fingerprint(self) -> int:
+        """Return 63 bits that tell shapes apart."""
+        text = repr(sorted(asdict(self).items())).encode()
+        return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
+
+    def split(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return views into flat weights, float32 [num_weights]."""
+        views, start = {}, 0
+        for name, size in self.sizes().items():
+            end = start + torch.Size(size).numel()
+            views[name] = flat[start:end].view(size)
+            start = end
+        return views
+
+
+class DraftHead(nn.Module):
+    """The head as it is trained. Float32."""
+
+    def __init__(self, shape: HeadShape):
+        super().__init__()
+        self.shape = shape
+        self.flat = torch.zeros(shape.num_weights)
+        """All weights; the parameters are views of it."""
+        self._weights = nn.ParameterDict({name: nn.Parameter(view) for name, view in shape.split(self.flat).items()})
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return dict(self._weights)
+
+    def chain(self, aux_BTA: torch.Tensor, tokens_BTN: torch.Tensor, depth: int) -> list[torch.Tensor]:
+        """Return logits after each of `depth` tokens of the text itself, from every position that has so many.
+
+        Args:
+            aux_BTA: [B, T, num_aux * H], normalized per layer (`normalized`).
+            tokens_BTN: int64 [B, T, N], at position t the token sampled there, the one before, and so on.
+
+        Returns:
+            Entry j is [B, T - 1 - j, V]: of the token sampled at position t + 1 + j, for a chain begun at t.
+        """
+        w, logits = self.weights(), []
+        num_starts = aux_BTA.shape[1] - 1
+        h = state(w, aux_BTA[:, :num_starts])
+        by_place = tables(w, self.shape.history + 1)
+        for j in range(min(depth, num_starts)):
+            count = num_starts - j
+            h = block(w, h[:, :count], mixed(w, tokens_BTN[:, j : j + count], by_place))
+            logits.append(F.linear(rms(h) * w["final_norm"], w["lm_head"]))
+        return logits
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, (x.shape[-1],), None, EPS)
+
+
+def normalized(aux: torch.Tensor, num_aux: int) -> torch.Tensor:
+    """Return hidden states [..., num_aux * H], each layer's by itself divided by its root mean square."""
+    return rms(aux.unflatten(-1, (num_aux, -1))).flatten(-2)
+
+
+def state(w: Mapping[str, torch.Tensor], aux: torch.Tensor) -> torch.Tensor:
+    return F.linear(aux * w["aux_norm"].flatten(), w["fc"])
+
+
+def mixed(w: Mapping[str, torch.Tensor], tokens: torch.Tensor, tables_NVD: torch.Tensor | None = None) -> torch.Tensor:
+    """Return what the tokens add to the mix, int64 [..., N] -> [..., D]; from tables (`tables`) where they are given."""
+    num_tokens = tokens.shape[-1]
+    if tables_NVD is not None:
+        return sum(tables_NVD[i][tokens[..., i]] for i in range(num_tokens))  # type: ignore[return-value]
+    embedded = rms(w["embed"][tokens]) * w["embed_norm"]
+    return F.linear(embedded.flatten(-2), w["mix"][:, : num_tokens * embedded.shape[-1]])
+
+
+def tables(w: Mapping[str, torch.Tensor], num_tokens: int) -> torch.Tensor | None:
+    """Return what each token adds to the mix at each place, [N, V, D]: a gather instead of a product per step.
+
+    None for a large vocabulary, most of which a step does not use.
+    """
+    if w["embed"].shape[0] > MAX_TABLE:
+        return None
+    embedded = rms(w["embed"]) * w["embed_norm"]
+    d = embedded.shape[1]
+    return torch.stack([F.linear(embedded, w["mix"][:, i * d : (i + 1) * d]) for i in range(num_tokens)])
+
+
+def block(w: Mapping[str, torch.Tensor], h: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    d = h.shape[-1]
+    h = h + added + F.linear(rms(h) * w["state_norm"], w["mix"][:, -d:])
+    gate, up = F.linear(rms(h) * w["mlp_norm"], w["gate_up"]).chunk(2, -1)
+    return h + F.linear(F.silu(gate) * up, w["down"])
+
+
+def first_weights(
+    shape: HeadShape, seed: int, embed: torch.Tensor | None = None, lm_head: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return weights to begin with, float32 [num_weights]; no data are needed.
+
+    Args:
+        embed, lm_head: [V, H] of the policy; used where the head is as wide.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.zeros(shape.num_weights)
+    w = shape.split(flat)
+    for name, weight in w.items():
+        if name.endswith("norm"):
+            weight.fill_(1.0)
+        else:
+            std = {"embed": 1.0, "lm_head": 0.02, "down": 0.02}.get(name, weight.shape[-1] ** -0.5)
+            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+    for name, given in (("embed", embed), ("lm_head", lm_head)):
+        if given is not None and given.shape == w[name].shape:
+            scale = 1.0 if name == "embed" else 0.02
+            w[name].copy_(given.float() * (scale / given.float().std().clamp(min=1e-6)))
+    return flat

@@ -1,0 +1,1 @@
+"""The speculator in its hosts."""

@@ -1,0 +1,404 @@
+"""The draft head in a rollout engine: reads the policy's hidden states, drafts, leaves traces, and takes new weights.
+
+vLLM collects the outputs of a few layers for drafters like EAGLE-3 (`use_aux_hidden_state_outputs`); the head asks for
+the same. A step's rows are seen twice: in `_sample` with the logits before they are changed, and in
+`propose_draft_token_ids` with what was accepted.
+
+Only the tensor-parallel rank whose drafts vLLM uses has a head. Cost: `rl_accel/speculator/propose_ms` and `tap_ms`.
+
+Host symbols (vLLM 0.28.0): `GPUModelRunner.{_sample, propose_draft_token_ids, use_aux_hidden_state_outputs,
+_get_eagle3_aux_layers_from_config, query_start_loc, requests, input_batch}`, `SpecDecodeMetadata.{num_draft_tokens,
+logits_indices}`, the interface `SupportsEagle3`.
+
+Shape suffixes: N requests that draft, R rows of logits, A hidden states, K draft tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rl_accel.errors import NotLiveError
+from rl_accel.hosts.vllm.faults import Faults
+from rl_accel.identity import hash64
+from rl_accel.speculator.client import TrainerClient
+from rl_accel.speculator.config import SpeculatorConfig
+from rl_accel.speculator.hosts.cores import Cores
+from rl_accel.speculator.head import HeadShape, first_weights, normalized
+from rl_accel.speculator.served import ServedHead
+from rl_accel.speculator.traces import TOP_K, RowLayout
+from rl_accel.speculator.watch import ServedWatch
+
+logger = logging.getLogger(__name__)
+
+MAX_WIDTH = 512
+AUX_ARGUMENT = 3
+"""Of `propose_draft_token_ids`, after the scheduler's output and the sampled tokens: the hidden states."""
+OFF = "heads_off"
+REFUSED, ROLLED_BACK, SILENT = "weights_refused", "rolled_back", "alarms"
+TAP_SHARE = 0.015
+"""Largest share of the time that traces may take; fewer requests are traced where they take more."""
+
+
+@dataclass
+class _Step:
+    """What `_sample` saw of the current step."""
+
+    first_row: npt.NDArray[np.int64]
+    """Of each request, its first row of logits, [requests + 1]."""
+    indices: torch.Tensor
+    """Where the rows of logits lie among the step's tokens, int64 [R]."""
+    traced: npt.NDArray[np.int64]
+    """Requests that are traced."""
+    target: torch.Tensor | None
+    """Their distributions, all rows of the first, then of the second."""
+    target_ids: torch.Tensor | None
+    num_draft_tokens: list[int]
+
+
+class HeadSource:
+    """A `CandidateSource` for the drafter."""
+
+    def __init__(self, config: SpeculatorConfig, vllm_config: Any, faults: Faults):
+        self.config, self.faults = config, faults
+        model = vllm_config.model_config
+        text = model.hf_text_config
+        hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+        self.layers = aux_layers(layers)
+        width = config.width or min(hidden, MAX_WIDTH)
+        self.shape = HeadShape(int(model.get_vocab_size()), hidden, len(self.layers), width, 2 * width, config.history)
+        self.layout = RowLayout(len(self.layers) * hidden, config.history + 1, self.shape.vocab_size)
+        self.client: TrainerClient | None = None
+        self.head: ServedHead | None = None
+        self.watch = ServedWatch()
+        self.policy_version = 0
+        self.version = 0
+        self._flat: npt.NDArray[np.float32] | None = None  # folded, of the served version
+        self._previous: tuple[int, npt.NDArray[np.float32]] | None = None
+        self._refused_version = 0
+        self._step: _Step | None = None
+        self._aux: list[torch.Tensor] | None = None
+        self._rows: npt.NDArray[np.int64] | None = None
+        self._trace_share = 1.0
+        self._cores = Cores()
+        self._seconds = dict.fromkeys(("propose", "tap", "swap"), 0.0)
+        self._calls = dict.fromkeys(("propose", "tap", "swap"), 0)
+        self._engine_s, self._last_tap_end = 0.0, 0.0
+
+    # Set-up.
+
+    def attach(self, runner: Any, acts: bool = True) -> None:
+        """Before the model is loaded: have hidden states collected, and look at every step.
+
+        Args:
+            acts: whether this rank drafts. All have to collect, so that they run the same model.
+        """
+        self.runner, self.acts = runner, acts
+        runner.use_aux_hidden_state_outputs = True
+        runner._get_eagle3_aux_layers_from_config = lambda: self.layers
+        if not acts:
+            return
+        inner_sample, inner_propose = runner._sample, runner.propose_draft_token_ids
+
+        def sample(logits: torch.Tensor | None, spec_decode_metadata: Any) -> Any:
+            if logits is not None:
+                with self._contained():
+                    self._see_logits(logits, spec_decode_metadata)
+            return inner_sample(logits, spec_decode_metadata)
+
+        def propose(scheduler_output: Any, sampled: Any, *args: Any) -> Any:
+            with self._contained():
+                self._aux = args[AUX_ARGUMENT]
+                self.poll()
+                self._see_accepted(sampled)
+            try:
+                return inner_propose(scheduler_output, sampled, *args)
+            finally:
+                self._step = self._aux = self._rows = None
+
+        runner._sample, runner.propose_draft_token_ids = sample, propose
+
+    def load(self, model: Any) -> None:
+        """The policy is loaded: make the head and start its trainer.
+
+        Raises:
+            NotLiveError: if vLLM cannot hand out hidden states of this model.
+        """
+        from vllm.model_executor.models.interfaces import supports_eagle3
+
+        if not supports_eagle3(model):
+            raise NotLiveError(
+                f"rl_accel.speculator needs hidden states of the policy, and vLLM hands out none of {type(model).__name__}; "
+                "set rl_accel.draft.method=das, or none"
+            )
+        if not self.acts:
+            return
+        embed = _weight(model, "embed_tokens")
+        flat = first_weights(self.shape, self.config.seed, embed, None)
+        device = self.runner.device
+        self.client = TrainerClient(self.shape, self.layout, self.config, flat)
+        self.version, folded, _ = self.client.slots.get()
+        assert folded is not None
+        self._flat = folded
+        self.head = ServedHead(self.shape, torch.from_numpy(folded), device)
+        self._drained, self._drained_rows = self.client.slots.read_report(), 0
+        if self.config.learn:
+            self.client.start()
+
+    # Every step.
+
+    @torch.inference_mode()
+    def _see_logits(self, logits: torch.Tensor, metadata: Any) -> None:
+        if self.head is None:
+            return
+        started = time.perf_counter()
+        batch = self.runner.input_batch
+        num_requests = batch.num_reqs
+        drafted = metadata.num_draft_tokens if metadata is not None else [0] * num_requests
+        first_row = np.zeros(num_requests + 1, np.int64)
+        np.cumsum(np.asarray(drafted, np.int64) + 1, out=first_row[1:])
+        if metadata is None:
+            indices = torch.from_numpy(self.runner.query_start_loc.np[1 : num_requests + 1].astype(np.int64) - 1)
+        else:
+            indices = metadata.logits_indices.long()
+        traced = np.zeros(0, np.int64)
+        target = ids = None
+        if self._traces():
+            keep = [i for i, name in enumerate(batch.req_ids[:num_requests]) if self._is_traced(name)]
+            traced = np.array(keep, np.int64)
+        if len(traced):
+            rows = _ranges(first_row[traced], first_row[traced + 1])
+            picked = logits if len(rows) == len(logits) else logits[torch.from_numpy(rows).to(logits.device)]
+            if self.layout.dense:
+                target = picked.half()
+            else:
+                target, ids = picked.float().topk(TOP_K, -1)
+                target = (target - target[:, :1]).half()
+        self._step = _Step(first_row, indices, traced, target, ids, list(drafted))
+        self._count("tap", started, 0)
+
+    @torch.inference_mode()
+    def _see_accepted(self, sampled: list[list[int]]) -> None:
+        """Note where each request's last accepted token lies, and leave traces."""
+        started, step = time.perf_counter(), self._step
+        if step is None or self._aux is None or self.head is None:
+            return
+        num_sampled = np.fromiter(map(len, sampled), np.int64, len(sampled))
+        self._rows = step.first_row[:-1] + num_sampled - 1
+        traced = step.traced[num_sampled[step.traced] > 0]
+        if len(traced) and step.target is not None:
+            self._trace(step, traced, num_sampled)
+        now = time.perf_counter()
+        self._count("tap", started, 1)
+        if self._last_tap_end:
+            self._engine_s += now - self._last_tap_end
+        self._last_tap_end = now
+        if self._calls["tap"] % 64 == 0 and self._engine_s > 0.0:
+            share = self._seconds["tap"] / self._engine_s
+            self._trace_share = min(1.0, max(self._trace_share * min(TAP_SHARE / max(share, 1e-9), 2.0), 1 / 64))
+
+    def _trace(self, step: _Step, traced: npt.NDArray[np.int64], num_sampled: npt.NDArray[np.int64]) -> None:
+        assert self._aux is not None and self.client is not None
+        batch, counts = self.runner.input_batch, num_sampled[traced]
+        rows = _ranges(step.first_row[traced], step.first_row[traced] + counts)
+        # Rows of the traced requests lie one after the other in `target`.
+        sizes = step.first_row[step.traced + 1] - step.first_row[step.traced]
+        starts = np.cumsum(sizes) - sizes
+        starts = starts[num_sampled[step.traced] > 0]
+        in_target = torch.from_numpy(_ranges(starts, starts + counts))
+        request = np.repeat(traced, counts)
+        ends = batch.num_tokens_no_spec[traced].astype(np.int64)
+        position = _ranges(ends - counts - 1, ends - 1)
+        where = position[:, None] + 1 - np.arange(self.layout.num_tokens)[None]
+        tokens = batch.token_ids_cpu[request[:, None], np.maximum(where, 0)]
+        first = np.cumsum(counts) - counts
+        drafted = np.full(len(rows), -1, np.int16)
+        accepted = np.full(len(rows), -1, np.int16)
+        drafted[first], accepted[first] = np.asarray(step.num_draft_tokens)[traced], counts - 1
+        aux = self._hidden(step.indices[torch.from_numpy(rows)])
+        names = np.array([self._name(batch.req_ids[i]) for i in traced], np.int64)
+        values: dict[str, Any] = {
+            "request": np.repeat(names, counts),
+            "position": position.astype(np.int32),
+            "policy": self.policy_version,
+            "draft": self.version,
+            "drafted": drafted,
+            "accepted": accepted,
+            "temperature": np.repeat(batch.temperature_cpu[traced], counts).astype(np.float16),
+            "tokens": tokens,
+            "aux": aux.half().cpu().numpy(),
+            "target": step.target[in_target.to(step.target.device)].cpu().numpy(),  # type: ignore[index]
+        }
+        if step.target_ids is not None:
+            values["target_ids"] = step.target_ids[in_target.to(step.target_ids.device)].int().cpu().numpy()
+        self.client.ring.put(values)
+
+    def _hidden(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return normalized hidden states of tokens of the step, float32 [rows, A]."""
+        assert self._aux is not None
+        indices = indices.to(self._aux[0].device)
+        return normalized(torch.cat([layer[indices] for layer in self._aux], -1).float(), len(self._aux))
+
+    # What the drafter asks for.
+
+    @property
+    def ready(self) -> bool:
+        return self.head is not None and self._rows is not None and self._aux is not None and not self.watch.silent
+
+    @torch.inference_mode()
+    def candidates(
+        self,
+        rows_N: npt.NDArray[np.uint32],
+        num_tokens_N: npt.NDArray[np.uint32],
+        token_ids: npt.NDArray[np.int32],
+        max_draft_tokens_N: npt.NDArray[np.uint32],
+        min_path_probs_N: npt.NDArray[np.float32],
+        min_step_gain: float,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """As `CandidateSource.candidates`."""
+        assert self.head is not None and self._rows is not None and self._step is not None
+        started = time.perf_counter()
+        rows = rows_N.astype(np.int64)
+        aux = self._hidden(self._step.indices[torch.from_numpy(self._rows[rows])])
+        where = num_tokens_N.astype(np.int64)[:, None] - 1 - np.arange(self.layout.num_tokens)
+        tokens = torch.from_numpy(token_ids[rows[:, None], np.maximum(where, 0)].astype(np.int64)).to(self.head.device)
+        drafts, paths = self.head.draft(
+            aux, tokens, int(max_draft_tokens_N.max()), torch.from_numpy(min_path_probs_N), min_step_gain,
+            self.watch.temperature,
+        )
+        found = drafts.cpu().numpy(), paths.cpu().numpy()
+        self._count("propose", started, 1)
+        return found
+
+    def observe(self, num_drafts: int, num_drafted: int, expected: float, num_accepted: int) -> None:
+        """As `CandidateSource.observe`; goes back to the version before where this one does worse than it says."""
+        verdict = self.watch.observe(num_drafts, num_drafted, expected, num_accepted)
+        if verdict == "worse" and self._previous is not None:
+            self._roll_back()
+        elif verdict == "silent":
+            self.faults.note(SILENT, "drafts of the speculator are hardly ever accepted; it is silent until its next version")
+
+    @contextmanager
+    def _contained(self) -> Iterator[None]:
+        """Whatever fails in here, the engine's tokens do not need it: drafting goes on without the head."""
+        try:
+            yield
+        except Exception as error:
+            self.faults.note(OFF, "the speculator failed, the engine goes on without it", error=error)
+            self.head = self._step = self._rows = None
+
+    # New weights.
+
+    def poll(self) -> None:
+        """Between two steps: take the version that the trainer has published since."""
+        client = self.client
+        if client is None:
+            return
+        self._cores.leave(self.config.threads if client.slots.busy and client.alive else 0)
+        if client.slots.version in (self.version, self._refused_version):
+            return
+        started = time.perf_counter()
+        version, flat, problem = client.slots.get()
+        if flat is None:
+            self._refused_version = version
+            self.faults.note(REFUSED, "version %d of the speculator is not served: %s", version, problem)
+            return
+        self._previous = (self.version, self._flat) if self._flat is not None else None
+        self._install(version, flat)
+        self._count("swap", started, 1)
+
+    def _install(self, version: int, flat: npt.NDArray[np.float32]) -> None:
+        assert self.head is not None
+        with torch.inference_mode():
+            self.head.load(torch.from_numpy(flat))
+        self._flat, self.version = flat, version
+        self.watch.begin()
+
+    def _roll_back(self) -> None:
+        assert self._previous is not None and self.client is not None
+        bad, (version, flat) = self.version, self._previous
+        self.faults.note(ROLLED_BACK, "version %d of the speculator does worse than version %d, which is back", bad, version)
+        self._previous, self._refused_version = None, bad
+        self._install(version, flat)
+        self.client.tell("serve", version=version)
+
+    def drain(self) -> dict[str, float]:
+        """Return what happened since the last call, by the names of the feature's table."""
+        if self.client is None:
+            return {}
+        report, calls, seconds = self.client.slots.read_report(), self._calls, self._seconds
+        found = {
+            "version": float(self.version),
+            "swaps": float(calls["swap"]),
+            "swap_ms": 1e3 * seconds["swap"] / max(calls["swap"], 1),
+            **{kind: float(self.faults.counts[kind]) for kind in (REFUSED, ROLLED_BACK, SILENT, OFF)},
+            "candidates_refused": float(report.num_refused),
+            "propose_ms": 1e3 * seconds["propose"] / max(calls["propose"], 1),
+            "num_asked": float(calls["propose"]),
+            "tap_ms": 1e3 * seconds["tap"] / max(calls["tap"], 1),
+            "traced_share": self._trace_share,
+            "rows_traced": float(self.client.ring.num_written - self._drained_rows),
+            "rows_lost": float(report.lost_rows),
+            "train_steps": float(report.num_steps - self._drained.num_steps),
+            "train_s": report.train_s - self._drained.train_s,
+            "train_share": self.client.slots.allowed_share if self.config.learn else 0.0,
+            "held_out_accept": report.held_out_accept,
+            "served_accept": report.served_accept,
+            "calibration": self.watch.calibration,
+            "rejected_weight": report.rejected_weight,
+            "trainers_gone": float(self.config.learn and not self.client.alive),
+        }
+        self._drained, self._drained_rows = report, self.client.ring.num_written
+        self._seconds, self._calls = dict.fromkeys(seconds, 0.0), dict.fromkeys(calls, 0)
+        self._engine_s = 0.0
+        return found
+
+    # Helpers.
+
+    def _traces(self) -> bool:
+        return self.client is not None and self.client.alive and self.client.slots.allowed_share > 0.0
+
+    def _name(self, request_id: str) -> int:
+        request = self.runner.requests[request_id]
+        try:
+            return request.rl_accel_trace
+        except AttributeError:
+            name = request.rl_accel_trace = hash64(f"{self.policy_version}/{request_id}".encode())
+            return name
+
+    def _is_traced(self, request_id: str) -> bool:
+        return (self._name(request_id) & 0xFFFF) < self._trace_share * 0x10000
+
+    def _count(self, what: str, started: float, calls: int) -> None:
+        self._seconds[what] += time.perf_counter() - started
+        self._calls[what] += calls
+
+
+def aux_layers(num_layers: int) -> tuple[int, ...]:
+    """Return the layers after which hidden states are taken: a low one, a high one, and the last."""
+    return tuple(sorted({max(num_layers // 4, 1), max(3 * num_layers // 4, 1), num_layers}))
+
+
+def _ranges(starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return starts[0] .. ends[0] - 1, starts[1] .. ends[1] - 1, and so on."""
+    counts = ends - starts
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(starts - before, counts)
+
+
+def _weight(model: Any, name: str) -> torch.Tensor | None:
+    """Return the weight of a module of the policy on the CPU, None where it is not whole here."""
+    for found, module in model.named_modules():
+        if found.endswith(name):
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, torch.Tensor) and weight.ndim == 2:
+                return weight.detach().float().cpu()
+    return None

@@ -1,0 +1,233 @@
+"""The trainer of the draft head, a process beside the engine: `python -m rl_accel.speculator.process SETTINGS`.
+
+It is handed two blocks of shared memory as descriptors and takes orders as JSON lines on its standard input: `save` and
+`open` with the path of a checkpoint, `serve` with the version that the engine went back to. It ends when that
+input does. It trains while traces arrive, `REUSE` times on each, within its share of the time, and sleeps otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rl_accel.speculator.gate import SwapGate
+from rl_accel.speculator.head import DraftHead, HeadShape
+from rl_accel.speculator.learner import Learner
+from rl_accel.speculator.lines import LineReader
+from rl_accel.speculator.pace import Pace
+from rl_accel.speculator.replay import Batch, Replay
+from rl_accel.speculator.served import fold, num_folded
+from rl_accel.speculator.shared import SharedBytes
+from rl_accel.speculator.traces import RowLayout, TraceRing
+from rl_accel.speculator.weights import WeightSlots
+
+MIN_ROWS = 512
+"""Rows from which on it trains."""
+REUSE = 16.0
+"""Times that a row is learned from, on average."""
+IDLE_S = 1.0
+"""Without new rows for so long, the engine is not generating and others need the processor."""
+NAP_S = 0.02
+SLICE_S = 0.5
+"""It trains for so long before it rests, so that an engine which leaves it a core does not have to change often."""
+HELD_OUT_TOKENS = 2048
+
+
+class TrainerProcess:
+    """The loop. Settings: what `TrainerClient.start` writes."""
+
+    def __init__(self, settings: dict[str, Any]):
+        config = settings["config"]
+        torch.set_num_threads(config["threads"])
+        self.shape = HeadShape(**settings["shape"])
+        layout = RowLayout(**settings["layout"])
+        self.ring = TraceRing(layout, settings["capacity"], settings["ring"])
+        self.slots = WeightSlots(num_folded(self.shape), self.shape.fingerprint(), settings["slots"])
+        first = SharedBytes(4 * self.shape.num_weights, descriptor=settings["first"])
+        flat = torch.from_numpy(first.data.view(np.float32).copy())
+        self.config = config
+        self._orders_in = LineReader(sys.stdin.fileno())
+        self.replay = Replay(layout, config["replay_tokens"], config["max_policy_lag"], config["seed"])
+        self.learner = Learner(
+            self.shape, flat, config["learning_rate"], config["depth"], config["rejected_weight"]
+        )
+        served = DraftHead(self.shape)
+        self.gate = SwapGate(served, config["depth"])
+        self.gate.serve(flat)
+        self.pace = Pace()
+        self._published = {self.slots.version: flat}
+        self._order = deque([self.slots.version])
+        self._seen, self._lost, self._refused = self.ring.num_written, 0, 0
+        self._train_s, self._last_rows, self._last_publish = 0.0, 0.0, time.monotonic()
+        self._tokens_learned, self._steps_before = 0, 0
+        self._steps_at_publish = 0
+        self._rest_until, self._slice_s = 0.0, 0.0
+
+    def run(self) -> None:
+        """Train until the standard input ends."""
+        while self._orders():
+            self._take_rows()
+            trains = self._may_train()
+            self.slots.report(busy=trains)
+            if not trains:
+                time.sleep(NAP_S)
+                continue
+            self._train()
+            if time.monotonic() - self._last_publish >= self.config["publish_s"]:
+                self._publish()
+
+    def _orders(self) -> bool:
+        while (order := self._orders_in.next()) is not None:
+            try:
+                answer = getattr(self, "_" + order["do"])(order)
+            except Exception as error:
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            print(json.dumps(answer), flush=True)
+        return not self._orders_in.ended
+
+    def _take_rows(self) -> None:
+        self._seen, rows, lost = self.ring.take(self._seen)
+        self._lost += lost
+        if len(rows["request"]):
+            self.replay.add(rows)
+            self._last_rows = time.monotonic()
+
+    def _may_train(self) -> bool:
+        share = self._share()
+        now = time.monotonic()
+        return (
+            share > 0.0
+            and now >= self._rest_until
+            and now - self._last_rows < IDLE_S
+            and len(self.replay) >= MIN_ROWS
+            and self._tokens_learned < REUSE * self.replay.num_rows
+        )
+
+    def _train(self) -> None:
+        started, cpu = time.monotonic(), time.process_time()
+        held_out = self._held_out() if self.learner.trial_is_due else None
+        if held_out is not None:
+            self.learner.try_rejected_weight(self._batch, held_out)
+        elif (batch := self._batch()) is not None:
+            self.learner.step(batch)
+        self._train_s += time.process_time() - cpu
+        self._slice_s += time.monotonic() - started
+        if self._slice_s >= SLICE_S:
+            self._rest_until = time.monotonic() + self._slice_s * (1.0 / max(self._share(), 1e-3) - 1.0)
+            self._slice_s = 0.0
+            self._report()
+
+    def _share(self) -> float:
+        """Of the time, that it may train in."""
+        return min(self.slots.allowed_share, self.config["max_share"], self.pace.share)
+
+    def _batch(self) -> Batch | None:
+        batch = self.replay.sample(self.config["batch_tokens"])
+        if batch is None:
+            self._rest_until = time.monotonic() + NAP_S
+        else:
+            self._tokens_learned += int(batch.valid_BT.sum())
+        return batch
+
+    def _held_out(self) -> Batch | None:
+        return self.replay.sample(HELD_OUT_TOKENS, held_out=True)
+
+    def _publish(self) -> None:
+        """Offer the present weights to the gate."""
+        held_out = self._held_out()
+        if held_out is None or self.learner.num_steps == self._steps_at_publish:
+            return
+        self._last_publish, self._steps_at_publish = time.monotonic(), self.learner.num_steps
+        flat = self.learner.average.clone()
+        if self.gate.admit(flat, held_out):
+            self._refused += 1
+            if not torch.isfinite(flat).all():
+                self._restart_from_served()
+        else:
+            self._put(flat)
+        self.pace.observe(self._train_s, self.gate.candidate_accept, self.gate.served_accept)
+        self._report()
+
+    def _put(self, flat: torch.Tensor) -> None:
+        version = self.slots.put(fold(self.shape, flat).numpy())
+        self._published[version] = flat.clone()
+        self._order.append(version)
+        while len(self._order) > 4:
+            del self._published[self._order.popleft()]
+
+    def _restart_from_served(self) -> None:
+        config = self.config
+        self._steps_before += self.learner.num_steps
+        self.learner = Learner(
+            self.shape, self.gate.served.flat, config["learning_rate"], config["depth"],
+            config["rejected_weight"],
+        )  # fmt: skip
+        self._steps_at_publish = 0
+
+    def _report(self) -> None:
+        self.slots.report(
+            num_steps=self._steps_before + self.learner.num_steps,
+            train_s=self._train_s,
+            lost_rows=self._lost,
+            held_out_accept=self.gate.candidate_accept,
+            served_accept=self.gate.served_accept,
+            num_refused=self._refused,
+            rejected_weight=self.learner.rejected_weight,
+        )
+
+    # Orders.
+
+    def _save(self, order: dict[str, Any]) -> dict[str, Any]:
+        path = Path(order["path"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".tmp")
+        state = {
+            **self.learner.state_dict(),
+            "shape": vars(self.shape).copy(),
+            "served": self.gate.served.flat.clone(),
+            "version": self.slots.version,
+        }
+        with open(unfinished, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        return {"path": str(path), "version": self.slots.version, "num_steps": self.learner.num_steps}
+
+    def _open(self, order: dict[str, Any]) -> dict[str, Any]:
+        state = torch.load(order["path"], map_location="cpu", weights_only=True)
+        self.learner.load_state_dict({**state, "shape": HeadShape(**state["shape"])})
+        served = state["served"]
+        self.gate.serve(served)
+        self.slots.memory.words[0] = max(int(state["version"]) - 1, 0)  # versions go on where they were
+        self._put(served)
+        self._report()
+        return {"version": self.slots.version, "num_steps": self.learner.num_steps}
+
+    def _serve(self, order: dict[str, Any]) -> dict[str, Any]:
+        """The engine went back to an earlier version: judge candidates by that one, and train on from it."""
+        flat = self._published.get(order["version"])
+        if flat is not None:
+            self.gate.serve(flat)
+            self._restart_from_served()
+        return {"known": flat is not None}
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    os.nice(settings["config"]["nice"])
+    process = TrainerProcess(settings)
+    print(json.dumps({"ready": True}), flush=True)
+    process.run()
+
+
+if __name__ == "__main__":
+    main()
