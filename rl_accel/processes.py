@@ -6,7 +6,9 @@ small process outside the run, waits for the end of a pipe that only the run hol
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -15,6 +17,7 @@ import psutil
 
 MARK = "RL_ACCEL_RUN_ID"
 GRACE_S = 5.0
+PR_SET_PDEATHSIG = 1
 
 
 def mark_children() -> str:
@@ -59,6 +62,14 @@ def end_survivors(mark: str) -> int:
         _signal(process.kill)
     psutil.wait_procs(alive, timeout=GRACE_S)
     return len(processes)
+
+
+def end_with_parent() -> None:
+    """Have the calling process killed when the one that started it is gone. Linux."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before the kernel was told
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _signal(send) -> None:

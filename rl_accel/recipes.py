@@ -114,7 +114,7 @@ def compose(recipe: str, overrides: list[str], has_gpu: bool) -> DictConfig:
     trainers = [text.partition("=")[2] for text in overrides if text.startswith("trainer=")]
     overrides = [text for text in overrides if not text.startswith("trainer=")]
     for trainer in trainers[-1:]:
-        where, chosen = resolve_trainer(trainer, on_cpu=not has_gpu or name.endswith("/cpu"))
+        where, chosen = resolve_trainer(trainer, on_cpu=not has_gpu or name.split("/")[-1].startswith("cpu"))
         folders, parts = [*folders, where], [*parts, f"/{chosen}"]
     search = "hydra.searchpath=[{}]".format(",".join(f"'file://{path}'" for path in folders))
     ConfigStore.instance().store(name=ROOT_CONFIG, node={"defaults": [*parts, "_self_"]})

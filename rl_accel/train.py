@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 import traceback
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -21,6 +20,7 @@ from rl_accel.errors import ConfigError, RLAccelError, RunFailedError
 from rl_accel.hosts import versions
 from rl_accel.hosts.verl import launch, prepare
 from rl_accel.progress import Progress
+from rl_accel.quickstart.deep import shipped_policy
 from rl_accel.run_folder import RunFolder, default_path, is_disk_error, provenance
 
 logger = logging.getLogger("rl_accel")
@@ -108,8 +108,7 @@ def _fill_in(config: DictConfig, folder: RunFolder) -> None:
     with open_dict(config):
         config.rl_accel.run_dir = str(folder.path)
         OmegaConf.update(config, prepare.BLOCK, OmegaConf.to_container(config.rl_accel, resolve=True), force_add=True)
-        if config.actor_rollout_ref.model.path == "quickstart":
-            config.actor_rollout_ref.model.path = str(Path(__file__).parent / "quickstart" / "policy")
+        config.actor_rollout_ref.model.path = shipped_policy(config.actor_rollout_ref.model.path)
         if config.data.source != "files":
             config.data.train_files, config.data.val_files = map(str, data.paths(folder.path / "data"))
 

@@ -1,4 +1,7 @@
-"""Write the quickstart policy with more layers that change nothing: python scripts/grow_policy.py FOLDER [--layers 24]."""
+"""Write the quickstart policy with more layers that change nothing.
+
+python scripts/grow_policy.py FOLDER [--layers 24]
+"""
 
 from __future__ import annotations
 

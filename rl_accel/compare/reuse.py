@@ -85,7 +85,7 @@ def _resolve(settings: Sequence[str], run_dir: Path, was: dict[str, Any]) -> dic
         # The machine that compares may be another one than the machine that trained.
         config = recipes.compose(recipe, overrides, has_gpu=was.get("trainer.device") != "cpu")
         filled = ["rl_accel.run_dir"]
-        if OmegaConf.select(config, "actor_rollout_ref.model.path") == "quickstart":
+        if str(OmegaConf.select(config, "actor_rollout_ref.model.path")).startswith("quickstart"):
             filled.append("actor_rollout_ref.model.path")
         if OmegaConf.select(config, "data.source") != "files":
             filled += ["data.train_files", "data.val_files"]

@@ -1,7 +1,7 @@
 """The drafter with one more source of candidates: history where it knows the text, a draft model elsewhere.
 
-For each request the source that promises the larger gain drafts. The gain of a draft token is what the planner counts in
-(`kernels/suffix/api.py`: path probability / min_path_prob - 1, in units of a draft token's cost), so sources are
+For each request the source that promises the larger gain drafts. The gain of a draft token is what the planner counts
+in (`kernels/suffix/api.py`: path probability / min_path_prob - 1, in units of a draft token's cost), so sources are
 compared by accepted tokens against cost, and drafting nothing is one of the answers. The model costs time before it
 promises anything: it is asked where that has been worth it lately, for batches of this size, and tried again every
 `RETRY_EVERY` steps elsewhere.
@@ -59,6 +59,9 @@ class CandidateSource(Protocol):
     def observe(self, num_drafts: int, num_drafted: int, expected: float, num_accepted: int) -> None:
         """Hear what became of its drafts: how many there were, their tokens, those expected and those accepted."""
 
+    def observe_step(self, seconds: float, predicted: float, saved: float) -> None:
+        """Hear how long a step took, how long it was expected to take (0: unknown), and what the drafts saved of it."""
+
 
 class _Value:
     """What asking the source brought lately, in seconds a call, by batch size in powers of two."""
@@ -89,12 +92,12 @@ class CombinedDrafter(SuffixDrafter):
         self.source = source
         self.uses_history = config.method == "auto"
         self._value = _Value()
-        self.last_step_s = 0.0
         self._step_s = 0.0  # of the source, a draft token for all its rows
         self._last: dict[int, tuple[int, float]] = {}
         """Slot -> tokens of its last draft, and how many were expected to be accepted; by the source only."""
         self.last_source_s = 0.0
         self._served = np.zeros(3)
+        self._saved_s = 0.0
 
     def propose_rows(
         self,
@@ -124,7 +127,14 @@ class CombinedDrafter(SuffixDrafter):
             asked = np.flatnonzero(max_draft_N > 0)
             if len(asked):
                 self._ask_source(
-                    asked, drafts, (gains_N, expected_N, first_N, chosen), token_ids, rows, num_tokens, max_draft_N, floor_N
+                    asked,
+                    drafts,
+                    (gains_N, expected_N, first_N, chosen),
+                    token_ids,
+                    rows,
+                    num_tokens,
+                    max_draft_N,
+                    floor_N,
                 )
         self.planner.observe_candidates(len(slots), float(first_N.sum()), float(expected_N.sum()))
         if silent or gains_N.sum() < break_even:
@@ -206,12 +216,18 @@ class CombinedDrafter(SuffixDrafter):
         accepted = sum(min(max(n - 1, 0), length) for length, _, n in seen)
         self._served += (len(seen), drafted, accepted)
         self.source.observe(len(seen), drafted, expected, accepted)
+        cost = self.planner.cost
+        token_s = cost.base_s / len(slots) + cost.per_request_s
+        self._saved_s += accepted * token_s - drafted * cost.per_draft_s - (cost.speculation_s if drafted else 0.0)
 
     def observe_step(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
         """As `SuffixDrafter.observe_step`; the time of the source is no part of what a draft token costs."""
-        seconds -= self.last_source_s
-        if seconds > 0.0:
-            super().observe_step(seconds, num_requests, num_draft_tokens)
+        model_s = seconds - self.last_source_s
+        if model_s > 0.0:
+            predicted = self.planner.cost.predict(num_requests, num_draft_tokens) if self.planner.cost.ready else 0.0
+            self.source.observe_step(model_s, predicted, self._saved_s - self.last_source_s)
+            self._saved_s = 0.0
+            super().observe_step(model_s, num_requests, num_draft_tokens)
 
     def _observe_candidates(self, stats: dict[str, Any]) -> None:
         """What history alone would do says little here; `propose_rows` reports what is proposed."""

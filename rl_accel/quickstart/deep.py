@@ -1,8 +1,8 @@
 """The quickstart policy with more layers that change nothing: the same tokens, and a step several times as expensive.
 
 A new layer adds zero to the residual stream, since its last projections are zero; the old layers keep their order and
-are spread evenly between new ones. A draft head is then as cheap beside a step as it is on a GPU. Training moves the new
-layers like any others.
+are spread evenly between new ones. A draft head is then as cheap beside a step as it is on a GPU. Training moves the
+new layers like any others.
 """
 
 from __future__ import annotations
@@ -15,6 +15,13 @@ from pathlib import Path
 POLICY = Path(__file__).parent / "policy"
 LAYERS = 24
 LAST_PROJECTIONS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+
+def shipped_policy(path: str) -> str:
+    """Return the folder of `quickstart` and `quickstart_deep`, any other path as it is."""
+    if path == "quickstart":
+        return str(POLICY)
+    return str(deep_policy()) if path == "quickstart_deep" else path
 
 
 def deep_policy(layers: int = LAYERS) -> Path:

@@ -43,21 +43,21 @@ class TrainerClient:
 
     def start(self) -> None:
         """Start the process; it needs some seconds until it trains, and nobody waits for it."""
+        blocks = {"ring": self.ring.memory, "slots": self.slots.memory, "first": self._first}
+        descriptors = {name: block.descriptor for name, block in blocks.items()}
         settings = {
             "config": asdict(self.config),
             "shape": asdict(self.shape),
             "layout": asdict(self.layout),
             "capacity": self.ring.capacity,
-            "ring": self.ring.memory.descriptor,
-            "slots": self.slots.memory.descriptor,
-            "first": self._first.descriptor,
+            **descriptors,
         }
         threads = str(self.config.threads)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "rl_accel.speculator.process", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pass_fds=(settings["ring"], settings["slots"], settings["first"]),
+            pass_fds=tuple(descriptors.values()),
             env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""},
         )
         assert self._process.stdout is not None

@@ -15,7 +15,8 @@ class SpeculatorConfig:
     """A draft head that learns from rollouts while they run (`rl_accel.speculator.*`)."""
 
     enable: bool = False
-    """Draft with the head; `rl_accel.draft.method` is `auto` then (history or head, whichever is worth more), or `head`."""
+    """Draft with the head; `rl_accel.draft.method` is `auto` then (history or head, whichever is worth more) unless it
+    is set to `head`."""
     learn: bool = True
     """Train the head on what the engine generates. Off: it serves as it was restored."""
     width: int = 0

@@ -130,7 +130,7 @@ def state(w: Mapping[str, torch.Tensor], aux: torch.Tensor) -> torch.Tensor:
 
 
 def mixed(w: Mapping[str, torch.Tensor], tokens: torch.Tensor, tables_NVD: torch.Tensor | None = None) -> torch.Tensor:
-    """Return what the tokens add to the mix, int64 [..., N] -> [..., D]; from tables (`tables`) where they are given."""
+    """Return what the tokens add to the mix, int64 [..., N] -> [..., D]; from `tables` where they are given."""
     num_tokens = tokens.shape[-1]
     if tables_NVD is not None:
         return sum(tables_NVD[i][tokens[..., i]] for i in range(num_tokens))  # type: ignore[return-value]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections import deque
 
-WINDOW_S = 10.0
+WINDOW_S = 8.0
 """Seconds of training over which progress is judged."""
-PROGRESS = 1.04
+PROGRESS = 1.10
 """Gain in expected accepted tokens over the window for which it goes on without rest."""
 FALL = 0.9
 """Of the best served acceptance, running: below it the head is behind again."""
@@ -44,6 +44,5 @@ class Pace:
         while len(self._history) > 1 and self._history[1][0] <= train_s - WINDOW_S:
             self._history.popleft()
         since, before = self._history[0]
-        if train_s - since >= WINDOW_S:
-            if candidate_accept < PROGRESS * before:
-                self.share = STEADY_SHARE
+        if train_s - since >= WINDOW_S and candidate_accept < PROGRESS * before:
+            self.share = STEADY_SHARE

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rl_accel.processes import end_with_parent
 from rl_accel.speculator.gate import SwapGate
 from rl_accel.speculator.head import DraftHead, HeadShape
 from rl_accel.speculator.learner import Learner
@@ -56,9 +57,7 @@ class TrainerProcess:
         self.config = config
         self._orders_in = LineReader(sys.stdin.fileno())
         self.replay = Replay(layout, config["replay_tokens"], config["max_policy_lag"], config["seed"])
-        self.learner = Learner(
-            self.shape, flat, config["learning_rate"], config["depth"], config["rejected_weight"]
-        )
+        self.learner = Learner(self.shape, flat, config["learning_rate"], config["depth"], config["rejected_weight"])
         served = DraftHead(self.shape)
         self.gate = SwapGate(served, config["depth"])
         self.gate.serve(flat)
@@ -223,6 +222,7 @@ class TrainerProcess:
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
+    end_with_parent()
     os.nice(settings["config"]["nice"])
     process = TrainerProcess(settings)
     print(json.dumps({"ready": True}), flush=True)

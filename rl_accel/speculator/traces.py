@@ -2,8 +2,8 @@
 
 One writer, one reader, no lock: the writer never waits, and the reader notices when it was overtaken.
 A row at position t has the policy's hidden states there, the token that was sampled from them and those before, and the
-distribution that it was sampled from, as logits before the temperature. The first row of a verified draft also says how many of its tokens were
-drafted and accepted.
+logits that it was sampled from, before the temperature. The first row of a verified draft also says how many of its
+tokens were drafted and accepted.
 
 Cost: a copy; 2 KB a row for a policy of width 128 with 436 tokens, 1 KB + 6 H bytes with a larger vocabulary.
 

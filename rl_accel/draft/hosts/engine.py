@@ -28,10 +28,13 @@ class DraftEngine(Engine):
                 f"rl_accel.draft.method is {self.settings.method!r}, but vLLM was started without speculative_config; "
                 "pass one, or set rl_accel.draft.method=none"
             )
-        if self.settings.method in OUR_METHODS and getattr(vllm_config.speculative_config, "model", None) != DAS_PROPOSER:
+        if (
+            self.settings.method in OUR_METHODS
+            and getattr(vllm_config.speculative_config, "model", None) != DAS_PROPOSER
+        ):
             raise NotLiveError(
-                f"rl_accel.draft.method is {self.settings.method!r}, but speculative_config names another drafter; its model must be "
-                f"{DAS_PROPOSER}"
+                f"rl_accel.draft.method is {self.settings.method!r}, but speculative_config names another drafter; "
+                f"its model must be {DAS_PROPOSER}"
             )
 
     def installed(self, runner: Any) -> None:

@@ -97,7 +97,9 @@ class DASProposer:
         """
         self.runner, self.faults, self.source = runner, runner.rl_accel_faults, source
         if self.config.method in HEAD_METHODS and source is None:
-            raise NotLiveError(f"rl_accel.draft.method={self.config.method} needs rl_accel.speculator, which is off here")
+            raise NotLiveError(
+                f"rl_accel.draft.method={self.config.method} needs rl_accel.speculator, which is off here"
+            )
         if not is_output_rank(self.vllm_config):
             return
         self.drafter = self._new_drafter()

@@ -1,8 +1,8 @@
 """Cores of the engine that it leaves to the trainer while that trains.
 
-The threads of a CPU engine wait for each other many times a layer. Where they are as many as the cores, a process beside
-them takes the time of all; with one thread less the engine loses what that thread did and nothing more (measured with two
-cores and a policy of 24 layers: steps take 1.5 times as long, not 2 to 3 times).
+The threads of a CPU engine wait for each other many times a layer. Where they are as many as the cores, a process
+beside them takes the time of all; with one thread less the engine loses what that thread did and nothing more (two
+cores, a policy of 24 layers: steps take 1.5 times as long, not 2 to 3 times).
 """
 
 from __future__ import annotations

@@ -18,11 +18,13 @@ class SpeculatorDriver(Driver):
         method = self.accel.settings["draft"].method
         if self.settings.enabled and method not in METHODS:
             raise ConfigError(
-                f"rl_accel.speculator.enable=true drafts with a head, and rl_accel.draft.method={method} does not ask it; "
-                "set rl_accel.draft.method=auto (history and head), head, or leave it out"
+                f"rl_accel.speculator.enable=true drafts with a head, and rl_accel.draft.method={method} does not ask "
+                "it; set rl_accel.draft.method=auto (history and head), head, or leave it out"
             )
         if method in METHODS and not self.settings.enabled:
-            raise ConfigError(f"rl_accel.draft.method={method} needs rl_accel.speculator.enable=true, which is its default")
+            raise ConfigError(
+                f"rl_accel.draft.method={method} needs rl_accel.speculator.enable=true, which is its default"
+            )
 
     def summary(self, config: DictConfig) -> str:
         if not self.settings.enabled:

@@ -31,8 +31,9 @@ from rl_accel.hosts.vllm.faults import Faults
 from rl_accel.identity import hash64
 from rl_accel.speculator.client import TrainerClient
 from rl_accel.speculator.config import SpeculatorConfig
-from rl_accel.speculator.hosts.cores import Cores
 from rl_accel.speculator.head import HeadShape, first_weights, normalized
+from rl_accel.speculator.hosts.cores import Cores
+from rl_accel.speculator.ledger import Ledger
 from rl_accel.speculator.served import ServedHead
 from rl_accel.speculator.traces import TOP_K, RowLayout
 from rl_accel.speculator.watch import ServedWatch
@@ -89,6 +90,7 @@ class HeadSource:
         self._rows: npt.NDArray[np.int64] | None = None
         self._trace_share = 1.0
         self._cores = Cores()
+        self.ledger = Ledger()
         self._seconds = dict.fromkeys(("propose", "tap", "swap"), 0.0)
         self._calls = dict.fromkeys(("propose", "tap", "swap"), 0)
         self._engine_s, self._last_tap_end = 0.0, 0.0
@@ -136,8 +138,8 @@ class HeadSource:
 
         if not supports_eagle3(model):
             raise NotLiveError(
-                f"rl_accel.speculator needs hidden states of the policy, and vLLM hands out none of {type(model).__name__}; "
-                "set rl_accel.draft.method=das, or none"
+                "rl_accel.speculator needs hidden states of the policy, and vLLM hands out none of "
+                f"{type(model).__name__}; set rl_accel.draft.method=das, or none"
             )
         if not self.acts:
             return
@@ -150,6 +152,7 @@ class HeadSource:
         self._flat = folded
         self.head = ServedHead(self.shape, torch.from_numpy(folded), device)
         self._drained, self._drained_rows = self.client.slots.read_report(), 0
+        self._drained_s = 0.0, 0.0
         if self.config.learn:
             self.client.start()
 
@@ -206,7 +209,7 @@ class HeadSource:
             self._trace_share = min(1.0, max(self._trace_share * min(TAP_SHARE / max(share, 1e-9), 2.0), 1 / 64))
 
     def _trace(self, step: _Step, traced: npt.NDArray[np.int64], num_sampled: npt.NDArray[np.int64]) -> None:
-        assert self._aux is not None and self.client is not None
+        assert self._aux is not None and self.client is not None and step.target is not None
         batch, counts = self.runner.input_batch, num_sampled[traced]
         rows = _ranges(step.first_row[traced], step.first_row[traced] + counts)
         # Rows of the traced requests lie one after the other in `target`.
@@ -235,7 +238,7 @@ class HeadSource:
             "temperature": np.repeat(batch.temperature_cpu[traced], counts).astype(np.float16),
             "tokens": tokens,
             "aux": aux.half().cpu().numpy(),
-            "target": step.target[in_target.to(step.target.device)].cpu().numpy(),  # type: ignore[index]
+            "target": step.target[in_target.to(step.target.device)].cpu().numpy(),
         }
         if step.target_ids is not None:
             values["target_ids"] = step.target_ids[in_target.to(step.target_ids.device)].int().cpu().numpy()
@@ -271,7 +274,11 @@ class HeadSource:
         where = num_tokens_N.astype(np.int64)[:, None] - 1 - np.arange(self.layout.num_tokens)
         tokens = torch.from_numpy(token_ids[rows[:, None], np.maximum(where, 0)].astype(np.int64)).to(self.head.device)
         drafts, paths = self.head.draft(
-            aux, tokens, int(max_draft_tokens_N.max()), torch.from_numpy(min_path_probs_N), min_step_gain,
+            aux,
+            tokens,
+            int(max_draft_tokens_N.max()),
+            torch.from_numpy(min_path_probs_N),
+            min_step_gain,
             self.watch.temperature,
         )
         found = drafts.cpu().numpy(), paths.cpu().numpy()
@@ -284,7 +291,16 @@ class HeadSource:
         if verdict == "worse" and self._previous is not None:
             self._roll_back()
         elif verdict == "silent":
-            self.faults.note(SILENT, "drafts of the speculator are hardly ever accepted; it is silent until its next version")
+            self.faults.note(
+                SILENT, "drafts of the speculator are hardly ever accepted; it is silent until its next version"
+            )
+
+    def observe_step(self, seconds: float, predicted: float, saved: float) -> None:
+        """As `CandidateSource.observe_step`; the trainer trains as much as it earns."""
+        if self.client is not None and self.config.learn:
+            self.ledger.observe_saved(saved)
+            self.ledger.observe_step(seconds, predicted, self.client.slots.busy)
+            self.client.slots.allowed_share = self.ledger.share
 
     @contextmanager
     def _contained(self) -> Iterator[None]:
@@ -325,7 +341,9 @@ class HeadSource:
     def _roll_back(self) -> None:
         assert self._previous is not None and self.client is not None
         bad, (version, flat) = self.version, self._previous
-        self.faults.note(ROLLED_BACK, "version %d of the speculator does worse than version %d, which is back", bad, version)
+        self.faults.note(
+            ROLLED_BACK, "version %d of the speculator does worse than version %d, which is back", bad, version
+        )
         self._previous, self._refused_version = None, bad
         self._install(version, flat)
         self.client.tell("serve", version=version)
@@ -350,6 +368,9 @@ class HeadSource:
             "train_steps": float(report.num_steps - self._drained.num_steps),
             "train_s": report.train_s - self._drained.train_s,
             "train_share": self.client.slots.allowed_share if self.config.learn else 0.0,
+            "train_slowdown": self.ledger.slowdown,
+            "saved_s": self.ledger.saved_s - self._drained_s[0],
+            "charged_s": self.ledger.charged_s - self._drained_s[1],
             "held_out_accept": report.held_out_accept,
             "served_accept": report.served_accept,
             "calibration": self.watch.calibration,
@@ -357,6 +378,7 @@ class HeadSource:
             "trainers_gone": float(self.config.learn and not self.client.alive),
         }
         self._drained, self._drained_rows = report, self.client.ring.num_written
+        self._drained_s = self.ledger.saved_s, self.ledger.charged_s
         self._seconds, self._calls = dict.fromkeys(seconds, 0.0), dict.fromkeys(calls, 0)
         self._engine_s = 0.0
         return found
