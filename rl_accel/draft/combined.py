@@ -123,7 +123,8 @@ class CombinedDrafter(SuffixDrafter):
         expected_N = np.array([path.sum() for path in paths])
         first_N = np.array([path[0] if len(path) else 0.0 for path in paths])
         chosen = np.zeros(len(slots), bool)
-        if not silent and self.source.ready and self._value.asks(len(slots)):
+        fixed = self.config.policy == "fixed"
+        if not silent and self.source.ready and (fixed or self._value.asks(len(slots))):
             asked = np.flatnonzero(max_draft_N > 0)
             if len(asked):
                 self._ask_source(
@@ -176,7 +177,8 @@ class CombinedDrafter(SuffixDrafter):
         """Let the source draft where it gains more than history; changes `drafts` and `found` in place."""
         gains_N, expected_N, first_N, chosen = found
         started, per_draft_s = time.perf_counter(), self.planner.cost.per_draft_s
-        min_step_gain = self._step_s / per_draft_s if per_draft_s > 0.0 else 0.0
+        counts = per_draft_s > 0.0 and self.config.policy != "fixed"
+        min_step_gain = self._step_s / per_draft_s if counts else 0.0
         tokens_NK, paths_NK = self.source.candidates(
             rows[asked], num_tokens[asked], token_ids, max_draft_N[asked], floor_N[asked], min_step_gain
         )

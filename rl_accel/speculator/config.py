@@ -37,6 +37,9 @@ class SpeculatorConfig:
     """Extra weight of the first rejected token of a served draft. -1: learned, 0 where it does not help."""
     publish_s: float = 2.0
     """Least seconds between two candidates for serving."""
+    max_trace_share: float = 0.015
+    """Largest share of the engine's time that leaving traces may take, above 0, at most 1; fewer requests are traced
+    where it takes more."""
     threads: int = 1
     """CPU threads of the trainer."""
     nice: int = 0
@@ -62,8 +65,9 @@ class SpeculatorConfig:
             raise ConfigError(
                 f"rl_accel.speculator.rejected_weight must be -1 (learned) or 0 to 100; got {self.rejected_weight}"
             )
-        if not 0.0 < self.max_share <= 1.0:
-            raise ConfigError(f"rl_accel.speculator.max_share must be above 0, at most 1; got {self.max_share}")
+        for name in ("max_share", "max_trace_share"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ConfigError(f"rl_accel.speculator.{name} must be above 0, at most 1; got {getattr(self, name)}")
 
     @property
     def enabled(self) -> bool:

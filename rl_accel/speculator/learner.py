@@ -97,7 +97,7 @@ class Learner:
             "shape": self.head.shape,
             "flat": self.flat.clone(),
             "average": self.average.clone(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
             "num_steps": self.num_steps,
             "rejected_weight": self.rejected_weight,
             "to_trial": self._to_trial,
@@ -116,7 +116,7 @@ class Learner:
         with torch.no_grad():
             self.head.flat.copy_(state["flat"])
         self.average.copy_(state["average"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.num_steps, self._to_trial = state["num_steps"], state["to_trial"]
         if self.learns_weight:
             self.rejected_weight = state["rejected_weight"]

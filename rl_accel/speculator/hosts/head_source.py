@@ -45,8 +45,6 @@ AUX_ARGUMENT = 3
 """Of `propose_draft_token_ids`, after the scheduler's output and the sampled tokens: the hidden states."""
 OFF = "heads_off"
 REFUSED, ROLLED_BACK, SILENT = "weights_refused", "rolled_back", "alarms"
-TAP_SHARE = 0.015
-"""Largest share of the time that traces may take; fewer requests are traced where they take more."""
 
 
 @dataclass
@@ -206,7 +204,9 @@ class HeadSource:
         self._last_tap_end = now
         if self._calls["tap"] % 64 == 0 and self._engine_s > 0.0:
             share = self._seconds["tap"] / self._engine_s
-            self._trace_share = min(1.0, max(self._trace_share * min(TAP_SHARE / max(share, 1e-9), 2.0), 1 / 64))
+            self._trace_share = min(
+                1.0, max(self._trace_share * min(self.config.max_trace_share / max(share, 1e-9), 2.0), 1 / 64)
+            )
 
     def _trace(self, step: _Step, traced: npt.NDArray[np.int64], num_sampled: npt.NDArray[np.int64]) -> None:
         assert self._aux is not None and self.client is not None and step.target is not None

@@ -1,0 +1,152 @@
+"""The speculator inside a real vLLM engine: the same tokens whatever is served, and no way for poison to be served.
+
+The engines: `speculator_engine.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from .tiny_qwen import build_model
+
+ENGINE = Path(__file__).with_name("speculator_engine.py")
+
+
+@pytest.fixture(scope="module")
+def engines(run_ranks, tmp_path_factory):
+    """MODE -> result, each engine started once."""
+    model = tmp_path_factory.mktemp("speculator") / "model"
+    build_model(model)
+    results: dict[str, dict] = {}
+
+    def run(mode: str, steps: str = "0,1") -> dict:
+        if mode not in results:
+            (results[mode],) = run_ranks(ENGINE, 1, str(model), mode, steps, timeout=400)
+        return results[mode]
+
+    run.model = model
+    return run
+
+
+def test_tokens_do_not_depend_on_what_is_served(engines) -> None:
+    """Versions swapped in flight, random ones too, with prompts prefilled in parts and two temperatures."""
+    swaps = engines("swaps")
+    assert swaps["tokens"] == engines("plain")["tokens"]
+    assert swaps["state"]["live"]["features"] == {
+        "sampling": True,
+        "draft": "head",
+        "speculator": "serving",
+        "sync": True,
+    }
+    assert swaps["state"]["counts"]["num_draft_tokens"] > 100
+    assert "speculator" not in engines("plain")["state"]["live"]["features"]
+
+
+def test_poison_is_never_served(engines) -> None:
+    """What is not finite, damaged or of another shape is refused, and the version before goes on."""
+    swaps = engines("swaps")
+    good = {version for kind, version in swaps["published"] if kind == "random"}
+    served = [version for version, _ in swaps["served"]]
+    assert set(served) <= good | {1} and len(set(served)) > 3
+    assert all(total == total and abs(total) < 1e9 for _, total in swaps["served"])
+    poisoned = sum(kind != "random" for kind, _ in swaps["published"])
+    assert swaps["state"]["metrics"]["weights_refused"] >= poisoned - 1 > 3
+
+
+@pytest.fixture(scope="module")
+def learned(engines):
+    return engines("learns")
+
+
+def test_the_head_learns_while_the_engine_generates(learned) -> None:
+    """From nothing accepted to 0.8 accepted tokens a draft, on problems that do not repeat."""
+    first, last = learned["states"][0]["counts"], learned["states"][-2]["counts"]
+    assert last["num_accepted_tokens"] > 0.8 * last["num_drafts"] > 100
+    assert first["num_accepted_tokens"] < 0.5 * max(first["num_drafts"], 1) + 100
+    metrics = learned["states"][-2]["metrics"]
+    assert metrics["version"] > 2 and metrics["served_accept"] > 0.5 and metrics["heads_off"] == 0.0
+
+
+def test_tokens_are_those_without_it(engines, learned, run_ranks) -> None:
+    """While it learned, and in the step in which its trainer was killed."""
+    assert learned["tokens"] == engines("plain")["tokens"]
+    (after,) = run_ranks(ENGINE, 1, str(engines.model), "plain", str(learned["last"]), timeout=400)
+    assert learned["after_kill"] == after["tokens"][0]
+
+
+def test_a_killed_trainer_costs_its_learning_and_nothing_else(learned) -> None:
+    state = learned["states"][-1]
+    assert state["metrics"]["trainers_gone"] == 1.0 and state["metrics"]["heads_off"] == 0.0
+    assert state["counts"]["num_accepted_tokens"] > 0, "it goes on with the head that it has"
+    assert "error" in learned["saved_without"]
+
+
+def test_head_and_version_survive_a_checkpoint(learned) -> None:
+    assert learned["opened"]["num_steps"] == learned["saved"]["num_steps"] > 0
+    assert learned["opened"]["version"] == learned["saved"]["version"] == learned["version"]
+
+
+def test_traces_are_the_policys_own_states_and_logits(engines, learned) -> None:
+    """Against transformers, position by position: hidden states, logits, tokens, and what was accepted."""
+    from transformers import AutoModelForCausalLM
+
+    from .speculator_engine import prompt
+
+    rows = learned["rows"]["rows"]
+    model = AutoModelForCausalLM.from_pretrained(engines.model, dtype=torch.float32)
+    texts = {}
+    names = [(p, s) for p in range(12) for s in range(4)]
+    for step in range(2):
+        for (p, _s), tokens in zip(names, learned["tokens"][step], strict=True):
+            texts[tuple(tokens)] = prompt(p) + list(tokens)
+    by_request: dict[int, list[int]] = {}
+    for i, request in enumerate(rows["request"].tolist()):
+        by_request.setdefault(request, []).append(i)
+    checked = 0
+    for indices in by_request.values():
+        positions = rows["position"][indices].tolist()
+        newest = rows["tokens"][indices, 0].tolist()
+        text = next(
+            (
+                t
+                for t in texts.values()
+                if all(p + 1 < len(t) and t[p + 1] == n for p, n in zip(positions, newest, strict=True))
+            ),
+            None,
+        )
+        if text is None or len(positions) < 10:
+            continue
+        with torch.inference_mode():
+            out = model(torch.tensor([text]), output_hidden_states=True)
+        states = torch.stack([out.hidden_states[1][0], _before_norm(model, torch.tensor([text]))], 1)[positions]
+        states = states / (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        torch.testing.assert_close(rows["aux"][indices].float(), states.flatten(1), rtol=5e-3, atol=5e-3)
+        torch.testing.assert_close(rows["target"][indices].float(), out.logits[0, positions], rtol=5e-3, atol=2e-2)
+        assert positions == list(range(positions[0], positions[0] + len(positions)))
+        drafted, accepted = rows["drafted"][indices], rows["accepted"][indices]
+        starts = (accepted >= 0).nonzero()[:, 0].tolist()
+        for a, b in zip(starts, starts[1:], strict=False):
+            assert b - a == int(accepted[a]) + 1 and int(accepted[a]) <= int(drafted[a])
+        checked += 1
+    assert checked > 10
+
+
+def _before_norm(model, ids: torch.Tensor) -> torch.Tensor:
+    """The last layer's output, which transformers returns normalized only."""
+    found = []
+    handle = model.model.layers[-1].register_forward_hook(
+        lambda module, args, output: found.append(output[0] if isinstance(output, tuple) else output)
+    )
+    model(ids)
+    handle.remove()
+    return found[0].reshape(-1, found[0].shape[-1])
+
+
+def test_tensor_parallel_ranks_take_one_ranks_drafts(engines) -> None:
+    tp2 = engines("tp2")
+    first, second = tp2["states"][2:]
+    assert first["metrics"]["num_asked"] > 0 and second["metrics"] == {}
+    assert first["counts"] == second["counts"] and first["counts"]["num_draft_tokens"] > 0
