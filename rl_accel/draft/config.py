@@ -34,8 +34,8 @@ class DraftConfig:
     prompt_lookup_max: int = 4
     """`ngram`: longest match, in tokens."""
     policy: str = "budget"
-    """`das`, `head`, `auto`: how long drafts are. `budget`: as long as is worth it by measured costs and predicted lengths; `classes`:
-    the paper's long / medium / short; `fixed`: always as long as allowed."""
+    """`das`, `head`, `auto`: how long drafts are. `budget`: as long as is worth it by measured costs and predicted
+    lengths; `classes`: the paper's long / medium / short; `fixed`: always as long as allowed."""
     window: int = 8
     """`das`: epochs of history that are kept, 1 to 8; fewer while old ones predict badly."""
     history_gib: float = 2.0

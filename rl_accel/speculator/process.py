@@ -68,7 +68,7 @@ class TrainerProcess:
         self._train_s, self._last_rows, self._last_publish = 0.0, 0.0, time.monotonic()
         self._tokens_learned, self._steps_before = 0, 0
         self._steps_at_publish = 0
-        self._rest_until, self._slice_s = 0.0, 0.0
+        self._rested_from, self._slice_s = 0.0, 0.0
 
     def run(self) -> None:
         """Train until the standard input ends."""
@@ -104,7 +104,7 @@ class TrainerProcess:
         now = time.monotonic()
         return (
             share > 0.0
-            and now >= self._rest_until
+            and now - self._rested_from >= (0.0 if self._slice_s else SLICE_S * (1.0 / share - 1.0))
             and now - self._last_rows < IDLE_S
             and len(self.replay) >= MIN_ROWS
             and self._tokens_learned < REUSE * self.replay.num_rows
@@ -120,8 +120,7 @@ class TrainerProcess:
         self._train_s += time.process_time() - cpu
         self._slice_s += time.monotonic() - started
         if self._slice_s >= SLICE_S:
-            self._rest_until = time.monotonic() + self._slice_s * (1.0 / max(self._share(), 1e-3) - 1.0)
-            self._slice_s = 0.0
+            self._rested_from, self._slice_s = time.monotonic(), 0.0
             self._report()
 
     def _share(self) -> float:
@@ -131,7 +130,7 @@ class TrainerProcess:
     def _batch(self) -> Batch | None:
         batch = self.replay.sample(self.config["batch_tokens"])
         if batch is None:
-            self._rest_until = time.monotonic() + NAP_S
+            time.sleep(NAP_S)
         else:
             self._tokens_learned += int(batch.valid_BT.sum())
         return batch

@@ -1,4 +1,4 @@
-"""The trainer as a process of its own: learns from shared memory, publishes, saves, opens, and is not missed when killed."""
+"""The trainer as a process of its own: learns from shared memory, publishes, saves, opens; killed, it is not missed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_it_learns_from_the_ring_and_publishes(trained) -> None:
 
 
 def test_it_saves_and_another_one_goes_on(trained) -> None:
-    trainer, path, answer = trained
+    _, path, answer = trained
     assert answer["path"] == str(path) and path.is_file() and not list(path.parent.glob("*.tmp"))
     state = torch.load(path, weights_only=True)
     other = client()

@@ -44,6 +44,8 @@ MAX_WIDTH = 512
 AUX_ARGUMENT = 3
 """Of `propose_draft_token_ids`, after the scheduler's output and the sampled tokens: the hidden states."""
 OFF = "heads_off"
+MIN_TRACED = 1 / 64
+"""Of the requests, at least."""
 REFUSED, ROLLED_BACK, SILENT = "weights_refused", "rolled_back", "alarms"
 
 
@@ -204,9 +206,8 @@ class HeadSource:
         self._last_tap_end = now
         if self._calls["tap"] % 64 == 0 and self._engine_s > 0.0:
             share = self._seconds["tap"] / self._engine_s
-            self._trace_share = min(
-                1.0, max(self._trace_share * min(self.config.max_trace_share / max(share, 1e-9), 2.0), 1 / 64)
-            )
+            change = min(self.config.max_trace_share / max(share, 1e-9), 2.0)
+            self._trace_share = min(1.0, max(self._trace_share * change, MIN_TRACED))
 
     def _trace(self, step: _Step, traced: npt.NDArray[np.int64], num_sampled: npt.NDArray[np.int64]) -> None:
         assert self._aux is not None and self.client is not None and step.target is not None

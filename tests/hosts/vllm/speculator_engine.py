@@ -1,4 +1,4 @@
-"""One engine of test_speculator_engine.py, with the core in its process: `main()` is run by `run_ranks`, one fork a mode."""
+"""One engine of test_speculator_engine.py, its core in this process: `main()` is run by `run_ranks`, a fork a mode."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ The engines: `speculator_engine.py`.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,7 @@ def test_traces_are_the_policys_own_states_and_logits(engines, learned) -> None:
         assert positions == list(range(positions[0], positions[0] + len(positions)))
         drafted, accepted = rows["drafted"][indices], rows["accepted"][indices]
         starts = (accepted >= 0).nonzero()[:, 0].tolist()
-        for a, b in zip(starts, starts[1:], strict=False):
+        for a, b in itertools.pairwise(starts):
             assert b - a == int(accepted[a]) + 1 and int(accepted[a]) <= int(drafted[a])
         checked += 1
     assert checked > 10
