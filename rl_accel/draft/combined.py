@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from rl_accel.draft.config import DraftConfig
+from rl_accel.draft.config import HISTORY_METHODS, DraftConfig
 from rl_accel.draft.drafter import SuffixDrafter
 
 MIN_PROBABILITY = 0.01
@@ -90,11 +90,12 @@ class CombinedDrafter(SuffixDrafter):
     def __init__(self, config: DraftConfig, source: CandidateSource, **kwargs: Any):
         super().__init__(config, **kwargs)
         self.source = source
-        self.uses_history = config.method == "auto"
+        self.uses_history = config.method in HISTORY_METHODS
         self._value = _Value()
         self._step_s = 0.0  # of the source, a draft token for all its rows
-        self._last: dict[int, tuple[int, float]] = {}
-        """Slot -> tokens of its last draft, and how many were expected to be accepted; by the source only."""
+        self._last: dict[int, tuple[int, float, float]] = {}
+        """Slot -> tokens of its last draft, how many were expected to be accepted, and the gain that history had; of
+        drafts by the source only."""
         self.last_source_s = 0.0
         self._served = np.zeros(3)
         self._saved_s = 0.0
@@ -122,7 +123,7 @@ class CombinedDrafter(SuffixDrafter):
         gains_N = np.array([(path / floor_N[i] - 1.0).sum() for i, path in enumerate(paths)])
         expected_N = np.array([path.sum() for path in paths])
         first_N = np.array([path[0] if len(path) else 0.0 for path in paths])
-        chosen = np.zeros(len(slots), bool)
+        history_N, chosen = gains_N.copy(), np.zeros(len(slots), bool)
         fixed = self.config.policy == "fixed"
         if not silent and self.source.ready and (fixed or self._value.asks(len(slots))):
             asked = np.flatnonzero(max_draft_N > 0)
@@ -140,7 +141,9 @@ class CombinedDrafter(SuffixDrafter):
         self.planner.observe_candidates(len(slots), float(first_N.sum()), float(expected_N.sum()))
         if silent or gains_N.sum() < break_even:
             return [[] for _ in request_ids]
-        self._last = {int(slots[i]): (len(drafts[i]), float(expected_N[i])) for i in np.flatnonzero(chosen)}
+        self._last = {
+            int(slots[i]): (len(drafts[i]), float(expected_N[i]), float(history_N[i])) for i in np.flatnonzero(chosen)
+        }
         return drafts
 
     def _from_history(
@@ -213,14 +216,16 @@ class CombinedDrafter(SuffixDrafter):
             return
         last, self._last = self._last, {}
         seen = [(*last[int(slot)], int(n)) for slot, n in zip(slots, gained, strict=True) if int(slot) in last]
-        drafted = sum(length for length, _, _ in seen)
-        expected = sum(value for _, value, _ in seen)
-        accepted = sum(min(max(n - 1, 0), length) for length, _, n in seen)
+        drafted = sum(length for length, *_ in seen)
+        expected = sum(value for _, value, _, _ in seen)
+        accepted = sum(min(max(n - 1, 0), length) for length, _, _, n in seen)
         self._served += (len(seen), drafted, accepted)
         self.source.observe(len(seen), drafted, expected, accepted)
         cost = self.planner.cost
         token_s = cost.base_s / len(slots) + cost.per_request_s
-        self._saved_s += accepted * token_s - drafted * cost.per_draft_s - (cost.speculation_s if drafted else 0.0)
+        # What history would have gained is no merit of the source.
+        without = drafted + sum(gain for _, _, gain, _ in seen)
+        self._saved_s += accepted * token_s - without * cost.per_draft_s
 
     def observe_step(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
         """As `SuffixDrafter.observe_step`; the time of the source is no part of what a draft token costs."""

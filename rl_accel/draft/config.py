@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from rl_accel.config import unknown
 from rl_accel.errors import ConfigError
 
-DRAFT_METHODS = ("none", "ngram", "suffix", "das", "head", "auto")
+DRAFT_METHODS = ("none", "ngram", "suffix", "model", "das", "head", "auto")
 OUR_METHODS = ("das", "head", "auto")
 """Those that our proposer serves."""
+HISTORY_METHODS = ("das", "auto")
+"""Those that draft from history."""
 HEAD_METHODS = ("head", "auto")
 """Those that ask the head of `rl_accel.speculator`."""
 DRAFT_POLICIES = ("budget", "classes", "fixed")
-DRAFT_LENGTHS = {"none": 1, "ngram": 5, "suffix": 24, "das": 16, "head": 8, "auto": 16}
+DRAFT_LENGTHS = {"none": 1, "ngram": 5, "suffix": 24, "model": 5, "das": 16, "head": 8, "auto": 16}
 """Longest draft where none is set, by method; `suffix`: vLLM's own default, its tree depth."""
 
 
@@ -25,10 +27,12 @@ class DraftConfig:
     method: str = "none"
     """`none`; `das`: rollout history with length-aware budgets; `head`: a small model that learns from the rollouts
     (`rl_accel.speculator`); `auto`: whichever of the two is worth more, per request and step; or one of vLLM's own:
-    `ngram` (looks in the request itself), `suffix` (package arctic-inference)."""
+    `ngram` (looks in the request itself), `suffix` (package arctic-inference), `model` (a smaller language model)."""
+    model: str | None = None
+    """`model`: folder or hub name of the smaller model, with the policy's tokenizer."""
     num_speculative_tokens: int | None = None
     """Most draft tokens per request and engine step, 1 to 128. None: 16 for `das` and `auto`, 8 for
-    `head`, 5 for `ngram`, 24 for `suffix`."""
+    `head`, 5 for `model` and `ngram`, 24 for `suffix`."""
     prompt_lookup_min: int = 2
     """`ngram`: shortest match, in tokens."""
     prompt_lookup_max: int = 4
@@ -50,6 +54,11 @@ class DraftConfig:
     def __post_init__(self) -> None:
         if self.method not in DRAFT_METHODS:
             raise ConfigError(unknown("rl_accel.draft.method", self.method, DRAFT_METHODS))
+        if (self.method == "model") != (self.model is not None):
+            raise ConfigError(
+                "rl_accel.draft.method=model drafts by the model that rl_accel.draft.model names; set both or neither; "
+                f"got method={self.method} and model={self.model}"
+            )
         if self.num_speculative_tokens is not None and not 1 <= self.num_speculative_tokens <= 128:
             raise ConfigError(
                 f"rl_accel.draft.num_speculative_tokens is {self.num_speculative_tokens}; vLLM takes 1 to 128"

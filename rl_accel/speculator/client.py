@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 RING_ROWS = 1 << 14
 """Rows of the ring; the trainer looks several times a second."""
-ORDER_TIMEOUT_S = 30.0
+ORDER_TIMEOUT_S = 60.0
 
 
 class TrainerClient:

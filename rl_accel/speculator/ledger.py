@@ -9,7 +9,7 @@ Source: ours.
 
 from __future__ import annotations
 
-CREDIT_S = 40.0
+CREDIT_S = 25.0
 """Seconds of training before the balance is asked for."""
 PERIOD_S = 20.0
 """Seconds of engine steps in a period."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections import deque
 
-WINDOW_S = 8.0
+WINDOW_S = 6.0
 """Seconds of training over which progress is judged."""
-PROGRESS = 1.10
+PROGRESS = 1.15
 """Gain in expected accepted tokens over the window for which it goes on without rest."""
 FALL = 0.9
 """Of the best served acceptance, running: below it the head is behind again."""
 FORGET = 0.995
-STEADY_SHARE = 0.1
+STEADY_SHARE = 0.02
 
 
 class Pace:

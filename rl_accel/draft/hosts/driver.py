@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -29,6 +30,13 @@ class DraftDriver(Driver):
         if self.settings.record and not self.accel.run_dir:
             raise ConfigError("rl_accel.draft.record writes into rl_accel.run_dir, which is not set")
 
+        if self.settings.model and model_files.is_local(self.settings.model):
+            folder = Path(self.settings.model).expanduser()
+            if not (folder / "config.json").is_file():
+                raise ConfigError(
+                    f"rl_accel.draft.model={self.settings.model}: no model there (config.json is missing)"
+                )
+
     def engine_settings(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self.settings).items() if name != "record"}
 
@@ -38,6 +46,9 @@ class DraftDriver(Driver):
             return {}
         if draft.method in OUR_METHODS:
             return {"speculative_config": {"model": DAS_PROPOSER, "num_speculative_tokens": draft.max_draft}}
+        if draft.method == "model":
+            length = {"num_speculative_tokens": draft.max_draft}
+            return {"speculative_config": {"method": "draft_model", "model": draft.model, **length}}
         speculative = {"method": draft.method, "num_speculative_tokens": draft.max_draft}
         if draft.method == "ngram":
             speculative["prompt_lookup_min"] = draft.prompt_lookup_min

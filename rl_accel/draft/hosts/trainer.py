@@ -24,6 +24,7 @@ from typing import Any
 
 import ray
 
+from rl_accel.draft.config import HISTORY_METHODS
 from rl_accel.draft.history import MANIFEST
 from rl_accel.draft.record import Rollout, append_rollouts
 from rl_accel.feature import Feature, Trainer
@@ -42,7 +43,7 @@ class DraftTrainer(Trainer):
 
     def __init__(self, feature: Feature, settings: Any, trainer: Any):
         super().__init__(feature, settings, trainer)
-        self.live = settings.method == "das"
+        self.live = settings.method in HISTORY_METHODS
         self.failures = {"history_refused": 0, "history_not_saved": 0, "history_not_shared": 0}
         """Since the start: snapshots that were not restored or not saved, segments that did not reach an engine."""
 

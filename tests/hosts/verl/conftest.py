@@ -3,7 +3,7 @@
 | fixture | training | compared with |
 |---|---|---|
 | `plain_run` | exact sampling, no drafts, FSDP2 | |
-| `das_run` | DAS and a feature of another package; the disk fills up, then a kill, then its end | `plain_run` |
+| `das_run` | DAS, a speculator and a feature of another package; the disk fills up, a kill, its end | `plain_run` |
 | `ngram_run` | plain verl command with flags, ngram drafts | `plain_run` |
 | `best_of_run` | DeepSpeed on two ranks, an agent loop of several outputs, ended by Ctrl-C | step 1 of `plain_run` |
 """
@@ -89,11 +89,12 @@ def ngram_run(trainings, plain_run) -> Run:
 
 @pytest.fixture(scope="session")
 def das_run(trainings) -> Iterator[DisturbedRun]:
-    """DAS drafts and the toy feature of `tests/feature`. The disk fills up in the checkpoint of step 4 (it holds one of
-    11 MB, not two); on a larger disk the run is killed after that checkpoint and before the log line of its step."""
+    """DAS drafts beside a small head, and the toy feature of `tests/feature`. The disk fills up in the checkpoint of
+    step 4 (it holds one of 12 MB, not two); on a larger disk the run is killed after that checkpoint and before the log
+    line of its step."""
     name, path = "das", trainings.root / "das"
-    settings = ("rl_accel.draft.method=das", "rl_accel.draft.record=true", "rl_accel.toy.enable=true")
-    settings += ("rl_accel.toy.size=7",)
+    settings = ("rl_accel.draft.method=auto", "rl_accel.speculator.width=32", "rl_accel.speculator.publish_s=0.5")
+    settings += ("rl_accel.draft.record=true", "rl_accel.toy.enable=true", "rl_accel.toy.size=7")
     env = {"PYTHONPATH": str(TOY)}
     jumping = {"PYTHONPATH": os.pathsep.join([str(TOY), str(HERE / "jumping_clock")]), "JUMP_SEED": "1"}
     path.mkdir()

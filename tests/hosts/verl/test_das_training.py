@@ -1,10 +1,13 @@
-"""DAS and a feature of another package in the real trainer: drafts from earlier epochs, and what checkpoints restore.
+"""DAS with a draft head, and a feature of another package, in the real trainer: drafts from earlier epochs, and what
+checkpoints restore.
 
 Eight problems in two epochs of two steps, so steps 3 and 4 meet the problems of steps 1 and 2 again. The last session
 of `das_run` is resumed from step 2; that its tokens and weights are those without drafts is in test_interruption.py.
 """
 
 from __future__ import annotations
+
+import torch
 
 from rl_accel.draft.record import read_rollouts
 
@@ -33,10 +36,27 @@ def test_rollouts_are_recorded(das_run) -> None:
     assert all(r.prompt_token_ids for r in recorded)
 
 
+def test_the_draft_head_learns_and_survives_the_kill(das_run) -> None:
+    """Versions go on after the resume from step 2, and the last checkpoint holds what another run could open."""
+    metrics = das_run.run.metrics()
+    versions = [metrics[step]["rl_accel/speculator/version"] for step in (1, 2, 3, 4)]
+    assert versions == sorted(versions) and versions[2] >= versions[1] > 1
+    for step in metrics.values():
+        for kind in ("not_saved", "not_restored", "off"):
+            assert step[f"rl_accel/speculator/heads_{kind}"] == 0
+        assert step["rl_accel/speculator/trainers_gone"] == 0
+    assert sum(step["rl_accel/speculator/train_steps"] for step in metrics.values()) > 0
+    state = torch.load(
+        das_run.run.path / "checkpoints" / "global_step_4" / "rl_accel" / "speculator" / "engine000.pt",
+        weights_only=True,
+    )
+    assert state["version"] >= versions[3] and state["num_steps"] > 0 and torch.isfinite(state["served"]).all()
+
+
 def test_a_feature_of_another_package_takes_part_everywhere(das_run) -> None:
     """In the driver's summary, engine, rank, trainer, patches, and a checkpoint of its own."""
     run = das_run.run
-    assert "drafting by das, a toy of size 7" in run.output
+    assert "drafting by auto, online speculator, a toy of size 7" in run.output
     assert (run.path / "checkpoints" / "global_step_4" / "rl_accel" / "toy" / "steps").read_text() == "4"
     for step, metrics in run.metrics().items():
         assert metrics["toy/patched"] == 1

@@ -42,7 +42,9 @@ def engine(model: str, mode: str):
     from rl_accel.hosts.verl.prepare import engine_args, engine_settings
 
     values: dict = {"sampling": {"exact": True, "seed": 7}, "sync": {}, "fast_path": {}}
-    if mode != "plain":
+    if mode == "model":
+        values["draft"] = {"method": "model", "model": model, "num_speculative_tokens": 4}
+    elif mode != "plain":
         values["draft"] = {"method": "head", "num_speculative_tokens": 6, "policy": "fixed"}
         values["speculator"] = {
             "learn": mode == "learns", "publish_s": 0.3, "history": 2, "rejected_weight": 0.0, "max_trace_share": 1.0,
@@ -178,7 +180,7 @@ def learns(llm, folder: str) -> dict:
 def main() -> None:
     model, mode, steps = sys.argv[1:]
     llm = engine(model, mode)
-    if mode == "plain":
+    if mode in ("plain", "model"):
         result = {"tokens": [generate(llm, step) for step in map(int, steps.split(","))]}
         result["state"] = llm.collective_rpc(_state)[0]
     elif mode == "tp2":

@@ -146,6 +146,15 @@ def _before_norm(model, ids: torch.Tensor) -> torch.Tensor:
     return found[0].reshape(-1, found[0].shape[-1])
 
 
+def test_a_smaller_model_drafts_the_same_tokens(engines) -> None:
+    """`draft.method=model`, vLLM's own: here the policy drafts for itself; three of four requests are cold."""
+    model = engines("model")
+    assert model["tokens"] == engines("plain")["tokens"]
+    assert model["state"]["live"]["features"]["draft"] == "model"
+    counts = model["state"]["counts"]
+    assert counts["num_accepted_tokens"] > 0.2 * counts["num_draft_tokens"] > 100
+
+
 def test_tensor_parallel_ranks_take_one_ranks_drafts(engines) -> None:
     tp2 = engines("tp2")
     first, second = tp2["states"][2:]

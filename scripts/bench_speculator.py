@@ -1,0 +1,210 @@
+"""What the speculator brings to rollouts of one epoch: python scripts/bench_speculator.py [--json FILE] [options].
+
+Every arm is an engine in a process of its own; only one runs at a time, all get the same requests step by step, in a
+rotating order, and have to generate the same tokens. Problems do not repeat. Training, traces and swaps happen inside
+the timed steps. Arms: none, vLLM's ngram, das, head and auto. The policy is that of recipe size `cpu_deep`
+(`--layers`); it does not move.
+
+Rows: `speculator.rollout_ratio` (seconds of auto / none), `.rollout_ratio_to_best` (/ best of ngram and das),
+`.later_ratio`, `.later_ratio_to_best` (the same of the second half of the steps, when the head has learned),
+`.day0_share` (accept length of requests 384 to 640 / that of the last steps). With `--layers 4` the default policy,
+where a head can hardly be worth it: `speculator.worst_ratio`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import time
+import zlib
+from typing import Any
+
+ARMS = ("none", "ngram", "das", "head", "auto")
+PROBLEMS, SAMPLES = 16, 8
+
+
+def serve(arm: str, model: str, seed: int, pipe: Any) -> None:
+    """Answer blocks of requests until None comes."""
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    from vllm import LLM, SamplingParams
+
+    from rl_accel.config import AccelConfig
+    from rl_accel.hosts.verl.prepare import engine_args, engine_settings
+
+    values: dict[str, Any] = {"sampling": {"exact": True, "seed": seed}, "sync": {}, "fast_path": {}}
+    values["draft"] = {"method": arm}
+    if arm in ("head", "auto"):
+        values["speculator"] = {"seed": seed}
+    accel = AccelConfig.from_mapping(values)
+    llm = LLM(
+        model, dtype="float32", enforce_eager=True, max_model_len=656, max_num_seqs=128, block_size=32, seed=0,
+        additional_config={"rl_accel": engine_settings(accel)},
+        **{name: value for name, (value, _) in engine_args(accel).items()},
+    )  # fmt: skip
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    role = runner.rl_accel.get("speculator")
+    pipe.send("ready")
+    while (block := pipe.recv()) is not None:
+        step, prompts = block
+        requests, params = [], []
+        for name, ids in prompts:
+            for sample in range(SAMPLES):
+                identity = {"problem_id": name, "sample_index": sample, "step": step, "validate": False}
+                requests.append({"prompt_token_ids": ids})
+                params.append(
+                    SamplingParams(temperature=1.0, max_tokens=320, detokenize=False, extra_args={"rl_accel": identity})
+                )
+        if role is not None:
+            role.source.client.slots.allowed_share = role.source.ledger.share
+        started = time.perf_counter()
+        outputs = llm.generate(requests, params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        if role is not None:
+            role.source.client.slots.allowed_share = 0.0  # others are timed next
+            while role.source.client.slots.busy:
+                time.sleep(0.01)
+        if arm == "das":
+            runner.drafter.drafter.collect()
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        counts = runner.rl_accel_spec_stats.drain() if runner.rl_accel_spec_stats else {}
+        pipe.send(
+            {
+                "seconds": seconds,
+                "tokens": sum(map(len, tokens)),
+                "crc": zlib.crc32(json.dumps(tokens).encode()),
+                "counts": counts,
+                "metrics": role.drain() if role is not None else {},
+            }
+        )
+
+
+def prompts_of(model: str, num: int, seed: int) -> list[tuple[str, list[int]]]:
+    from transformers import AutoTokenizer
+
+    from rl_accel.quickstart.problems import generate
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [
+        (
+            problem.problem_id,
+            list(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": problem.question}], add_generation_prompt=True
+                )["input_ids"]
+            ),
+        )
+        for problem in generate(num, seed=seed, split="train")
+    ]
+
+
+def run(arms: list[str], model: str, steps: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Return a result per arm and step. Raises AssertionError if arms disagree on a token."""
+    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
+    for arm in arms:
+        pipes[arm], theirs = context.Pipe()
+        process = context.Process(target=serve, args=(arm, model, seed, theirs))
+        process.start()
+        processes.append(process)
+        theirs.close()
+        assert pipes[arm].recv() == "ready"
+    prompts = prompts_of(model, PROBLEMS * (steps + 1), 1000 + seed)
+    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    for step in range(steps + 1):  # the first warms up
+        block = step, prompts[PROBLEMS * step : PROBLEMS * (step + 1)]
+        turn = step % len(arms)
+        for arm in [*arms[turn:], *arms[:turn]]:
+            pipes[arm].send(block)
+            answer = pipes[arm].recv()
+            if step:
+                results[arm].append(answer)
+        if step:
+            assert len({results[arm][-1]["crc"] for arm in arms}) == 1, f"step {step}: tokens differ"
+            line = "  ".join(f"{arm} {results[arm][-1]['seconds']:.2f}" for arm in arms)
+            metrics = results[arms[-1]][-1]["metrics"]
+            print(
+                f"seed {seed} step {step}: {line}  accept {accept_length(results[arms[-1]][-1:]):.2f} "
+                f"train {metrics.get('train_s', 0):.1f} s share {metrics.get('train_share', 0):.2f}",
+                flush=True,
+            )
+    for pipe in pipes.values():
+        pipe.send(None)
+    for process in processes:
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+    return results
+
+
+def accept_length(results: list[dict[str, Any]]) -> float:
+    """Tokens a drafted step of a request yields: accepted ones and one of the target's."""
+    drafts = sum(r["counts"].get("num_drafts", 0) for r in results)
+    return 1.0 + sum(r["counts"].get("num_accepted_tokens", 0) for r in results) / max(drafts, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+
+    from rl_accel.quickstart.deep import POLICY, deep_policy
+
+    model = str(POLICY if args.layers == 4 else deep_policy(args.layers))
+    ratios, best_ratios, later, later_best, day0, curves = [], [], [], [], [], {}
+    for seed in args.seeds:
+        results = run(args.arms, model, args.steps, seed)
+        total = {arm: sum(r["seconds"] for r in results[arm]) for arm in args.arms}
+        best = min((arm for arm in args.arms if arm not in ("none", "head", "auto")), key=total.__getitem__)
+        ratios.append(total["auto"] / total["none"])
+        best_ratios.append(total["auto"] / total[best])
+        half = {arm: sum(r["seconds"] for r in results[arm][args.steps // 2 :]) for arm in args.arms}
+        later.append(half["auto"] / half["none"])
+        later_best.append(half["auto"] / half[best])
+        early = results["auto"][3:5]  # requests 384 to 640
+        day0.append(accept_length(early) / accept_length(results["auto"][-5:]))
+        curves[seed] = {
+            arm: [[r["seconds"], accept_length([r]), r["metrics"].get("train_s", 0.0)] for r in results[arm]]
+            for arm in args.arms
+        }
+        print(f"seed {seed}: " + "  ".join(f"{arm} {seconds:.1f} s" for arm, seconds in total.items()), flush=True)
+    name = "speculator.rollout_ratio" if args.layers != 4 else "speculator.worst_ratio"
+    rows = [
+        row(name, ratios, "none"),
+        row(name.replace("_ratio", "_ratio_to_best"), best_ratios, "best of ngram, das"),
+        row("speculator.later_ratio", later, "none"),
+        row("speculator.later_ratio_to_best", later_best, "best of ngram, das"),
+        row("speculator.day0_share", day0, "accept length of the last 5 steps"),
+    ]
+    for line in rows:
+        print(line)
+    if args.json:
+        from rl_accel.machine import describe
+
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump({"machine": describe(), "options": vars(args), "rows": rows, "curves": curves}, file, indent=1)
+
+
+def row(name: str, values: list[float], incumbent: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "value": round(statistics.median(values), 4),
+        "unit": "1",
+        "incumbent": incumbent,
+        "ratio": round(1.0 / statistics.median(values), 4),
+        "values": [round(value, 4) for value in values],
+        "bound": None,
+    }
+
+
+if __name__ == "__main__":
+    main()
