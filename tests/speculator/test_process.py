@@ -113,7 +113,11 @@ def test_a_killed_trainer_is_not_missed() -> None:
     os.kill(trainer.pid, signal.SIGKILL)
     answer = trainer.ask("save", path="/nowhere")
     assert "gone" in answer["error"] or "answer" in answer["error"]
+    end = time.monotonic() + 10
+    while trainer.alive and time.monotonic() < end:  # the kernel takes a moment to let it be reaped
+        time.sleep(0.01)
     assert not trainer.alive
+    assert trainer.ask("save", path="/nowhere")["error"] == "the trainer of the speculator is gone"
     trainer.ring.put(rows_of(4, 10))
     assert trainer.slots.get()[2] == ""
     trainer.close()
