@@ -7,14 +7,15 @@ the same. A step's rows are seen twice: in `_sample` with the logits before they
 Only the tensor-parallel rank whose drafts vLLM uses has a head. Cost: `rl_accel/speculator/propose_ms` and `tap_ms`.
 
 Host symbols (vLLM 0.28.0): `GPUModelRunner.{_sample, propose_draft_token_ids, use_aux_hidden_state_outputs,
-_get_eagle3_aux_layers_from_config, query_start_loc, requests, input_batch}`, `SpecDecodeMetadata.{num_draft_tokens,
-logits_indices}`, the interface `SupportsEagle3`.
+query_start_loc, requests, input_batch}`, `SpecDecodeMetadata.{num_draft_tokens, logits_indices}`, the interface
+`SupportsEagle3`, whose `get_eagle3_default_aux_hidden_state_layers` a model may override.
 
 Shape suffixes: N requests that draft, R rows of logits, A hidden states, K draft tokens.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Iterator
@@ -41,8 +42,8 @@ from rl_accel.speculator.watch import ServedWatch
 logger = logging.getLogger(__name__)
 
 MAX_WIDTH = 512
-AUX_ARGUMENT = 3
-"""Of `propose_draft_token_ids`, after the scheduler's output and the sampled tokens: the hidden states."""
+AUX_ARGUMENT = "aux_hidden_states"
+"""Of `propose_draft_token_ids`."""
 OFF = "heads_off"
 MIN_TRACED = 1 / 64
 """Of the requests, at least."""
@@ -105,10 +106,16 @@ class HeadSource:
         """
         self.runner, self.acts = runner, acts
         runner.use_aux_hidden_state_outputs = True
-        runner._get_eagle3_aux_layers_from_config = lambda: self.layers
         if not acts:
             return
         inner_sample, inner_propose = runner._sample, runner.propose_draft_token_ids
+        parameters = list(inspect.signature(inner_propose).parameters)
+        if AUX_ARGUMENT not in parameters:
+            raise NotLiveError(
+                f"rl_accel.speculator needs the argument {AUX_ARGUMENT} of vLLM's propose_draft_token_ids, which has "
+                f"{', '.join(parameters)}; set rl_accel.draft.method=das, or none"
+            )
+        position = parameters.index(AUX_ARGUMENT)
 
         def sample(logits: torch.Tensor | None, spec_decode_metadata: Any) -> Any:
             if logits is not None:
@@ -116,13 +123,13 @@ class HeadSource:
                     self._see_logits(logits, spec_decode_metadata)
             return inner_sample(logits, spec_decode_metadata)
 
-        def propose(scheduler_output: Any, sampled: Any, *args: Any) -> Any:
+        def propose(*args: Any, **kwargs: Any) -> Any:
             with self._contained():
-                self._aux = args[AUX_ARGUMENT]
+                self._aux = self._checked(kwargs[AUX_ARGUMENT] if AUX_ARGUMENT in kwargs else args[position])
                 self.poll()
-                self._see_accepted(sampled)
+                self._see_accepted(args[1])
             try:
-                return inner_propose(scheduler_output, sampled, *args)
+                return inner_propose(*args, **kwargs)
             finally:
                 self._step = self._aux = self._rows = None
 
@@ -141,6 +148,7 @@ class HeadSource:
                 "rl_accel.speculator needs hidden states of the policy, and vLLM hands out none of "
                 f"{type(model).__name__}; set rl_accel.draft.method=das, or none"
             )
+        model.get_eagle3_default_aux_hidden_state_layers = lambda: self.layers  # vLLM asks after its drafter is loaded
         if not self.acts:
             return
         embed = _weight(model, "embed_tokens")
@@ -244,6 +252,13 @@ class HeadSource:
         if step.target_ids is not None:
             values["target_ids"] = step.target_ids[in_target.to(step.target_ids.device)].int().cpu().numpy()
         self.client.ring.put(values)
+
+    def _checked(self, aux: list[torch.Tensor] | None) -> list[torch.Tensor]:
+        if aux is None or len(aux) != len(self.layers):
+            raise NotLiveError(
+                f"vLLM handed out hidden states of {len(aux or [])} layers; {len(self.layers)} were asked for"
+            )
+        return aux
 
     def _hidden(self, indices: torch.Tensor) -> torch.Tensor:
         """Return normalized hidden states of tokens of the step, float32 [rows, A]."""
