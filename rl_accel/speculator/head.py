@@ -157,13 +157,11 @@ def block(w: Mapping[str, torch.Tensor], h: torch.Tensor, added: torch.Tensor) -
     return h + F.linear(F.silu(gate) * up, w["down"])
 
 
-def first_weights(
-    shape: HeadShape, seed: int, embed: torch.Tensor | None = None, lm_head: torch.Tensor | None = None
-) -> torch.Tensor:
+def first_weights(shape: HeadShape, seed: int, embed: torch.Tensor | None = None) -> torch.Tensor:
     """Return weights to begin with, float32 [num_weights]; no data are needed.
 
     Args:
-        embed, lm_head: [V, H] of the policy; used where the head is as wide.
+        embed: embeddings of the policy, [V, H]; used where the head is as wide.
     """
     generator = torch.Generator().manual_seed(seed)
     flat = torch.zeros(shape.num_weights)
@@ -174,8 +172,6 @@ def first_weights(
         else:
             std = {"embed": 1.0, "lm_head": 0.02, "down": 0.02}.get(name, weight.shape[-1] ** -0.5)
             weight.copy_(torch.randn(weight.shape, generator=generator) * std)
-    for name, given in (("embed", embed), ("lm_head", lm_head)):
-        if given is not None and given.shape == w[name].shape:
-            scale = 1.0 if name == "embed" else 0.02
-            w[name].copy_(given.float() * (scale / given.float().std().clamp(min=1e-6)))
+    if embed is not None and embed.shape == w["embed"].shape:
+        w["embed"].copy_(embed.float() / embed.float().std().clamp(min=1e-6))
     return flat

@@ -152,7 +152,9 @@ class HeadSource:
         if not self.acts:
             return
         embed = _weight(model, "embed_tokens")
-        flat = first_weights(self.shape, self.config.seed, embed, None)
+        if embed is not None:
+            embed = embed[: self.shape.vocab_size]  # vLLM pads the vocabulary
+        flat = first_weights(self.shape, self.config.seed, embed)
         device = self.runner.device
         self.client = TrainerClient(self.shape, self.layout, self.config, flat)
         self.version, folded, _ = self.client.slots.get()

@@ -119,6 +119,13 @@ def _call(worker, method: str, *args):
     return getattr(worker.model_runner.rl_accel["speculator"], method)(*args)
 
 
+def _embeddings(worker) -> list[torch.Tensor]:
+    """The policy's, and those that the head began with."""
+    source = worker.model_runner.rl_accel["speculator"].source
+    first = torch.from_numpy(source.client._first.data.view("float32").copy())
+    return [worker.model_runner.model.model.embed_tokens.weight.detach().clone(), source.shape.split(first)["embed"]]
+
+
 def _kill_trainer(worker) -> None:
     os.kill(worker.model_runner.rl_accel["speculator"].source.client.pid, 9)
 
@@ -162,6 +169,7 @@ def learns(llm, folder: str) -> dict:
         counts = result["states"][-1]["counts"]
         if counts["num_accepted_tokens"] > 0.8 * counts["num_drafts"] > 100:
             break
+    result["embeddings"] = llm.collective_rpc(_embeddings)[0]
     result["saved"] = llm.collective_rpc(_call, args=("save", f"{folder}/engine000.pt"))[0]
     result["opened"] = llm.collective_rpc(_call, args=("open", f"{folder}/engine000.pt"))[0]
     result["version"] = llm.collective_rpc(_served)[0][0]

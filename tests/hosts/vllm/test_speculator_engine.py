@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .tiny_qwen import build_model
+from .tiny_qwen import VOCAB_SIZE, build_model
 
 ENGINE = Path(__file__).with_name("speculator_engine.py")
 
@@ -69,6 +69,14 @@ def test_the_head_learns_while_the_engine_generates(learned) -> None:
     assert first["num_accepted_tokens"] < 0.5 * max(first["num_drafts"], 1) + 100
     metrics = learned["states"][-2]["metrics"]
     assert metrics["version"] > 2 and metrics["served_accept"] > 0.5 and metrics["heads_off"] == 0.0
+
+
+def test_the_head_begins_with_the_policys_embeddings(learned) -> None:
+    """vLLM pads the vocabulary; with its rows counted in, shapes differed and nothing was taken over."""
+    policy, head = learned["embeddings"]
+    assert len(policy) > len(head) == VOCAB_SIZE
+    pair = torch.stack([policy[: len(head)].flatten(), head.flatten()])
+    assert float(torch.corrcoef(pair)[0, 1]) > 0.999
 
 
 def test_tokens_are_those_without_it(engines, learned, run_ranks) -> None:
