@@ -163,8 +163,9 @@ class HeadSource:
         self.head = ServedHead(self.shape, torch.from_numpy(folded), device)
         self._drained, self._drained_rows = self.client.slots.read_report(), 0
         self._drained_s = 0.0, 0.0
-        if self.config.learn:
-            self.client.start()
+        if not self.config.learn:
+            self.client.slots.allowed_share = 0.0  # the process is there for checkpoints only
+        self.client.start()
 
     # Every step.
 
@@ -385,7 +386,7 @@ class HeadSource:
             "rows_lost": float(report.lost_rows),
             "train_steps": float(report.num_steps - self._drained.num_steps),
             "train_s": report.train_s - self._drained.train_s,
-            "train_share": self.client.slots.allowed_share if self.config.learn else 0.0,
+            "train_share": self.client.slots.allowed_share,
             "train_slowdown": self.ledger.slowdown,
             "saved_s": self.ledger.saved_s - self._drained_s[0],
             "charged_s": self.ledger.charged_s - self._drained_s[1],
@@ -393,7 +394,7 @@ class HeadSource:
             "served_accept": report.served_accept,
             "calibration": self.watch.calibration,
             "rejected_weight": report.rejected_weight,
-            "trainers_gone": float(self.config.learn and not self.client.alive),
+            "trainers_gone": float(not self.client.alive),
         }
         self._drained, self._drained_rows = report, self.client.ring.num_written
         self._drained_s = self.ledger.saved_s, self.ledger.charged_s

@@ -201,5 +201,7 @@ def main() -> None:
     else:
         result = swaps(llm)
         result["state"] = llm.collective_rpc(_state)[0]
+        path = f"{model}-{mode}/engine000.pt"
+        result["checkpoint"] = [llm.collective_rpc(_call, args=(do, path))[0] for do in ("save", "open", "save")]
     Path(os.environ["RESULT"]).parent.mkdir(exist_ok=True)
     torch.save(result, os.environ["RESULT"])

@@ -57,6 +57,13 @@ def test_poison_is_never_served(engines) -> None:
     assert swaps["state"]["metrics"]["weights_refused"] >= poisoned - 1 > 3
 
 
+def test_a_head_that_does_not_learn_is_saved_and_restored_too(engines) -> None:
+    swaps = engines("swaps")
+    assert all("error" not in answer for answer in swaps["checkpoint"])
+    metrics = swaps["state"]["metrics"]
+    assert metrics["train_share"] == metrics["train_steps"] == metrics["rows_traced"] == 0.0
+
+
 @pytest.fixture(scope="module")
 def learned(engines):
     return engines("learns")
