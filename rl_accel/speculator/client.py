@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -20,8 +19,6 @@ from rl_accel.speculator.served import fold, num_folded
 from rl_accel.speculator.shared import SharedBytes
 from rl_accel.speculator.traces import RowLayout, TraceRing
 from rl_accel.speculator.weights import WeightSlots
-
-logger = logging.getLogger(__name__)
 
 RING_ROWS = 1 << 14
 """Rows of the ring; the trainer looks several times a second."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from rl_accel.draft.config import HEAD_METHODS
 from rl_accel.errors import ConfigError
 from rl_accel.feature import Driver
-
-METHODS = ("auto", "head")
-"""Of `rl_accel.draft.method`, those that ask the head."""
 
 
 class SpeculatorDriver(Driver):
@@ -16,12 +14,12 @@ class SpeculatorDriver(Driver):
 
     def check(self, config: DictConfig) -> None:
         method = self.accel.settings["draft"].method
-        if self.settings.enabled and method not in METHODS:
+        if self.settings.enabled and method not in HEAD_METHODS:
             raise ConfigError(
                 f"rl_accel.speculator.enable=true drafts with a head, and rl_accel.draft.method={method} does not ask "
                 "it; set rl_accel.draft.method=auto (history and head), head, or leave it out"
             )
-        if method in METHODS and not self.settings.enabled:
+        if method in HEAD_METHODS and not self.settings.enabled:
             raise ConfigError(
                 f"rl_accel.draft.method={method} needs rl_accel.speculator.enable=true, which is its default"
             )
@@ -30,6 +28,3 @@ class SpeculatorDriver(Driver):
         if not self.settings.enabled:
             return ""
         return "online speculator" if self.settings.learn else "speculator that does not learn"
-
-    def arm(self) -> str:
-        return ""

@@ -16,7 +16,6 @@ Shape suffixes: N requests that draft, R rows of logits, A hidden states, K draf
 from __future__ import annotations
 
 import inspect
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,8 +37,6 @@ from rl_accel.speculator.ledger import Ledger
 from rl_accel.speculator.served import ServedHead
 from rl_accel.speculator.traces import TOP_K, RowLayout
 from rl_accel.speculator.watch import ServedWatch
-
-logger = logging.getLogger(__name__)
 
 MAX_WIDTH = 512
 AUX_ARGUMENT = "aux_hidden_states"
@@ -285,21 +282,29 @@ class HeadSource:
         min_path_probs_N: npt.NDArray[np.float32],
         min_step_gain: float,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """As `CandidateSource.candidates`."""
+        """As `CandidateSource.candidates`; nothing where the head fails."""
+        with self._contained():
+            return self._draft(rows_N, num_tokens_N, token_ids, max_draft_tokens_N, min_path_probs_N, min_step_gain)
+        return np.zeros((len(rows_N), 1), np.int64), np.zeros((len(rows_N), 1), np.float32)
+
+    def _draft(
+        self,
+        rows_N: Any,
+        num_tokens_N: Any,
+        token_ids: Any,
+        max_draft_tokens_N: Any,
+        min_path_probs_N: Any,
+        gain: float,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         assert self.head is not None and self._rows is not None and self._step is not None
         started = time.perf_counter()
         rows = rows_N.astype(np.int64)
         aux = self._hidden(self._step.indices[torch.from_numpy(self._rows[rows])])
         where = num_tokens_N.astype(np.int64)[:, None] - 1 - np.arange(self.layout.num_tokens)
         tokens = torch.from_numpy(token_ids[rows[:, None], np.maximum(where, 0)].astype(np.int64)).to(self.head.device)
-        drafts, paths = self.head.draft(
-            aux,
-            tokens,
-            int(max_draft_tokens_N.max()),
-            torch.from_numpy(min_path_probs_N),
-            min_step_gain,
-            self.watch.temperature,
-        )
+        min_probs = torch.from_numpy(min_path_probs_N)
+        longest = int(max_draft_tokens_N.max())
+        drafts, paths = self.head.draft(aux, tokens, longest, min_probs, gain, self.watch.temperature)
         found = drafts.cpu().numpy(), paths.cpu().numpy()
         self._count("propose", started, 1)
         return found

@@ -126,6 +126,13 @@ def _embeddings(worker) -> list[torch.Tensor]:
     return [worker.model_runner.model.model.embed_tokens.weight.detach().clone(), source.shape.split(first)["embed"]]
 
 
+def _break_head(worker) -> None:
+    """A weight of another shape, as a fault in the head's own code would show."""
+    source = worker.model_runner.rl_accel["speculator"].source
+    source.head._buffers["down"] = torch.zeros(3, 3)
+    source.watch.begin()  # random heads have made it silent
+
+
 def _kill_trainer(worker) -> None:
     os.kill(worker.model_runner.rl_accel["speculator"].source.client.pid, 9)
 
@@ -202,6 +209,9 @@ def main() -> None:
         result = swaps(llm)
         result["state"] = llm.collective_rpc(_state)[0]
         path = f"{model}-{mode}/engine000.pt"
+        llm.collective_rpc(_break_head)
+        result["broken"] = generate(llm, 0)
+        result["broken_state"] = llm.collective_rpc(_state)[0]
         result["checkpoint"] = [llm.collective_rpc(_call, args=(do, path))[0] for do in ("save", "open", "save")]
     Path(os.environ["RESULT"]).parent.mkdir(exist_ok=True)
     torch.save(result, os.environ["RESULT"])

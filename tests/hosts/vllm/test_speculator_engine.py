@@ -57,6 +57,13 @@ def test_poison_is_never_served(engines) -> None:
     assert swaps["state"]["metrics"]["weights_refused"] >= poisoned - 1 > 3
 
 
+def test_a_head_that_fails_is_left_out_and_nothing_else(engines) -> None:
+    """The drafter stays, and the tokens are those without."""
+    swaps = engines("swaps")
+    assert swaps["broken"] == engines("plain")["tokens"][0]
+    assert swaps["broken_state"]["metrics"]["heads_off"] == 1.0
+
+
 def test_a_head_that_does_not_learn_is_saved_and_restored_too(engines) -> None:
     swaps = engines("swaps")
     assert all("error" not in answer for answer in swaps["checkpoint"])
