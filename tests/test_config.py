@@ -103,3 +103,49 @@ def test_bad_draft_settings_are_named(values, message):
     with pytest.raises(ConfigError) as error:
         AccelConfig.from_mapping({"draft": values})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "method", "speculator"),
+    [
+        ({}, "none", False),
+        ({"speculator": {"enable": True}}, "auto", True),
+        ({"draft": {"method": "head"}}, "head", True),
+        ({"draft": {"method": "head"}, "speculator": {"enable": True}}, "head", True),
+        ({"draft": {"method": "das"}}, "das", False),
+    ],
+)
+def test_the_head_and_its_drafting_imply_each_other(given, method: str, speculator: bool) -> None:
+    accel = AccelConfig.from_mapping(given)
+    assert (accel.draft.method, accel.speculator.enable) == (method, speculator)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"draft": {"method": "das"}, "speculator": {"enable": True}},
+        {"draft": {"method": "auto"}, "speculator": {"enable": False}},
+    ],
+)
+def test_a_head_that_nobody_asks_is_refused(given) -> None:
+    from rl_accel.speculator.feature import FEATURE
+
+    accel = AccelConfig.from_mapping(given)
+    with pytest.raises(ConfigError, match="auto"):
+        FEATURE.role("driver")(FEATURE, accel.speculator, accel).check(None)
+
+
+@pytest.mark.parametrize("given", [{"method": "model"}, {"method": "das", "model": "folder"}])
+def test_drafting_by_a_model_names_one(given) -> None:
+    with pytest.raises(ConfigError, match=r"draft\.model"):
+        AccelConfig.from_mapping({"draft": given})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("history", 9), ("depth", 0), ("learning_rate", 0.0), ("max_share", 0.0), ("max_trace_share", 1.5), ("nice", 20),
+     ("rejected_weight", -0.5), ("publish_s", float("inf"))],
+)  # fmt: skip
+def test_ranges_of_the_speculator(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"speculator.{name}"):
+        AccelConfig.from_mapping({"speculator": {name: value}})

@@ -80,7 +80,7 @@ def test_the_head_learns_while_the_engine_generates(learned) -> None:
     """From nothing accepted to 0.8 accepted tokens a draft, on problems that do not repeat."""
     first, last = learned["states"][0]["counts"], learned["states"][-2]["counts"]
     assert last["num_accepted_tokens"] > 0.8 * last["num_drafts"] > 100
-    assert first["num_accepted_tokens"] < 0.5 * max(first["num_drafts"], 1) + 100
+    assert first["num_accepted_tokens"] / first["num_drafts"] < 0.8 * last["num_accepted_tokens"] / last["num_drafts"]
     metrics = learned["states"][-2]["metrics"]
     assert metrics["version"] > 2 and metrics["served_accept"] > 0.5 and metrics["heads_off"] == 0.0
 
@@ -174,7 +174,7 @@ def test_a_smaller_model_drafts_the_same_tokens(engines) -> None:
     assert model["tokens"] == engines("plain")["tokens"]
     assert model["state"]["live"]["features"]["draft"] == "model"
     counts = model["state"]["counts"]
-    assert counts["num_accepted_tokens"] > 0.2 * counts["num_draft_tokens"] > 100
+    assert counts["num_accepted_tokens"] > 0.3 * counts["num_draft_tokens"] > 100
 
 
 def test_tensor_parallel_ranks_take_one_ranks_drafts(engines) -> None:
