@@ -8,7 +8,7 @@ the timed steps. Arms: none, vLLM's ngram, das, head and auto. The policy is tha
 Rows: `speculator.rollout_ratio` (seconds of auto / none), `.rollout_ratio_to_best` (/ best of ngram and das),
 `.later_ratio`, `.later_ratio_to_best` (the same of the second half of the steps, when the head has learned),
 `.day0_share` (accept length of requests 384 to 640 / that of the last steps). With `--layers 4` the default policy,
-where a head can hardly be worth it: `speculator.worst_ratio`.
+where a head can hardly be worth it: `speculator.worst_ratio`. With `--swaps` only `speculator.swap_p99_ms`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ ARMS = ("none", "ngram", "das", "head", "auto")
 PROBLEMS, SAMPLES = 16, 8
 
 
-def serve(arm: str, model: str, seed: int, pipe: Any) -> None:
-    """Answer blocks of requests until None comes."""
+def engine_of(arm: str, model: str, seed: int, **speculator: Any) -> Any:
+    """Return an engine of this process."""
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     from rl_accel.config import AccelConfig
     from rl_accel.hosts.verl.prepare import engine_args, engine_settings
@@ -40,13 +40,25 @@ def serve(arm: str, model: str, seed: int, pipe: Any) -> None:
     values: dict[str, Any] = {"sampling": {"exact": True, "seed": seed}, "sync": {}, "fast_path": {}}
     values["draft"] = {"method": arm}
     if arm in ("head", "auto"):
-        values["speculator"] = {"seed": seed}
+        values["speculator"] = {"seed": seed, **speculator}
     accel = AccelConfig.from_mapping(values)
-    llm = LLM(
+    return LLM(
         model, dtype="float32", enforce_eager=True, max_model_len=656, max_num_seqs=128, block_size=32, seed=0,
         additional_config={"rl_accel": engine_settings(accel)},
         **{name: value for name, (value, _) in engine_args(accel).items()},
     )  # fmt: skip
+
+
+def params_of(name: str, sample: int, step: int) -> Any:
+    from vllm import SamplingParams
+
+    identity = {"problem_id": name, "sample_index": sample, "step": step, "validate": False}
+    return SamplingParams(temperature=1.0, max_tokens=320, detokenize=False, extra_args={"rl_accel": identity})
+
+
+def serve(arm: str, model: str, seed: int, pipe: Any) -> None:
+    """Answer blocks of requests until None comes."""
+    llm = engine_of(arm, model, seed)
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     role = runner.rl_accel.get("speculator")
     pipe.send("ready")
@@ -55,11 +67,8 @@ def serve(arm: str, model: str, seed: int, pipe: Any) -> None:
         requests, params = [], []
         for name, ids in prompts:
             for sample in range(SAMPLES):
-                identity = {"problem_id": name, "sample_index": sample, "step": step, "validate": False}
                 requests.append({"prompt_token_ids": ids})
-                params.append(
-                    SamplingParams(temperature=1.0, max_tokens=320, detokenize=False, extra_args={"rl_accel": identity})
-                )
+                params.append(params_of(name, sample, step))
         if role is not None:
             role.source.client.slots.allowed_share = role.source.ledger.share
         started = time.perf_counter()
@@ -141,6 +150,39 @@ def run(arms: list[str], model: str, steps: int, seed: int) -> dict[str, list[di
     return results
 
 
+def swap_gaps(model: str, rounds: int = 8) -> list[dict[str, Any]]:
+    """Return the row of what a swap a second adds to the 99th percentile of the time between two engine steps.
+
+    The same requests with and without, in turn; each version has the weights of the one before, so drafts are equal.
+    """
+    llm = engine_of("head", model, 0, learn=False)
+    engine = llm.llm_engine
+    source = engine.model_executor.driver_worker.worker.model_runner.rl_accel["speculator"].source
+    prompts, added, swaps = prompts_of(model, 4 * (rounds + 1), 77), [], 0
+    for turn in range(rounds + 1):
+        p99 = {}
+        for swapping in (False, True) if turn % 2 else (True, False):
+            for i, (name, ids) in enumerate(prompts[4 * turn : 4 * turn + 4]):
+                for sample in range(SAMPLES):
+                    engine.add_request(
+                        f"{turn}{swapping}{i}.{sample}", {"prompt_token_ids": ids}, params_of(name, sample, 0)
+                    )
+            gaps, last = [], time.perf_counter()
+            while engine.has_unfinished_requests():
+                if swapping and time.perf_counter() - last >= 1.0:
+                    last, swaps = time.perf_counter(), swaps + 1
+                    source.client.slots.put(source._flat)
+                started = time.perf_counter()
+                engine.step()
+                gaps.append(time.perf_counter() - started)
+            p99[swapping] = statistics.quantiles(gaps, n=100)[98]
+        if turn:  # the first warms up
+            added.append(1e3 * (p99[True] - p99[False]))
+    spent = source._seconds["swap"] / max(source._calls["swap"], 1)
+    found = row("speculator.swap_p99_ms", added, "no swaps")
+    return [{**found, "unit": "ms", "ratio": None, "swaps": swaps, "swap_ms": round(1e3 * spent, 3)}]
+
+
 def accept_length(results: list[dict[str, Any]]) -> float:
     """Tokens a drafted step of a request yields: accepted ones and one of the target's."""
     drafts = sum(r["counts"].get("num_drafts", 0) for r in results)
@@ -153,6 +195,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument(
+        "--swaps", action="store_true", help="only what a swap a second adds to the time between tokens"
+    )
     parser.add_argument("--json")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
@@ -160,6 +205,9 @@ def main() -> None:
     from rl_accel.quickstart.deep import POLICY, deep_policy
 
     model = str(POLICY if args.layers == 4 else deep_policy(args.layers))
+    if args.swaps:
+        write(swap_gaps(model), args, {})
+        return
     ratios, best_ratios, later, later_best, day0, curves = [], [], [], [], [], {}
     for seed in args.seeds:
         results = run(args.arms, model, args.steps, seed)
@@ -185,6 +233,10 @@ def main() -> None:
         row("speculator.later_ratio_to_best", later_best, "best of ngram, das"),
         row("speculator.day0_share", day0, "accept length of the last 5 steps"),
     ]
+    write(rows, args, curves)
+
+
+def write(rows: list[dict[str, Any]], args: argparse.Namespace, curves: dict[int, Any]) -> None:
     for line in rows:
         print(line)
     if args.json:

@@ -80,7 +80,7 @@ def test_the_head_learns_while_the_engine_generates(learned) -> None:
     """From nothing accepted to 0.8 accepted tokens a draft, on problems that do not repeat."""
     first, last = learned["states"][0]["counts"], learned["states"][-2]["counts"]
     assert last["num_accepted_tokens"] > 0.8 * last["num_drafts"] > 100
-    assert first["num_accepted_tokens"] / first["num_drafts"] < 0.8 * last["num_accepted_tokens"] / last["num_drafts"]
+    assert first["num_accepted_tokens"] < 0.5 * last["num_accepted_tokens"], "both steps have as many tokens"
     metrics = learned["states"][-2]["metrics"]
     assert metrics["version"] > 2 and metrics["served_accept"] > 0.5 and metrics["heads_off"] == 0.0
 
