@@ -29,8 +29,8 @@ class SpeculatorEngine(Engine):
 
     def on_weights(self, runner: Any, seconds: float) -> None:
         """The policy has moved: traces are of the next version from here on."""
-        if self.source is not None:
-            self.source.policy_version += 1
+        if self.source is not None and self.source.tap is not None:
+            self.source.tap.policy_version += 1
 
     def drain(self) -> dict[str, float]:
         return self.source.drain() if self.source is not None else {}

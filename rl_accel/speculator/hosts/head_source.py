@@ -1,8 +1,8 @@
-"""The draft head in a rollout engine: reads the policy's hidden states, drafts, leaves traces, and takes new weights.
+"""The draft head in a rollout engine: reads the policy's hidden states, drafts, and takes new weights.
 
 vLLM collects the outputs of a few layers for drafters like EAGLE-3 (`use_aux_hidden_state_outputs`); the head asks for
 the same. A step's rows are seen twice: in `_sample` with the logits before they are changed, and in
-`propose_draft_token_ids` with what was accepted.
+`propose_draft_token_ids` with what was accepted. Traces are left by `tap.py`.
 
 Only the tensor-parallel rank whose drafts vLLM uses has a head. Cost: `rl_accel/speculator/propose_ms` and `tap_ms`.
 
@@ -19,7 +19,6 @@ import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,39 +27,21 @@ import torch
 
 from rl_accel.errors import NotLiveError
 from rl_accel.hosts.vllm.faults import Faults
-from rl_accel.identity import hash64
 from rl_accel.speculator.client import TrainerClient
 from rl_accel.speculator.config import SpeculatorConfig
 from rl_accel.speculator.head import HeadShape, first_weights, normalized
 from rl_accel.speculator.hosts.cores import Cores
+from rl_accel.speculator.hosts.tap import Step, Tap
 from rl_accel.speculator.ledger import Ledger
 from rl_accel.speculator.served import ServedHead
-from rl_accel.speculator.traces import TOP_K, RowLayout
+from rl_accel.speculator.traces import RowLayout
 from rl_accel.speculator.watch import ServedWatch
 
 MAX_WIDTH = 512
 AUX_ARGUMENT = "aux_hidden_states"
 """Of `propose_draft_token_ids`."""
 OFF = "heads_off"
-MIN_TRACED = 1 / 64
-"""Of the requests, at least."""
 REFUSED, ROLLED_BACK, SILENT = "weights_refused", "rolled_back", "alarms"
-
-
-@dataclass
-class _Step:
-    """What `_sample` saw of the current step."""
-
-    first_row: npt.NDArray[np.int64]
-    """Of each request, its first row of logits, [requests + 1]."""
-    indices: torch.Tensor
-    """Where the rows of logits lie among the step's tokens, int64 [R]."""
-    traced: npt.NDArray[np.int64]
-    """Requests that are traced."""
-    target: torch.Tensor | None
-    """Their distributions, all rows of the first, then of the second."""
-    target_ids: torch.Tensor | None
-    num_draft_tokens: list[int]
 
 
 class HeadSource:
@@ -78,20 +59,18 @@ class HeadSource:
         self.client: TrainerClient | None = None
         self.head: ServedHead | None = None
         self.watch = ServedWatch()
-        self.policy_version = 0
+        self.tap: Tap | None = None
         self.version = 0
         self._flat: npt.NDArray[np.float32] | None = None  # folded, of the served version
         self._previous: tuple[int, npt.NDArray[np.float32]] | None = None
         self._refused_version = 0
-        self._step: _Step | None = None
+        self._step: Step | None = None
         self._aux: list[torch.Tensor] | None = None
         self._rows: npt.NDArray[np.int64] | None = None
-        self._trace_share = 1.0
         self._cores = Cores()
         self.ledger = Ledger()
-        self._seconds = dict.fromkeys(("propose", "tap", "swap"), 0.0)
-        self._calls = dict.fromkeys(("propose", "tap", "swap"), 0)
-        self._engine_s, self._last_tap_end = 0.0, 0.0
+        self._seconds = dict.fromkeys(("propose", "swap"), 0.0)
+        self._calls = dict.fromkeys(("propose", "swap"), 0)
 
     # Set-up.
 
@@ -154,11 +133,12 @@ class HeadSource:
         flat = first_weights(self.shape, self.config.seed, embed)
         device = self.runner.device
         self.client = TrainerClient(self.shape, self.layout, self.config, flat)
+        self.tap = Tap(self.runner, self.layout, self.client.ring, self.config.max_trace_share)
         self.version, folded, _ = self.client.slots.get()
         assert folded is not None
         self._flat = folded
         self.head = ServedHead(self.shape, torch.from_numpy(folded), device)
-        self._drained, self._drained_rows = self.client.slots.read_report(), 0
+        self._drained = self.client.slots.read_report()
         self._drained_s = 0.0, 0.0
         if not self.config.learn:
             self.client.slots.allowed_share = 0.0  # the process is there for checkpoints only
@@ -168,90 +148,30 @@ class HeadSource:
 
     @torch.inference_mode()
     def _see_logits(self, logits: torch.Tensor, metadata: Any) -> None:
-        if self.head is None:
+        if self.head is None or self.tap is None:
             return
         started = time.perf_counter()
-        batch = self.runner.input_batch
-        num_requests = batch.num_reqs
-        drafted = metadata.num_draft_tokens if metadata is not None else [0] * num_requests
+        num_requests = self.runner.input_batch.num_reqs
+        drafted = list(metadata.num_draft_tokens) if metadata is not None else [0] * num_requests
         first_row = np.zeros(num_requests + 1, np.int64)
         np.cumsum(np.asarray(drafted, np.int64) + 1, out=first_row[1:])
         if metadata is None:
             indices = torch.from_numpy(self.runner.query_start_loc.np[1 : num_requests + 1].astype(np.int64) - 1)
         else:
             indices = metadata.logits_indices.long()
-        traced = np.zeros(0, np.int64)
-        target = ids = None
+        self._step = Step(first_row, indices, drafted)
         if self._traces():
-            keep = [i for i, name in enumerate(batch.req_ids[:num_requests]) if self._is_traced(name)]
-            traced = np.array(keep, np.int64)
-        if len(traced):
-            rows = _ranges(first_row[traced], first_row[traced + 1])
-            picked = logits if len(rows) == len(logits) else logits[torch.from_numpy(rows).to(logits.device)]
-            if self.layout.dense:
-                target = picked.half()
-            else:
-                target, ids = picked.float().topk(TOP_K, -1)
-                target = (target - target[:, :1]).half()
-        self._step = _Step(first_row, indices, traced, target, ids, list(drafted))
-        self._count("tap", started, 0)
+            self.tap.see_logits(self._step, logits, started)
 
     @torch.inference_mode()
     def _see_accepted(self, sampled: list[list[int]]) -> None:
         """Note where each request's last accepted token lies, and leave traces."""
         started, step = time.perf_counter(), self._step
-        if step is None or self._aux is None or self.head is None:
+        if step is None or self._aux is None or self.head is None or self.tap is None:
             return
         num_sampled = np.fromiter(map(len, sampled), np.int64, len(sampled))
         self._rows = step.first_row[:-1] + num_sampled - 1
-        traced = step.traced[num_sampled[step.traced] > 0]
-        if len(traced) and step.target is not None:
-            self._trace(step, traced, num_sampled)
-        now = time.perf_counter()
-        self._count("tap", started, 1)
-        if self._last_tap_end:
-            self._engine_s += now - self._last_tap_end
-        self._last_tap_end = now
-        if self._calls["tap"] % 64 == 0 and self._engine_s > 0.0:
-            share = self._seconds["tap"] / self._engine_s
-            change = min(self.config.max_trace_share / max(share, 1e-9), 2.0)
-            self._trace_share = min(1.0, max(self._trace_share * change, MIN_TRACED))
-
-    def _trace(self, step: _Step, traced: npt.NDArray[np.int64], num_sampled: npt.NDArray[np.int64]) -> None:
-        assert self._aux is not None and self.client is not None and step.target is not None
-        batch, counts = self.runner.input_batch, num_sampled[traced]
-        rows = _ranges(step.first_row[traced], step.first_row[traced] + counts)
-        # Rows of the traced requests lie one after the other in `target`.
-        sizes = step.first_row[step.traced + 1] - step.first_row[step.traced]
-        starts = np.cumsum(sizes) - sizes
-        starts = starts[num_sampled[step.traced] > 0]
-        in_target = torch.from_numpy(_ranges(starts, starts + counts))
-        request = np.repeat(traced, counts)
-        ends = batch.num_tokens_no_spec[traced].astype(np.int64)
-        position = _ranges(ends - counts - 1, ends - 1)
-        where = position[:, None] + 1 - np.arange(self.layout.num_tokens)[None]
-        tokens = batch.token_ids_cpu[request[:, None], np.maximum(where, 0)]
-        first = np.cumsum(counts) - counts
-        drafted = np.full(len(rows), -1, np.int16)
-        accepted = np.full(len(rows), -1, np.int16)
-        drafted[first], accepted[first] = np.asarray(step.num_draft_tokens)[traced], counts - 1
-        aux = self._hidden(step.indices[torch.from_numpy(rows)])
-        names = np.array([self._name(batch.req_ids[i]) for i in traced], np.int64)
-        values: dict[str, Any] = {
-            "request": np.repeat(names, counts),
-            "position": position.astype(np.int32),
-            "policy": self.policy_version,
-            "draft": self.version,
-            "drafted": drafted,
-            "accepted": accepted,
-            "temperature": np.repeat(batch.temperature_cpu[traced], counts).astype(np.float16),
-            "tokens": tokens,
-            "aux": aux.half().cpu().numpy(),
-            "target": step.target[in_target.to(step.target.device)].cpu().numpy(),
-        }
-        if step.target_ids is not None:
-            values["target_ids"] = step.target_ids[in_target.to(step.target_ids.device)].int().cpu().numpy()
-        self.client.ring.put(values)
+        self.tap.see_accepted(step, num_sampled, self._hidden, self.version, started)
 
     def _checked(self, aux: list[torch.Tensor] | None) -> list[torch.Tensor]:
         if aux is None or len(aux) != len(self.layers):
@@ -374,7 +294,7 @@ class HeadSource:
 
     def drain(self) -> dict[str, float]:
         """Return what happened since the last call, by the names of the feature's table."""
-        if self.client is None:
+        if self.client is None or self.tap is None:
             return {}
         report, calls, seconds = self.client.slots.read_report(), self._calls, self._seconds
         found = {
@@ -385,9 +305,7 @@ class HeadSource:
             "candidates_refused": float(report.num_refused),
             "propose_ms": 1e3 * seconds["propose"] / max(calls["propose"], 1),
             "num_asked": float(calls["propose"]),
-            "tap_ms": 1e3 * seconds["tap"] / max(calls["tap"], 1),
-            "traced_share": self._trace_share,
-            "rows_traced": float(self.client.ring.num_written - self._drained_rows),
+            **self.tap.drain(),
             "rows_lost": float(report.lost_rows),
             "train_steps": float(report.num_steps - self._drained.num_steps),
             "train_s": report.train_s - self._drained.train_s,
@@ -401,27 +319,15 @@ class HeadSource:
             "rejected_weight": report.rejected_weight,
             "trainers_gone": float(not self.client.alive),
         }
-        self._drained, self._drained_rows = report, self.client.ring.num_written
+        self._drained = report
         self._drained_s = self.ledger.saved_s, self.ledger.charged_s
         self._seconds, self._calls = dict.fromkeys(seconds, 0.0), dict.fromkeys(calls, 0)
-        self._engine_s = 0.0
         return found
 
     # Helpers.
 
     def _traces(self) -> bool:
         return self.client is not None and self.client.alive and self.client.slots.allowed_share > 0.0
-
-    def _name(self, request_id: str) -> int:
-        request = self.runner.requests[request_id]
-        try:
-            return request.rl_accel_trace
-        except AttributeError:
-            name = request.rl_accel_trace = hash64(f"{self.policy_version}/{request_id}".encode())
-            return name
-
-    def _is_traced(self, request_id: str) -> bool:
-        return (self._name(request_id) & 0xFFFF) < self._trace_share * 0x10000
 
     def _count(self, what: str, started: float, calls: int) -> None:
         self._seconds[what] += time.perf_counter() - started
@@ -431,13 +337,6 @@ class HeadSource:
 def aux_layers(num_layers: int) -> tuple[int, ...]:
     """Return the layers after which hidden states are taken: a low one, a high one, and the last."""
     return tuple(sorted({max(num_layers // 4, 1), max(3 * num_layers // 4, 1), num_layers}))
-
-
-def _ranges(starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return starts[0] .. ends[0] - 1, starts[1] .. ends[1] - 1, and so on."""
-    counts = ends - starts
-    before = np.cumsum(counts) - counts
-    return np.arange(counts.sum()) + np.repeat(starts - before, counts)
 
 
 def _weight(model: Any, name: str) -> torch.Tensor | None:

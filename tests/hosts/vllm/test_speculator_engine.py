@@ -76,11 +76,11 @@ def learned(engines):
     return engines("learns")
 
 
-def test_the_head_learns_while_the_engine_generates(learned) -> None:
-    """From nothing accepted to 0.8 accepted tokens a draft, on problems that do not repeat."""
-    first, last = learned["states"][0]["counts"], learned["states"][-2]["counts"]
+def test_the_head_learns_while_the_engine_generates(engines, learned) -> None:
+    """To 0.8 accepted tokens a draft, on problems that do not repeat; heads of random weights have next to none."""
+    random, last = engines("swaps")["state"]["counts"], learned["states"][-2]["counts"]
     assert last["num_accepted_tokens"] > 0.8 * last["num_drafts"] > 100
-    assert first["num_accepted_tokens"] < 0.5 * last["num_accepted_tokens"], "both steps have as many tokens"
+    assert random["num_accepted_tokens"] < 0.1 * random["num_drafts"]
     metrics = learned["states"][-2]["metrics"]
     assert metrics["version"] > 2 and metrics["served_accept"] > 0.5 and metrics["heads_off"] == 0.0
 
