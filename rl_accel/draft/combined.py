@@ -59,8 +59,15 @@ class CandidateSource(Protocol):
     def observe(self, num_drafts: int, num_drafted: int, expected: float, num_accepted: int) -> None:
         """Hear what became of its drafts: how many there were, their tokens, those expected and those accepted."""
 
-    def observe_step(self, seconds: float, predicted: float, saved: float) -> None:
-        """Hear how long a step took, how long it was expected to take (0: unknown), and what the drafts saved of it."""
+    def observe_step(self, seconds: float, predicted: float, fixed: float, saved: float) -> None:
+        """Hear of a step.
+
+        Args:
+            seconds: how long it took.
+            predicted, fixed: how long it was expected to take, and what of that does not depend on how many requests
+                and tokens there were (0: unknown).
+            saved: seconds that the source's drafts saved.
+        """
 
 
 class _Value:
@@ -231,8 +238,10 @@ class CombinedDrafter(SuffixDrafter):
         """As `SuffixDrafter.observe_step`; the time of the source is no part of what a draft token costs."""
         model_s = seconds - self.last_source_s
         if model_s > 0.0:
-            predicted = self.planner.cost.predict(num_requests, num_draft_tokens) if self.planner.cost.ready else 0.0
-            self.source.observe_step(model_s, predicted, self._saved_s - self.last_source_s)
+            cost = self.planner.cost
+            predicted = cost.predict(num_requests, num_draft_tokens) if cost.ready else 0.0
+            fixed = cost.predict(0, num_draft_tokens > 0) if cost.ready else 0.0
+            self.source.observe_step(model_s, predicted, fixed, self._saved_s - self.last_source_s)
             self._saved_s = 0.0
             super().observe_step(model_s, num_requests, num_draft_tokens)
 

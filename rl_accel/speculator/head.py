@@ -108,10 +108,10 @@ class DraftHead(nn.Module):
         w, logits = self.weights(), []
         num_starts = aux_BTA.shape[1] - 1
         h = state(w, aux_BTA[:, :num_starts])
-        by_place = tables(w, self.shape.history + 1)
+        added_BTD = mixed(w, tokens_BTN[:, :num_starts], tables(w, self.shape.history + 1))  # the same at every depth
         for j in range(min(depth, num_starts)):
             count = num_starts - j
-            h = block(w, h[:, :count], mixed(w, tokens_BTN[:, j : j + count], by_place))
+            h = block(w, h[:, :count], added_BTD[:, j : j + count])
             logits.append(F.linear(rms(h) * w["final_norm"], w["lm_head"]))
         return logits
 
@@ -133,7 +133,9 @@ def mixed(w: Mapping[str, torch.Tensor], tokens: torch.Tensor, tables_NVD: torch
     """Return what the tokens add to the mix, int64 [..., N] -> [..., D]; from `tables` where they are given."""
     num_tokens = tokens.shape[-1]
     if tables_NVD is not None:
-        return sum(tables_NVD[i][tokens[..., i]] for i in range(num_tokens))  # type: ignore[return-value]
+        offsets_N = torch.arange(num_tokens, device=tokens.device) * tables_NVD.shape[1]
+        bags = (tokens + offsets_N).flatten(0, -2)
+        return F.embedding_bag(bags, tables_NVD.flatten(0, 1), mode="sum").unflatten(0, tokens.shape[:-1])
     embedded = rms(w["embed"][tokens]) * w["embed_norm"]
     return F.linear(embedded.flatten(-2), w["mix"][:, : num_tokens * embedded.shape[-1]])
 

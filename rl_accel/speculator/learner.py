@@ -50,7 +50,9 @@ class Learner:
         self.rejected_weight = max(rejected_weight, 0.0)
         self.num_steps = 0
         self._to_trial = TRIAL_EVERY
-        self._optimizer = torch.optim.AdamW(self.head.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(
+            self.head.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        )
 
     @property
     def flat(self) -> torch.Tensor:

@@ -104,6 +104,7 @@ class TrainerProcess:
         now = time.monotonic()
         return (
             share > 0.0
+            and not self.slots.paused
             and now - self._rested_from >= (0.0 if self._slice_s else SLICE_S * (1.0 / share - 1.0))
             and now - self._last_rows < IDLE_S
             and len(self.replay) >= MIN_ROWS

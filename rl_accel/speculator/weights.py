@@ -21,6 +21,8 @@ REPORT = 5
 STEPS, TRAIN_US, LOST_ROWS, HELD_OUT_E6, SERVED_E6, REFUSED, REJECTED_E3, BUSY = range(REPORT, REPORT + 8)
 ALLOWED_E3 = REPORT + 8
 """Written by the engine: share of the time, in thousandths, that the trainer may train."""
+PAUSED = REPORT + 9
+"""Written by the engine: whether its steps need all cores at present."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,14 @@ class WeightSlots:
     @allowed_share.setter
     def allowed_share(self, share: float) -> None:
         self.memory.words[ALLOWED_E3] = round(1000 * min(max(share, 0.0), 1.0))
+
+    @property
+    def paused(self) -> bool:
+        return bool(self.memory.words[PAUSED])
+
+    @paused.setter
+    def paused(self, value: bool) -> None:
+        self.memory.words[PAUSED] = value
 
 
 def _checksum(flat: npt.NDArray[np.float32]) -> np.int64:

@@ -163,6 +163,9 @@ def test_times_of_steps_reach_the_source_without_its_own() -> None:
     loop.step()
     drafter.last_source_s = 0.004
     drafter.observe_step(0.010, 2, 6)
-    assert source.steps[-1][0] == pytest.approx(0.006)
+    assert source.steps[-1][:3] == (pytest.approx(0.006), 0.0, 0.0), "nothing is known of the cost yet"
     drafter.observe_step(0.001, 2, 6)  # shorter than the source alone: a clock that jumped teaches nothing
     assert len(source.steps) == 1
+    teach(drafter, 1e-3)
+    drafter.observe_step(0.020, 2, 6)
+    assert source.steps[-1][1:3] == (pytest.approx(0.0162, rel=0.1), pytest.approx(0.01, rel=0.1))

@@ -94,16 +94,23 @@ def test_two_orders_at_once_are_both_answered(trained) -> None:
     assert trainer.ask("save", path=str(path.with_name("third.pt")))["path"].endswith("third.pt")
 
 
-def test_without_permission_it_does_not_train(trained) -> None:
+@pytest.mark.parametrize("how", ["no share", "paused"])
+def test_without_permission_it_does_not_train(trained, how: str) -> None:
     trainer, _, _ = trained
-    trainer.slots.allowed_share = 0.0
+    slots = trainer.slots
+    slots.allowed_share, slots.paused = (0.0, False) if how == "no share" else (1.0, True)
     time.sleep(1.0)
-    before = trainer.slots.read_report()
-    trainer.ring.put(rows_of(40, 24, first=5000))
+    before = slots.read_report()
+    trainer.ring.put(rows_of(40, 24, first=5000 if how == "paused" else 6000))
     time.sleep(1.5)
-    after = trainer.slots.read_report()
+    after = slots.read_report()
     assert after.num_steps == before.num_steps and after.train_s == before.train_s
-    trainer.slots.allowed_share = 1.0
+    slots.allowed_share, slots.paused = 1.0, False
+    trainer.ring.put(rows_of(40, 24, first=7000 if how == "paused" else 8000))
+    end = time.monotonic() + 20
+    while slots.read_report().num_steps == before.num_steps and time.monotonic() < end:
+        time.sleep(0.05)
+    assert slots.read_report().num_steps > before.num_steps
 
 
 def test_a_killed_trainer_is_not_missed() -> None:

@@ -30,7 +30,7 @@ from rl_accel.hosts.vllm.faults import Faults
 from rl_accel.speculator.client import TrainerClient
 from rl_accel.speculator.config import SpeculatorConfig
 from rl_accel.speculator.head import HeadShape, first_weights, normalized
-from rl_accel.speculator.hosts.cores import Cores
+from rl_accel.speculator.hosts.cores import Cores, Turns
 from rl_accel.speculator.hosts.tap import Step, Tap
 from rl_accel.speculator.ledger import Ledger
 from rl_accel.speculator.served import ServedHead
@@ -67,7 +67,7 @@ class HeadSource:
         self._step: Step | None = None
         self._aux: list[torch.Tensor] | None = None
         self._rows: npt.NDArray[np.int64] | None = None
-        self._cores = Cores()
+        self._cores, self._turns = Cores(), Turns()
         self.ledger = Ledger()
         self._seconds = dict.fromkeys(("propose", "swap"), 0.0)
         self._calls = dict.fromkeys(("propose", "swap"), 0)
@@ -239,12 +239,14 @@ class HeadSource:
                 SILENT, "drafts of the speculator are hardly ever accepted; it is silent until its next version"
             )
 
-    def observe_step(self, seconds: float, predicted: float, saved: float) -> None:
-        """As `CandidateSource.observe_step`; the trainer trains as much as it earns."""
+    def observe_step(self, seconds: float, predicted: float, fixed: float, saved: float) -> None:
+        """As `CandidateSource.observe_step`; the trainer trains as much as it earns, and when a core costs little."""
         if self.client is not None and self.config.learn:
+            slots = self.client.slots
             self.ledger.observe_saved(saved)
-            self.ledger.observe_step(seconds, predicted, self.client.slots.busy)
-            self.client.slots.allowed_share = self.ledger.share
+            self.ledger.observe_step(seconds, predicted, slots.busy)
+            slots.allowed_share = self.ledger.share
+            slots.paused = self._cores.free < self.config.threads and self._turns.needs_cores(seconds, predicted, fixed)
 
     @contextmanager
     def _contained(self) -> Iterator[None]:

@@ -41,13 +41,14 @@ def engine(model: str, mode: str):
     from rl_accel.config import AccelConfig
     from rl_accel.hosts.verl.prepare import engine_args, engine_settings
 
-    values: dict = {"sampling": {"exact": True, "seed": 7}, "sync": {}, "fast_path": {}}
+    values: dict = {"sampling": {"exact": mode != "stock", "seed": 7}, "sync": {}, "fast_path": {}}
     if mode == "model":
         values["draft"] = {"method": "model", "model": model, "num_speculative_tokens": 4}
     elif mode != "plain":
         values["draft"] = {"method": "head", "num_speculative_tokens": 6, "policy": "fixed"}
         values["speculator"] = {
-            "learn": mode == "learns", "publish_s": 0.3, "history": 2, "rejected_weight": 0.0, "max_trace_share": 1.0,
+            "learn": mode in ("learns", "stock"), "publish_s": 0.3, "history": 2, "rejected_weight": 0.0,
+            "max_trace_share": 1.0,
         }  # fmt: skip
     accel = AccelConfig.from_mapping(values)
     args = {name: value for name, (value, _) in engine_args(accel).items()}
@@ -57,8 +58,8 @@ def engine(model: str, mode: str):
         dtype="float32",
         enforce_eager=True,
         max_model_len=128,
-        max_num_seqs=24,
-        max_num_batched_tokens=64,  # prompts are prefilled in parts
+        max_num_seqs=128 if mode == "stock" else 24,
+        max_num_batched_tokens=1024 if mode == "stock" else 64,  # prompts are prefilled in parts
         block_size=32,
         tensor_parallel_size=2 if mode == "tp2" else 1,
         additional_config={"rl_accel": engine_settings(accel)},
@@ -192,6 +193,14 @@ def learns(llm, folder: str) -> dict:
     return result
 
 
+def stock(llm, num_requests: int) -> dict:
+    """Samples of one prompt at temperature 1 by vLLM's own sampling, while the head learns them."""
+    wanted = SamplingParams(temperature=1.0, top_k=3, max_tokens=5, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt(0)}] * num_requests, wanted, use_tqdm=False)
+    tokens = torch.tensor([list(output.outputs[0].token_ids) for output in outputs])
+    return {"tokens": tokens, "state": llm.collective_rpc(_state)[0]}
+
+
 def main() -> None:
     model, mode, steps = sys.argv[1:]
     llm = engine(model, mode)
@@ -203,6 +212,8 @@ def main() -> None:
         llm.collective_rpc(_publish, args=("random",))
         result["tokens"].append(generate(llm, 1))
         result["states"] += llm.collective_rpc(_state)
+    elif mode == "stock":
+        result = stock(llm, int(steps))
     elif mode == "learns":
         result = learns(llm, f"{model}-{mode}")
     else:

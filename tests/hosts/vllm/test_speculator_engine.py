@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rl_accel.lossless import chi_square, count_tokens
+
 from .tiny_qwen import VOCAB_SIZE, build_model
 
 ENGINE = Path(__file__).with_name("speculator_engine.py")
@@ -182,3 +184,27 @@ def test_tensor_parallel_ranks_take_one_ranks_drafts(engines) -> None:
     first, second = tp2["states"][2:]
     assert first["metrics"]["num_asked"] > 0 and second["metrics"] == {}
     assert first["counts"] == second["counts"] and first["counts"]["num_draft_tokens"] > 0
+
+
+def test_without_exact_sampling_the_distribution_is_the_policys(engines) -> None:
+    """vLLM's own rejection sampling, 4,000 requests of one prompt, while the head learns them: 27 continuations of
+    three tokens against the policy's, by chi-square at alpha 1e-6."""
+    from transformers import AutoModelForCausalLM
+
+    from .speculator_engine import prompt
+
+    found = engines("stock", "4000")
+    counts = found["state"]["counts"]
+    assert counts["num_accepted_tokens"] > 1000, "there is something to test"
+    policy = AutoModelForCausalLM.from_pretrained(engines.model, dtype=torch.float32)
+    texts, probabilities = [prompt(0)], torch.ones(1)
+    for _ in range(3):
+        with torch.no_grad():
+            best = policy(torch.tensor(texts)).logits[:, -1].topk(3)
+        texts = [[*text, int(token)] for text, row in zip(texts, best.indices, strict=True) for token in row]
+        probabilities = (probabilities[:, None] * best.values.softmax(-1)).flatten()
+    names = {tuple(text[-3:]): i for i, text in enumerate(texts)}
+    outcomes = torch.tensor([names[tuple(row[:3])] for row in found["tokens"].tolist()])
+    result = chi_square(count_tokens(outcomes, len(texts)), probabilities, alpha=1e-6)
+    assert result.passed, result
+    assert not chi_square(count_tokens(outcomes, len(texts)), probabilities.flip(0), alpha=1e-6).passed

@@ -1,0 +1,57 @@
+"""When the trainer may have one of the engine's cores."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+from rl_accel.speculator.hosts.cores import CHEAP, MAX_OWED_S, MIN_TURN, Turns
+
+
+def test_steps_that_are_long_because_of_their_tokens_need_all_cores() -> None:
+    turns = Turns()
+    assert not turns.needs_cores(0.1, 0.0, 0.0), "nothing is known yet: learn"
+    assert turns.needs_cores(0.1, 0.1, 0.02)
+    assert not turns.needs_cores(0.03, 0.03, CHEAP * 0.03)
+
+
+def test_where_no_step_is_cheap_the_trainer_gets_its_share_in_turns() -> None:
+    turns = Turns()
+    free = [not turns.needs_cores(0.1, 0.1, 0.01) for _ in range(4000)]
+    assert abs(sum(free) / len(free) - MIN_TURN) < 0.05
+    changes = sum(a != b for a, b in itertools.pairwise(free))
+    assert changes <= 2 + 2 * 400.0 * MIN_TURN / (MAX_OWED_S / (1.0 - MIN_TURN)), "seconds each, not single steps"
+
+
+def test_cheap_steps_count_as_turns() -> None:
+    """Rollouts with a long tail: the trainer has its time there and takes none of the rest."""
+    turns = Turns()
+    for _ in range(100):
+        assert all(turns.needs_cores(0.1, 0.1, 0.01) for _ in range(15))
+        assert not any(turns.needs_cores(0.02, 0.02, 0.015) for _ in range(40))
+
+
+def test_a_core_is_left_and_taken_back() -> None:
+    """In a process of its own: the number of threads is the process's."""
+    script = """
+import os, torch
+from rl_accel.speculator.hosts.cores import Cores
+cores = len(os.sched_getaffinity(0))
+torch.set_num_threads(max(cores, 2))
+engine = Cores()
+assert engine.free == 0
+before = torch.get_num_threads()
+engine.leave(1)
+assert torch.get_num_threads() == before - 1
+engine.leave(5)
+assert torch.get_num_threads() == 1
+engine.leave(0)
+assert torch.get_num_threads() == before
+torch.set_num_threads(1)
+small = Cores()
+small.leave(1)
+assert torch.get_num_threads() == 1 and small.free == cores - 1
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=dict(os.environ))
