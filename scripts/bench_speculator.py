@@ -26,8 +26,12 @@ ARMS = ("none", "ngram", "das", "head", "auto")
 PROBLEMS, SAMPLES = 16, 8
 
 
-def engine_of(arm: str, model: str, seed: int, **speculator: Any) -> Any:
-    """Return an engine of this process."""
+def engine_of(arm: str, model: str, seed: int, draft: dict[str, Any] | None = None, **speculator: Any) -> Any:
+    """Return an engine of this process.
+
+    Args:
+        draft, speculator: further settings of these features.
+    """
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
@@ -38,7 +42,7 @@ def engine_of(arm: str, model: str, seed: int, **speculator: Any) -> Any:
     from rl_accel.hosts.verl.prepare import engine_args, engine_settings
 
     values: dict[str, Any] = {"sampling": {"exact": True, "seed": seed}, "sync": {}, "fast_path": {}}
-    values["draft"] = {"method": arm}
+    values["draft"] = {"method": arm, **(draft or {})}
     if arm in ("head", "auto"):
         values["speculator"] = {"seed": seed, **speculator}
     accel = AccelConfig.from_mapping(values)
