@@ -208,7 +208,7 @@ class CombinedDrafter(SuffixDrafter):
         self.last_source_s = time.perf_counter() - started
         step_s = self.last_source_s / tokens_NK.shape[1]
         self._step_s += VALUE_RATE * (step_s - self._step_s) if self._step_s else step_s
-        if per_draft_s > 0.0:
+        if per_draft_s > 0.0 and self.planner.knows_costs:
             self._value.observe(len(max_draft_N), brought * per_draft_s - self.last_source_s)
 
     def _until_stop(self, draft: list[int]) -> list[int]:

@@ -69,6 +69,12 @@ class Planner:
         return not self._cost_is_known or self._steps_without_draft >= PROBE_EVERY
 
     @property
+    def knows_costs(self) -> bool:
+        """Whether `min_path_probs` of the last plan say what a draft token costs; not before that is known, nor in a
+        probe."""
+        return self._cost_is_known and not self._probing
+
+    @property
     def probed(self) -> bool:
         """Whether a probe has had its steps, so that a plan is due."""
         return self._steps_of_probe >= PROBE_STEPS
