@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCK, AT_ONCE, DRAFT = 32, 16, 4
-MAX_TOKENS = 96
+MAX_TOKENS = 64
 PLATEAU = 0.95
 Question = tuple[str, str]
 """Domain and text."""
@@ -223,9 +223,9 @@ def main() -> None:
     parser.add_argument("--gsm8k", type=Path, required=True, help="folder with train.jsonl of GSM8K")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--a", type=int, default=768, help="requests of A")
-    parser.add_argument("--b", type=int, default=512, help="requests of B")
-    parser.add_argument("--back", type=int, default=256, help="requests of A after B")
+    parser.add_argument("--a", type=int, default=640, help="requests of A")
+    parser.add_argument("--b", type=int, default=384, help="requests of B")
+    parser.add_argument("--back", type=int, default=128, help="requests of A after B")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import torch
 
 from rl_accel.errors import ConfigError
 from rl_accel.speculator.client import TrainerClient
-from rl_accel.speculator.head import first_weights
+from rl_accel.speculator.head import HeadShape, first_weights
+from rl_accel.speculator.learner import Learner
 from rl_accel.speculator.served import fold
-from rl_accel.speculator.state import state_file
+from rl_accel.speculator.state import StateFile, state_file
 
 from .test_process import CONFIG, wait_for
 from .world import LAYOUT, SHAPE
@@ -46,58 +46,68 @@ def kept(tmp_path_factory) -> Path:
     return path
 
 
-def test_the_next_trainer_goes_on_before_it_is_asked(kept) -> None:
-    state = torch.load(kept, weights_only=True)
-    trainer = trainer_of(kept)
-    try:
-        assert trainer.slots.version == state["version"]
-        assert trainer.slots.read_report().num_steps == state["num_steps"] > 0
-        np.testing.assert_array_equal(trainer.slots.get()[1], fold(SHAPE, state["served"]).numpy())
-    finally:
-        trainer.close()
-
-
-def test_it_is_written_when_the_engine_goes(kept, tmp_path) -> None:
-    """The end of the input is all that a killed engine leaves; nothing is written where nothing was learned."""
+def test_the_next_trainer_goes_on_and_leaves_more(kept, tmp_path) -> None:
+    """It has the state before it is asked anything. The end of its input is all that a killed engine leaves it."""
     path = tmp_path / "engine000.pt"
     path.write_bytes(kept.read_bytes())
-    version, num_steps = version_of(path)
-    idle = trainer_of(path)
-    before = path.stat().st_mtime_ns
-    idle.close()
-    assert path.stat().st_mtime_ns == before
+    state = torch.load(kept, weights_only=True)
     trainer = trainer_of(path)
-    wait_for(lambda: trainer.slots.version > version, trainer, feed=1)
+    assert trainer.slots.version == state["version"]
+    assert trainer.slots.read_report().num_steps == state["num_steps"] > 0
+    np.testing.assert_array_equal(trainer.slots.get()[1], fold(SHAPE, state["served"]).numpy())
+    wait_for(lambda: trainer.slots.version > state["version"], trainer, feed=1)
     trainer.close()
-    assert version_of(path)[0] == trainer.slots.version and version_of(path)[1] > num_steps
-    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name]
+    version, num_steps = version_of(path)
+    assert version == trainer.slots.version and num_steps > state["num_steps"]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "other shape"])
-def test_what_cannot_be_read_is_kept_aside(kept, tmp_path, capfd, damage: str) -> None:
+def test_a_damaged_file_is_kept_aside(kept, tmp_path, capfd) -> None:
     path = tmp_path / "engine000.pt"
-    content = kept.read_bytes()[:2000] if damage == "truncated" else kept.read_bytes()
-    path.write_bytes(content)
-    shape = SHAPE if damage == "truncated" else replace(SHAPE, inner=SHAPE.inner + 16)
-    trainer = trainer_of(path, shape)
+    path.write_bytes(kept.read_bytes()[:2000])
+    trainer = trainer_of(path)
     try:
         assert trainer.alive and trainer.slots.version == 1 and trainer.slots.read_report().num_steps == 0
         (aside,) = tmp_path.iterdir()
-        assert aside.name.startswith("engine000.pt.refused-") and aside.read_bytes() == content
+        assert aside.name.startswith("engine000.pt.refused-") and aside.read_bytes() == kept.read_bytes()[:2000]
         assert capfd.readouterr().err.count("learns anew") == 1
     finally:
         trainer.close()
 
 
-def test_a_folder_that_cannot_be_written_costs_the_state_only(kept, tmp_path, capfd) -> None:
-    path = tmp_path / "file" / "engine000.pt"
-    path.parent.write_text("no folder")
-    trainer = trainer_of(path)
-    wait_for(lambda: trainer.slots.version >= 2, trainer, feed=1)
-    started = time.monotonic()
-    trainer.close()
-    assert trainer._process.returncode == 0 and time.monotonic() - started < 5
-    assert capfd.readouterr().err.count("is not saved") == 1
+def test_a_head_of_another_shape_is_kept_aside(kept, tmp_path, caplog) -> None:
+    path = tmp_path / "engine000.pt"
+    path.write_bytes(kept.read_bytes())
+    other = replace(SHAPE, inner=SHAPE.inner + 16)
+    learner = Learner(other, first_weights(other, 0), 1e-3, 3)
+
+    def restore(order):
+        state = torch.load(order["path"], weights_only=True)
+        learner.load_state_dict({**state, "shape": HeadShape(**state["shape"])})
+        return {}
+
+    StateFile(str(path), dict, restore).restore(lambda: learner.num_steps)
+    assert learner.num_steps == 0 and not path.exists() and len(list(tmp_path.iterdir())) == 1
+    assert "a head of another shape" in caplog.text
+
+
+def test_it_is_written_only_where_something_was_learned(tmp_path, caplog) -> None:
+    """And what cannot be written is said once."""
+    path = tmp_path / "engine000.pt"
+    state = StateFile(str(path), lambda order: {"n": Path(order["path"]).write_text("x")}, dict)
+    state.restore(lambda: 1)
+    state.keep(1, now=True)
+    state.keep(2)  # not yet: a minute has not passed
+    assert not path.exists()
+    state.keep(2, now=True)
+    assert path.exists()
+    path.unlink()
+    state.keep(2, now=True)
+    assert not path.exists()
+    path.mkdir()
+    for progress in (3, 4):
+        state.keep(progress, now=True)
+    assert caplog.text.count("is not saved") == 1
 
 
 def test_every_engine_has_a_file_of_its_own() -> None:
