@@ -32,6 +32,7 @@ from rl_accel.hosts.verl.prepare import engine_args, engine_settings
 from rl_accel.speculator.hosts.serving import EXTENSION, MIDDLEWARE
 
 DEFAULTS = {"sampling": {"exact": True}, "draft": {"method": "auto"}}
+ON = "rl_accel.sampling.exact=true and rl_accel.draft.method=auto"
 TAKEN = {
     "speculative_config": "rl_accel.draft.* says how to draft",
     "spec_method": "rl_accel.draft.* says how to draft",
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     """Serve until the process is told to end; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"{__doc__}\nSettings and their defaults; here rl_accel.sampling.exact=true and rl_accel.draft.method=auto:\n{flags.page()}")
+        print(f"{__doc__}\nSettings and their defaults; for a server {ON}:\n{flags.page()}")
         return 0 if argv else 2
     try:
         ours, model, theirs = split(argv)
