@@ -64,12 +64,12 @@ def end_survivors(mark: str) -> int:
     return len(processes)
 
 
-def end_with_parent() -> None:
-    """Have the calling process killed when the one that started it is gone. Linux."""
+def end_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Have the calling process killed, or sent `signum`, when the one that started it is gone. Linux."""
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum)
     if os.getppid() != parent:  # it went before the kernel was told
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signum)
 
 
 def _signal(send) -> None:

@@ -68,6 +68,11 @@ class TrainerClient:
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def wait_ready(self) -> bool:
+        """Wait until the process is there and has opened its state; False where that takes too long. Called once,
+        right after `start`, or not at all."""
+        return self._answers.next(ORDER_TIMEOUT_S) is not None
+
     def ask(self, do: str, **values: Any) -> dict[str, Any]:
         """Give an order and wait for the answer.
 

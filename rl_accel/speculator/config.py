@@ -48,6 +48,9 @@ class SpeculatorConfig:
     """Largest share of the time that it trains, 0 to 1; it trains less where that costs more than it brings."""
     seed: int = 0
     """Of the head's first weights and of sampling from the traces."""
+    state: str = ""
+    """Folder in which a server keeps the head over restarts (`rl_accel.speculator.serve`). Empty: nowhere; under verl
+    the checkpoint holds it."""
 
     def __post_init__(self) -> None:
         ranges = {

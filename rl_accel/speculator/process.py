@@ -3,12 +3,14 @@
 It is handed two blocks of shared memory as descriptors and takes orders as JSON lines on its standard input: `save` and
 `open` with the path of a checkpoint, `serve` with the version that the engine went back to. It ends when that
 input does. It trains while traces arrive, `REUSE` times on each, within its share of the time, and sleeps otherwise.
+A server's trainer also keeps a file over restarts (`state.py`), which it writes before it ends.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -27,6 +29,7 @@ from rl_accel.speculator.pace import Pace
 from rl_accel.speculator.replay import Batch, Replay
 from rl_accel.speculator.served import fold, num_folded
 from rl_accel.speculator.shared import SharedBytes
+from rl_accel.speculator.state import StateFile
 from rl_accel.speculator.traces import RowLayout, TraceRing
 from rl_accel.speculator.weights import WeightSlots
 
@@ -69,10 +72,14 @@ class TrainerProcess:
         self._tokens_learned, self._steps_before = 0, 0
         self._steps_at_publish = 0
         self._rested_from, self._slice_s = 0.0, 0.0
+        self.ended = False
+        self.state = StateFile(config["state"], self._save, self._open)
+        self.state.restore(self._progress)
 
     def run(self) -> None:
-        """Train until the standard input ends."""
-        while self._orders():
+        """Train until the standard input ends, or `ended` is set."""
+        while self._orders() and not self.ended:
+            self.state.keep(self._progress())
             self._take_rows()
             trains = self._may_train()
             self.slots.report(busy=trains)
@@ -82,6 +89,10 @@ class TrainerProcess:
             self._train()
             if time.monotonic() - self._last_publish >= self.config["publish_s"]:
                 self._publish()
+        self.state.keep(self._progress(), now=True)
+
+    def _progress(self) -> tuple[int, int]:
+        return self.slots.version, self.learner.num_steps
 
     def _orders(self) -> bool:
         while (order := self._orders_in.next()) is not None:
@@ -222,9 +233,12 @@ class TrainerProcess:
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    end_with_parent()
+    keeps = bool(settings["config"]["state"])
+    end_with_parent(signal.SIGTERM if keeps else signal.SIGKILL)
     os.nice(settings["config"]["nice"])
     process = TrainerProcess(settings)
+    for signum in (signal.SIGTERM, signal.SIGINT) if keeps else ():  # time to write the file
+        signal.signal(signum, lambda *_: setattr(process, "ended", True))
     print(json.dumps({"ready": True}), flush=True)
     process.run()
 

@@ -23,6 +23,10 @@ class SpeculatorDriver(Driver):
             raise ConfigError(
                 f"rl_accel.draft.method={method} needs rl_accel.speculator.enable=true, which is its default"
             )
+        if self.settings.state:
+            raise ConfigError(
+                "rl_accel.speculator.state is for rl_accel.speculator.serve; under verl the checkpoints hold the head"
+            )
 
     def summary(self, config: DictConfig) -> str:
         if not self.settings.enabled:

@@ -16,9 +16,11 @@ Shape suffixes: N requests that draft, R rows of logits, A hidden states, K draf
 from __future__ import annotations
 
 import inspect
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from rl_accel.speculator.hosts.cores import Cores, Turns
 from rl_accel.speculator.hosts.tap import Step, Tap
 from rl_accel.speculator.ledger import Ledger
 from rl_accel.speculator.served import ServedHead
+from rl_accel.speculator.state import state_file
 from rl_accel.speculator.traces import RowLayout
 from rl_accel.speculator.watch import ServedWatch
 
@@ -48,7 +51,8 @@ class HeadSource:
     """A `CandidateSource` for the drafter."""
 
     def __init__(self, config: SpeculatorConfig, vllm_config: Any, faults: Faults):
-        self.config, self.faults = config, faults
+        rank = getattr(vllm_config.parallel_config, "data_parallel_index", 0)
+        self.config, self.faults = replace(config, state=state_file(config.state, rank)), faults
         model = vllm_config.model_config
         text = model.hf_text_config
         hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
@@ -143,6 +147,8 @@ class HeadSource:
         if not self.config.learn:
             self.client.slots.allowed_share = 0.0  # the process is there for checkpoints only
         self.client.start()
+        if os.path.exists(self.config.state) and self.client.wait_ready():
+            self.poll()  # the first requests get the head of the last run
 
     # Every step.
 

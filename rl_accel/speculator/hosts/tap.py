@@ -101,7 +101,8 @@ class Tap:
             "traced_share": self.share,
             "rows_traced": float(self.ring.num_written - self._drained_rows),
         }
-        self._engine_s, self._seconds, self._steps = 0.0, 0.0, 0
+        if self._steps >= ADAPT_EVERY:  # who asks more often must not keep `share` from adapting
+            self._engine_s, self._seconds, self._steps = 0.0, 0.0, 0
         self._drained_rows = self.ring.num_written
         return found
 
