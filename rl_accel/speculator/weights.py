@@ -21,6 +21,8 @@ REPORT = 5
 STEPS, TRAIN_US, LOST_ROWS, HELD_OUT_E6, SERVED_E6, REFUSED, REJECTED_E3, BUSY = range(REPORT, REPORT + 8)
 ALLOWED_E3 = REPORT + 8
 """Written by the engine: share of the time, in thousandths, that the trainer may train."""
+FROM_RANKS = ALLOWED_E3 + 1
+"""Of the trainer's report as well."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Report:
     rejected_weight: float
     busy: bool
     """Whether a training step is running now."""
+    rank_rows: int
+    """Rows that came from training ranks (`tap_rings.py`)."""
 
 
 class WeightSlots:
@@ -93,7 +97,7 @@ class WeightSlots:
     def read_report(self) -> Report:
         words = self.memory.words
         found = {name: int(words[where]) / scale for name, (where, scale) in _SCALES.items()}
-        whole = {name: int(found[name]) for name in ("num_steps", "lost_rows", "num_refused")}
+        whole = {name: int(found[name]) for name in ("num_steps", "lost_rows", "num_refused", "rank_rows")}
         return Report(**{**found, **whole, "busy": bool(found["busy"])})  # type: ignore[arg-type]
 
     @property
@@ -123,4 +127,5 @@ _SCALES = {
     "num_refused": (REFUSED, 1),
     "rejected_weight": (REJECTED_E3, 1e3),
     "busy": (BUSY, 1),
+    "rank_rows": (FROM_RANKS, 1),
 }
