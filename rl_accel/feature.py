@@ -199,6 +199,12 @@ class Rank:
     def attach(self, engine: Any, optimizer: Any) -> None:
         """Bind to a `DeepSpeedEngine`, or to the root module of FSDP2, before the first backward pass."""
 
+    def begin_inference(self, micro_batch: Any) -> None:
+        """The model is about to run over a micro-batch of verl's without gradients, such as for old log-probs."""
+
+    def end_inference(self) -> None:
+        """It has run, or failed."""
+
     def begin_update(self) -> None:
         """An update begins; `metrics` is asked for when it is done."""
 

@@ -23,6 +23,7 @@ when the probabilities of engine and trainer are not a number or do not belong t
 """
 OVER = {
     "rank": "Reduced over ranks and updates of the step; verl writes them under `actor/` and `critic/`.",
+    "both": "Reduced over rollout engines; those of training ranks over ranks and updates, under `actor/`.",
     "engine": "Reduced over rollout engines.",
 }
 
@@ -38,7 +39,7 @@ def metrics_page() -> str:
     parts = [HEAD, table(METRICS)]
     for name, feature in features().items():
         if feature.metrics:
-            over = OVER["rank" if feature.rank else "engine"]
+            over = OVER["both" if feature.rank and feature.engine else "rank" if feature.rank else "engine"]
             parts.append(f"\n## `{name}`: {feature.title}\n\n{over}\n\n{table(feature.metrics, f'rl_accel/{name}/')}")
     return "".join(parts) + TAIL
 

@@ -40,6 +40,9 @@ class SpeculatorConfig:
     max_trace_share: float = 0.015
     """Largest share of the engine's time that leaving traces may take, above 0, at most 1; fewer requests are traced
     where it takes more."""
+    trainer_tap: bool = False
+    """Learn from the states of the trainer's pass of old log-probs, too, of rollouts that the engine left no traces of;
+    with FSDP2 and DeepSpeed."""
     threads: int = 1
     """CPU threads of the trainer."""
     nice: int = 0

@@ -31,6 +31,10 @@ FEATURE = Feature(
         Metric(
             "rows_lost", "tokens", "sum", "since the start: traces that were overwritten before the trainer saw them"
         ),
+        Metric("rows_from_trainer", "tokens", "sum", "traces of the trainer's pass of old log-probs that arrived"),
+        Metric("trainer_tap_rows", "tokens", "mean", "traces that a training rank left in that pass"),
+        Metric("trainer_tap_share", "1", "mean", "of the seconds of that pass, that leaving them took"),
+        Metric("trainer_taps_off", "1", "mean", "training ranks whose tap failed; their passes go on without it"),
         Metric("train_steps", "1", "sum", "optimizer steps of the head"),
         Metric("train_s", "s", "sum", "processor time of the trainer"),
         Metric("train_share", "1", "mean", "share of the time that it may train"),
@@ -52,10 +56,11 @@ FEATURE = Feature(
         Metric("heads_not_restored", "engines", "sum", "since the start: heads not restored on resume"),
         Metric("trainers_gone", "engines", "sum", "whose trainer has ended; they go on with the head that they have"),
     ),
-    free=("learn", "threads", "nice", "max_share", "publish_s"),
+    free=("learn", "trainer_tap", "threads", "nice", "max_share", "publish_s"),
     try_out=("enable=true",),
     driver="rl_accel.speculator.hosts.driver:SpeculatorDriver",
     engine="rl_accel.speculator.hosts.engine:SpeculatorEngine",
+    rank="rl_accel.speculator.hosts.rank:SpeculatorRank",
     trainer="rl_accel.speculator.hosts.trainer:SpeculatorTrainer",
     probe="rl_accel.speculator.hosts.probe:SpeculatorProbe",
 )

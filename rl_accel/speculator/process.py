@@ -1,9 +1,10 @@
 """The trainer of the draft head, a process beside the engine: `python -m rl_accel.speculator.process SETTINGS`.
 
 It is handed two blocks of shared memory as descriptors and takes orders as JSON lines on its standard input: `save` and
-`open` with the path of a checkpoint, `serve` with the version that the engine went back to. It ends when that
-input does. It trains while traces arrive, `REUSE` times on each, within its share of the time, and sleeps otherwise.
-A server's trainer also keeps a file over restarts (`state.py`), which it writes before it ends.
+`open` with the path of a checkpoint, `serve` with the version that the engine went back to, `follow` with the run whose
+training ranks leave traces too. It ends when that input does. It trains while traces arrive, `REUSE` times on each,
+within its share of the time, and sleeps otherwise. A server's trainer also keeps a file over restarts (`state.py`),
+which it writes before it ends.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rl_accel.speculator.replay import Batch, Replay
 from rl_accel.speculator.served import fold, num_folded
 from rl_accel.speculator.shared import SharedBytes
 from rl_accel.speculator.state import StateFile
+from rl_accel.speculator.tap_rings import TapRings
 from rl_accel.speculator.traces import RowLayout, TraceRing
 from rl_accel.speculator.weights import WeightSlots
 
@@ -65,6 +67,7 @@ class TrainerProcess:
         self.gate = SwapGate(served, config["depth"])
         self.gate.serve(flat)
         self.pace = Pace()
+        self.taps: TapRings | None = None
         self._published = {self.slots.version: flat}
         self._order = deque([self.slots.version])
         self._seen, self._lost, self._refused = self.ring.num_written, 0, 0
@@ -109,6 +112,9 @@ class TrainerProcess:
         if len(rows["request"]):
             self.replay.add(rows)
             self._last_rows = time.monotonic()
+        if self.taps is not None and self._share() > 0.0:
+            self.taps.feed(self.replay)  # while ranks compute, others need the processor: these rows wake nobody
+            self.slots.report(rank_rows=self.taps.num_rows)
 
     def _may_train(self) -> bool:
         share = self._share()
@@ -221,6 +227,11 @@ class TrainerProcess:
         self._put(served)
         self._report()
         return {"version": self.slots.version, "num_steps": self.learner.num_steps}
+
+    def _follow(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Learn from what the training ranks of a run leave on this node, too."""
+        self.taps = TapRings(self.ring.layout, order["run"])
+        return {}
 
     def _serve(self, order: dict[str, Any]) -> dict[str, Any]:
         """The engine went back to an earlier version: judge candidates by that one, and train on from it."""

@@ -141,6 +141,10 @@ class Replay:
                 total += max(len(stretch), 1)
         return self._batch(stretches) if stretches else None
 
+    def knows(self, request: int) -> bool:
+        """Whether rows of a request are held."""
+        return request in self._requests
+
     def memory_bytes(self) -> int:
         return sum(field.nbytes for field in self._fields.values())
 

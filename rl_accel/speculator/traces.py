@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rl_accel.identity import RolloutIdentity, hash64
 from rl_accel.speculator.shared import SharedBytes
 
 DENSE_VOCAB = 4096
@@ -65,12 +66,26 @@ class RowLayout:
         return sum(np.dtype(dtype).itemsize * count for dtype, count in self.fields().values())
 
 
+def aux_layers(num_layers: int) -> tuple[int, ...]:
+    """Return the layers after which hidden states are taken: a low one, a high one, and the last."""
+    return tuple(sorted({max(num_layers // 4, 1), max(3 * num_layers // 4, 1), num_layers}))
+
+
+def trace_name(identity: RolloutIdentity) -> int:
+    """Return the name of a generation in traces, the same whether an engine or a training rank leaves them.
+
+    Whether it is held out follows from it, so what is held out from one source is not learned from another.
+    """
+    parts = identity.step, identity.validate, identity.sample_index, identity.call, identity.problem_id
+    return hash64("/".join(map(str, parts)).encode())
+
+
 class TraceRing:
     """`capacity` rows of shared memory."""
 
-    def __init__(self, layout: RowLayout, capacity: int, descriptor: int | None = None):
+    def __init__(self, layout: RowLayout, capacity: int, descriptor: int | None = None, name: str = "rl_accel-traces"):
         self.layout, self.capacity = layout, capacity
-        self.memory = SharedBytes(capacity * layout.row_bytes, "rl_accel-traces", descriptor)
+        self.memory = SharedBytes(capacity * layout.row_bytes, name, descriptor)
         self._fields: dict[str, npt.NDArray] = {}
         start = 0
         # The widest entries first, so that every field is aligned.

@@ -23,6 +23,8 @@ ALLOWED_E3 = REPORT + 8
 """Written by the engine: share of the time, in thousandths, that the trainer may train."""
 PAUSED = REPORT + 9
 """Written by the engine: whether its steps need all cores at present."""
+FROM_RANKS = PAUSED + 1
+"""Of the trainer's report as well."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Report:
     rejected_weight: float
     busy: bool
     """Whether a training step is running now."""
+    rank_rows: int
+    """Rows that came from training ranks (`tap_rings.py`)."""
 
 
 class WeightSlots:
@@ -95,7 +99,7 @@ class WeightSlots:
     def read_report(self) -> Report:
         words = self.memory.words
         found = {name: int(words[where]) / scale for name, (where, scale) in _SCALES.items()}
-        whole = {name: int(found[name]) for name in ("num_steps", "lost_rows", "num_refused")}
+        whole = {name: int(found[name]) for name in ("num_steps", "lost_rows", "num_refused", "rank_rows")}
         return Report(**{**found, **whole, "busy": bool(found["busy"])})  # type: ignore[arg-type]
 
     @property
@@ -133,4 +137,5 @@ _SCALES = {
     "num_refused": (REFUSED, 1),
     "rejected_weight": (REJECTED_E3, 1e3),
     "busy": (BUSY, 1),
+    "rank_rows": (FROM_RANKS, 1),
 }

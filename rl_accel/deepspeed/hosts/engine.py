@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -114,7 +114,9 @@ class DeepSpeedMixin:
         return ds_engine
 
     def forward_step(self, micro_batch, loss_function, forward_only):
-        loss, output = super().forward_step(micro_batch, loss_function, forward_only)
+        ranks = self.ranks if forward_only else None
+        with ranks.inference(micro_batch) if ranks is not None else nullcontext():
+            loss, output = super().forward_step(micro_batch, loss_function, forward_only)
         return (loss if forward_only else _EngineLoss(self.ds_engine, loss)), output
 
     @contextmanager

@@ -1,8 +1,8 @@
 """Features on the training ranks of verl's own FSDP2 engine: their settings, and a named patch of `FSDPEngine`, which
 does nothing where no feature acts.
 
-Host symbols: `FSDPEngine._build_model_optimizer`, `.train_batch`, `.save_checkpoint`, `.load_checkpoint`; the settings
-class that a node `fsdp_config` names as its `_target_`.
+Host symbols: `FSDPEngine._build_model_optimizer`, `.train_batch`, `.save_checkpoint`, `.load_checkpoint`;
+`FSDPEngineWithLMHead.forward_step`; the settings class that a node `fsdp_config` names as its `_target_`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class RanksOnFSDP2(HostPatch):
         engine = module.FSDPEngine
         for name in ("_build_model_optimizer", "train_batch", "save_checkpoint", "load_checkpoint"):
             setattr(engine, name, getattr(cls, name)(getattr(engine, name)))
+        with_head = module.FSDPEngineWithLMHead
+        with_head.forward_step = cls.forward_step(with_head.forward_step)
 
     @staticmethod
     def _build_model_optimizer(original: Callable) -> Callable:
@@ -54,6 +56,18 @@ class RanksOnFSDP2(HostPatch):
                 self.fsdp2_ranks = ranks
 
         return build_model_optimizer
+
+    @staticmethod
+    def forward_step(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def forward_step(self, micro_batch, loss_function, forward_only):
+            ranks = getattr(self, "fsdp2_ranks", None)
+            if ranks is None or not forward_only:
+                return original(self, micro_batch, loss_function, forward_only)
+            with ranks.inference(micro_batch):
+                return original(self, micro_batch, loss_function, forward_only)
+
+        return forward_step
 
     @staticmethod
     def train_batch(original: Callable) -> Callable:

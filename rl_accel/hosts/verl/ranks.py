@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rl_accel.errors import ConfigError
@@ -29,6 +30,17 @@ class Ranks:
         """Bind all to a `DeepSpeedEngine` or the root module of FSDP2."""
         for role in self.roles.values():
             role.attach(engine, optimizer)
+
+    @contextmanager
+    def inference(self, micro_batch: Any) -> Iterator[None]:
+        """In here the model runs over a micro-batch without gradients."""
+        for role in self.roles.values():
+            role.begin_inference(micro_batch)
+        try:
+            yield
+        finally:
+            for role in self.roles.values():
+                role.end_inference()
 
     def begin_update(self) -> None:
         for role in self.roles.values():

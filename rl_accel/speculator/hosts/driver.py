@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from omegaconf import DictConfig
 
 from rl_accel.draft.config import HEAD_METHODS
 from rl_accel.errors import ConfigError
 from rl_accel.feature import Driver
+from rl_accel.hosts.verl.training_roles import node, with_strategy
+
+ACTOR = "actor_rollout_ref.actor"
 
 
 class SpeculatorDriver(Driver):
@@ -27,6 +32,30 @@ class SpeculatorDriver(Driver):
             raise ConfigError(
                 "rl_accel.speculator.state is for rl_accel.speculator.serve; under verl the checkpoints hold the head"
             )
+
+        actor = config.actor_rollout_ref.actor.strategy
+        if self.settings.enabled and self.settings.trainer_tap and not self._serves(config, ACTOR):
+            raise ConfigError(
+                f"rl_accel.speculator.trainer_tap=true serves {ACTOR}.strategy=fsdp2 and deepspeed; it is {actor}; "
+                "leave it out"
+            )
+
+    def rank_settings(self, config: DictConfig, role: str) -> dict[str, Any]:
+        """Return what `SpeculatorRank` needs; Ulysses cuts sequences over ranks, so that none has all layers of one."""
+        settings = self.settings
+        if role != ACTOR or not (settings.trainer_tap and settings.learn and self._serves(config, role)):
+            return {}
+        if node(config, role).get("ulysses_sequence_parallel_size", 1) > 1:
+            return {}
+        return {
+            "history": settings.history,
+            "max_share": settings.max_trace_share,
+            "num_samples": int(config.actor_rollout_ref.rollout.n),
+        }
+
+    @staticmethod
+    def _serves(config: DictConfig, role: str) -> bool:
+        return any(role in with_strategy(config, strategy) for strategy in ("fsdp2", "deepspeed"))
 
     def summary(self, config: DictConfig) -> str:
         if not self.settings.enabled:

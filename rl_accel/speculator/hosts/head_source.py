@@ -28,6 +28,7 @@ import numpy.typing as npt
 import torch
 
 from rl_accel.errors import NotLiveError
+from rl_accel.hosts.verl import RUN_ENV
 from rl_accel.hosts.vllm.faults import Faults
 from rl_accel.speculator.client import TrainerClient
 from rl_accel.speculator.config import SpeculatorConfig
@@ -37,7 +38,7 @@ from rl_accel.speculator.hosts.tap import Step, Tap
 from rl_accel.speculator.ledger import Ledger
 from rl_accel.speculator.served import ServedHead
 from rl_accel.speculator.state import state_file
-from rl_accel.speculator.traces import RowLayout
+from rl_accel.speculator.traces import RowLayout, aux_layers
 from rl_accel.speculator.watch import ServedWatch
 
 MAX_WIDTH = 512
@@ -147,6 +148,8 @@ class HeadSource:
         if not self.config.learn:
             self.client.slots.allowed_share = 0.0  # the process is there for checkpoints only
         self.client.start()
+        if self.config.trainer_tap and (run := os.environ.get(RUN_ENV)):
+            self.client.tell("follow", run=run)
         if os.path.exists(self.config.state) and self.client.wait_ready():
             self.poll()  # the first requests get the head of the last run
 
@@ -315,6 +318,7 @@ class HeadSource:
             "num_asked": float(calls["propose"]),
             **self.tap.drain(),
             "rows_lost": float(report.lost_rows),
+            "rows_from_trainer": float(report.rank_rows - self._drained.rank_rows),
             "train_steps": float(report.num_steps - self._drained.num_steps),
             "train_s": report.train_s - self._drained.train_s,
             "train_share": self.client.slots.allowed_share,
@@ -340,11 +344,6 @@ class HeadSource:
     def _count(self, what: str, started: float, calls: int) -> None:
         self._seconds[what] += time.perf_counter() - started
         self._calls[what] += calls
-
-
-def aux_layers(num_layers: int) -> tuple[int, ...]:
-    """Return the layers after which hidden states are taken: a low one, a high one, and the last."""
-    return tuple(sorted({max(num_layers // 4, 1), max(3 * num_layers // 4, 1), num_layers}))
 
 
 def _weight(model: Any, name: str) -> torch.Tensor | None:

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rl_accel.hosts.vllm.request_identity import identity_of
 from rl_accel.identity import hash64
-from rl_accel.speculator.traces import TOP_K, RowLayout, TraceRing
+from rl_accel.speculator.traces import TOP_K, RowLayout, TraceRing, trace_name
 
 MIN_SHARE = 1 / 64
 """Of the requests, that are traced at least."""
@@ -151,7 +152,9 @@ class Tap:
         try:
             return request.rl_accel_trace
         except AttributeError:
-            name = request.rl_accel_trace = hash64(f"{self.policy_version}/{request_id}".encode())
+            identity = identity_of(request, self.runner.rl_accel_faults)
+            anonymous = f"{self.policy_version}/{request_id}"
+            name = request.rl_accel_trace = trace_name(identity) if identity else hash64(anonymous.encode())
             return name
 
     def _is_traced(self, request_id: str) -> bool:

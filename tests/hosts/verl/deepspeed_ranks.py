@@ -50,6 +50,7 @@ def make_engine(
     path: str = POLICY,
     checkpointing: bool = False,
     comm: dict | None = None,
+    tap: dict | None = None,
 ):
     """Build and initialize an engine of `ENGINES`."""
     model_config = HFModelConfig(
@@ -66,12 +67,13 @@ def make_engine(
         "use_dynamic_bsz": False,
         "use_remove_padding": False,
     }
-    if kind == "fsdp2" and comm:
-        engine_config = FSDP2Config(rl_accel={"comm": comm}, **common)
+    features = {name: values for name, values in (("comm", comm), ("speculator", tap)) if values}
+    if kind == "fsdp2" and features:
+        engine_config = FSDP2Config(rl_accel=features, **common)
     elif kind == "fsdp2":
         engine_config = FSDPEngineConfig(strategy="fsdp2", **common)
     else:
-        common["rl_accel"] = {"comm": comm} if comm else {}
+        common["rl_accel"] = features
         engine_config = DeepSpeedEngineConfig(zero_stage=ENGINES[kind], ds_config=PARTITION_ALL, **common)
     engine = EngineRegistry.new(
         model_type=model_type,
@@ -233,6 +235,65 @@ def not_finite():
     return results
 
 
+def traces():
+    """Rows that the tap leaves of the texts in `$TRACE_JOB`, which every rank takes its part of; and packed, on one
+    engine. Log-probs are those without a tap, and a tap that fails costs nothing else."""
+    job = torch.load(os.environ["TRACE_JOB"])
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    texts = job["texts"][rank::world]
+
+    def nested(rows):
+        return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+    def infer(engine, packed=False, **columns):
+        data = TensorDict(
+            {
+                "input_ids": nested([text["ids"] for text in texts]),
+                "position_ids": nested([range(len(text["ids"])) for text in texts]),
+                "loss_mask": nested([[1] * (len(text["ids"]) - text["prompt"]) for text in texts]),
+            },
+            batch_size=len(texts),
+        )
+        names = {"rl_accel_problem_id": "problem", "session_id": "sample", "global_steps": "step"}
+        for column, name in names.items():
+            tu.assign_non_tensor_stack(data, column, [text[name] for text in texts])
+        tu.assign_non_tensor_stack(data, "rl_accel_occurrence", [0] * len(texts))
+        tu.assign_non_tensor(
+            data,
+            use_dynamic_bsz=False,
+            micro_batch_size_per_gpu=len(texts) // 3,
+            use_remove_padding=packed,
+            temperature=0.5,
+            pad_mode=DatasetPadMode.NO_PADDING,
+            **columns,
+        )
+        with engine.eval_mode():
+            output = engine.infer_batch(data, None)
+        return output["model_output"]["log_probs"].values()
+
+    results = {}
+    tap = {"history": 2, "num_samples": 4, "max_share": 1e3}
+    for kind in ENGINES:
+        plain = make_engine(kind, path=job["model"])
+        engine = make_engine(kind, path=job["model"], tap=tap)
+        ranks = engine.fsdp2_ranks if kind == "fsdp2" else engine.ranks
+        role = ranks.roles["speculator"]
+        role.tap._saved_s = 1e3
+        results[kind] = {"plain": infer(plain), "log_probs": infer(engine), "metrics": ranks.metrics()}
+        results[kind]["rows"] = role.tap.ring.take(0)[1]
+        ranks.begin_update()
+        if kind == "fsdp2":
+            before = role.tap.ring.num_written
+            role.tap._saved_s = 1e3
+            infer(engine, packed=True)
+            results["packed"] = {"rows": role.tap.ring.take(before)[1]}
+            ranks.begin_update()
+            role.tap._saved_s = 1e3
+            role.tap._write = lambda batch: 1 / 0
+            results["failed"] = {"log_probs": infer(engine), "metrics": ranks.metrics()}
+    return results
+
+
 class Interruption(Exception):
     pass
 
@@ -366,6 +427,7 @@ SCENARIOS = {
     "offload": offload,
     "resume": resume,
     "four_bits": four_bits,
+    "traces": traces,
 }
 
 

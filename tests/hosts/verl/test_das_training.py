@@ -49,6 +49,9 @@ def test_the_draft_head_learns_and_survives_the_kill(das_run) -> None:
             assert step[f"rl_accel/speculator/heads_{kind}"] == 0
         assert step["rl_accel/speculator/trainers_gone"] == 0
         assert step["rl_accel/speculator/rows_traced"] > 0
+        assert step["actor/rl_accel/speculator/trainer_tap_rows"] > 0
+        assert step["actor/rl_accel/speculator/trainer_taps_off"] == 0
+    assert metrics[4]["rl_accel/speculator/rows_from_trainer"] > 0, "of the pass of step 3"
     state = torch.load(
         das_run.run.path / "checkpoints" / "global_step_4" / "rl_accel" / "speculator" / "engine000.pt",
         weights_only=True,
@@ -65,3 +68,4 @@ def test_a_feature_of_another_package_takes_part_everywhere(das_run) -> None:
         assert metrics["toy/patched"] == 1
         assert metrics["rl_accel/toy/weight_syncs"] == (step if step < 3 else step - 2), "engines are new at step 3"
         assert metrics["rl_accel/toy/steps"] == metrics["actor/rl_accel/toy/updates"] == step, "restored at step 3"
+        assert metrics["actor/rl_accel/toy/micro_batches"] == 4 * (step if step < 3 else step - 2), "of old log-probs"

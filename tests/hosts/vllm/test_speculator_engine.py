@@ -6,6 +6,7 @@ The engines: `speculator_engine.py`.
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from rl_accel.lossless import chi_square, count_tokens
 from .tiny_qwen import VOCAB_SIZE, build_model
 
 ENGINE = Path(__file__).with_name("speculator_engine.py")
+TRAINER = Path(__file__).parents[1] / "verl" / "deepspeed_ranks.py"
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,56 @@ def test_traces_are_the_policys_own_states_and_logits(engines, learned) -> None:
             assert b - a == int(accepted[a]) + 1 and int(accepted[a]) <= int(drafted[a])
         checked += 1
     assert checked > 10
+
+
+@pytest.fixture(scope="module")
+def tapped(engines, learned, run_ranks, tmp_path_factory):
+    """What the training engines, two ranks each, leave of the texts that the engine has generated."""
+    from rl_accel.quickstart.deep import POLICY  # its tokenizer: verl wants one
+
+    from .speculator_engine import NUM_PROBLEMS, NUM_SAMPLES, prompt
+
+    folder = tmp_path_factory.mktemp("trainer")
+    shutil.copytree(engines.model, folder / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(POLICY / name, folder / "model")
+    names = [(p, s) for p in range(NUM_PROBLEMS) for s in range(NUM_SAMPLES)]
+    texts = [
+        {"problem": f"p{k}-{p}", "sample": s, "step": k, "prompt": len(prompt(p)), "ids": prompt(p) + list(tokens)}
+        for k in range(2)
+        for (p, s), tokens in zip(names, learned["tokens"][k], strict=True)
+    ]
+    torch.save({"model": str(folder / "model"), "texts": texts}, folder / "job.pt")
+    return run_ranks(TRAINER, 2, "traces", timeout=300, TRACE_JOB=str(folder / "job.pt"))[0]["traces"]
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "packed", "zero1", "zero2", "zero3"])
+def test_the_trainers_traces_are_the_engines(learned, tapped, kind) -> None:
+    """By request and position: the same names, tokens, hidden states and logits, of FSDP2 and of ZeRO 1 to 3."""
+    rows, expected = tapped[kind]["rows"], learned["rows"]["rows"]
+    there = {pair: i for i, pair in enumerate(zip(expected["request"].tolist(), expected["position"].tolist()))}  # noqa: B905
+    pairs = list(zip(rows["request"].tolist(), rows["position"].tolist(), strict=True))
+    assert len(pairs) == len(set(pairs)) > 2000
+    mine = [i for i, pair in enumerate(pairs) if pair in there]
+    assert len(mine) == len(pairs), "a row of the trainer has no counterpart in the engine"
+    engine = [there[pairs[i]] for i in mine]
+    for name, atol in (("tokens", 0.0), ("aux", 5e-3), ("target", 2e-2)):
+        ours, theirs = torch.from_numpy(rows[name][mine]), expected[name][engine]
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=5e-3 if atol else 0.0, atol=atol)
+    assert set(rows["policy"].tolist()) == {0, 1} and set(rows["temperature"].tolist()) == {0.5}
+    assert set(rows["drafted"].tolist()) == set(rows["accepted"].tolist()) == {-1}
+
+
+def test_the_trainers_pass_is_not_changed_by_its_tap(tapped) -> None:
+    """Nor by one that fails, which is off then and says so."""
+    for kind in ("fsdp2", "zero1", "zero2", "zero3"):
+        assert torch.equal(tapped[kind]["log_probs"], tapped[kind]["plain"])
+        metrics = tapped[kind]["metrics"]
+        assert metrics["rl_accel/speculator/trainer_tap_rows"] == [len(tapped[kind]["rows"]["request"])]
+        assert metrics["rl_accel/speculator/trainer_taps_off"] == [0.0]
+        assert 0.0 < metrics["rl_accel/speculator/trainer_tap_share"][0] < 1.0
+    assert torch.equal(tapped["failed"]["log_probs"], tapped["fsdp2"]["plain"])
+    assert tapped["failed"]["metrics"]["rl_accel/speculator/trainer_taps_off"] == [1.0]
 
 
 def _before_norm(model, ids: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ FEATURE = Feature(
         Metric("weight_syncs", "1", "sum", "seen by the engine since the start"),
         Metric("steps", "1", "max", "seen by the trainer, also before a resume"),
         Metric("updates", "1", "mean", "seen by a rank"),
+        Metric("micro_batches", "1", "mean", "without gradients, seen by a rank"),
     ),
     driver="toy_feature.roles:ToyDriver",
     engine="toy_feature.roles:ToyEngine",

@@ -74,15 +74,25 @@ class ToyEngine(Engine):
 
 class ToyRank(Rank):
     updates = 0
+    running, ran = False, 0
 
     def attach(self, engine: Any, optimizer: Any) -> None:
         assert self.settings["size"] == 7 and next(engine.parameters()) is not None and optimizer is not None
 
+    def begin_inference(self, micro_batch: Any) -> None:
+        assert not self.running and len(micro_batch["input_ids"])
+        self.running = True
+
+    def end_inference(self) -> None:
+        assert self.running
+        self.running, self.ran = False, self.ran + 1
+
     def begin_update(self) -> None:
+        assert not self.running
         self.updates += 1
 
     def metrics(self) -> dict[str, float]:
-        return {"updates": float(self.updates)}
+        return {"updates": float(self.updates), "micro_batches": float(self.ran)}
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates}
