@@ -29,11 +29,11 @@ class SpeculatorRank(Rank):
         model = getattr(engine, "module", engine)
         # An adapter can be left out of a pass, and what runs then is the reference policy.
         if not hasattr(model, "peft_config"):
-            self._contained(lambda: self._make(model))
+            self._contained(self._make, model)
 
     def begin_inference(self, micro_batch: Any) -> None:
         if self.tap is not None:
-            self._contained(lambda: self.tap and self.tap.begin(micro_batch))
+            self._contained(self.tap.begin, micro_batch)
 
     def end_inference(self) -> None:
         if self.tap is not None:
@@ -53,9 +53,9 @@ class SpeculatorRank(Rank):
             model, settings["history"], settings["num_samples"], settings["max_share"], os.environ.get(RUN_ENV, "")
         )
 
-    def _contained(self, call: Callable[[], Any]) -> None:
+    def _contained(self, call: Callable[..., None], *args: Any) -> None:
         try:
-            call()
+            call(*args)
             error = self.tap.error if self.tap is not None else None
         except Exception as raised:
             error = raised

@@ -2,14 +2,14 @@
 same quantities, without drafts.
 
 Hidden states are the outputs of the decoder layers `aux_layers`, the last before the final norm, and logits are those
-before the temperature. Rollouts are taken from the other end of the order in which engines take them, so that the two
-meet late. A row's policy is the training step here; readers know which version of an engine that was
-(`tap_rings.py`).
+before the temperature. A micro-batch is traced when the passes so far have earned the time for it, as much of it as
+`MAX_ROWS` allows, beginning at the other end of the order in which engines choose. The policy of a row is the training
+step here; readers know which version of an engine that was (`tap_rings.py`).
 
 Of a rollout of several turns only the first is traced: what follows are generations of other names. A loop that makes
-several outputs of one session has no name for each, so nothing is traced there.
+several outputs of a session has one name for them, and a micro-batch with a name that was there before is left out.
 
-Cost: at most `max_share` of the pass's seconds, as measured on the CPU. Not covered: sequences that are cut over ranks,
+Cost: `max_share` of the seconds of the passes, as measured on the CPU. Not covered: sequences that are cut over ranks,
 logits that are (DTensor) or that a fused kernel does not make; adapters. Not run on a GPU.
 
 Host symbols (verl 0.9.1): fields `input_ids`, `loss_mask`, `temperature`, `use_remove_padding`, `global_steps`,
@@ -34,14 +34,13 @@ from verl.utils import tensordict_utils as tu
 from rl_accel.hosts.verl.identity import OCCURRENCE, PROBLEM_ID
 from rl_accel.identity import RolloutIdentity, hash64
 from rl_accel.speculator.head import normalized
-from rl_accel.speculator.hosts.tap import MIN_SHARE
 from rl_accel.speculator.tap_rings import MAX_PUT, make_ring
 from rl_accel.speculator.traces import TOP_K, RowLayout, aux_layers, trace_name
 
-FIRST_SHARE = 0.25
-"""Of the rollouts, that are traced until it is known what that takes."""
-FORGET = 0.8
-"""Of measured seconds, from one micro-batch to the next."""
+MAX_ROWS = 2048
+"""Of a micro-batch."""
+MAX_SAVED = 16
+"""Micro-batches whose share of time may be saved for one that is traced."""
 
 
 @dataclass
@@ -65,8 +64,6 @@ class _MicroBatch:
     """Where the rows lie among the tokens of the model's input."""
     shape: tuple[int, int]
     packed: bool
-    started: float
-    hooks: list[Any] = field(default_factory=list)
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
     target: torch.Tensor | None = None
     target_ids: torch.Tensor | None = None
@@ -86,7 +83,7 @@ class TrainerTap:
         ValueError: if the model's decoder layers cannot be told from the rest.
     """
 
-    def __init__(self, model: torch.nn.Module, history: int, num_samples: int, max_share: float, run: str):
+    def __init__(self, model: Any, history: int, num_samples: int, max_share: float, run: str):
         text = model.config.get_text_config()
         count = int(text.num_hidden_layers)
         layers = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
@@ -96,57 +93,49 @@ class TrainerTap:
         self.layers = {k: layers[0][k - 1] for k in aux_layers(count)}
         self.layout = RowLayout(len(self.layers) * int(text.hidden_size), history + 1, int(text.vocab_size))
         self.ring = make_ring(self.layout, run)
-        self.num_samples, self.max_share, self.share = num_samples, max_share, FIRST_SHARE
+        self.num_samples, self.max_share = num_samples, max_share
         self.error: Exception | None = None
         """What failed inside the model's own call, where nothing may be raised."""
         self._batch: _MicroBatch | None = None
-        self._tap_s, self._pass_s, self._spent_s = 0.0, 0.0, 0.0
+        self._hooks: list[Any] = []
+        self._started, self._spent_s, self._saved_s = 0.0, 0.0, 0.0
         self._pass_is_new = True
         self._begin_pass()
 
     def begin(self, micro_batch: Any) -> None:
         """Choose what to trace of a micro-batch that is about to be run."""
-        started = time.perf_counter()
+        self._started = time.perf_counter()
         if self._pass_is_new:
             self._begin_pass()
-        packed = bool(tu.get_non_tensor_data(micro_batch, "use_remove_padding", True))
-        offsets = micro_batch["input_ids"].offsets().tolist()
-        longest = int(np.diff(offsets).max())
-        starts = offsets[:-1] if packed else [longest * i for i in range(len(offsets) - 1)]
-        chosen = self._choose(micro_batch, offsets)
-        rows = [np.arange(s.first, s.first + s.count) + starts[i] for i, s in chosen]
-        shape = (1, offsets[-1]) if packed else (len(starts), longest)
-        where = torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0, dtype=torch.int64)
-        self._batch = batch = _MicroBatch([s for _, s in chosen], where, shape, packed, started)
-        if rows:
-            for k, layer in self.layers.items():
-                batch.hooks.append(layer.register_forward_hook(self._hook(lambda o, k=k: self._see_states(k, o))))
-            batch.hooks.append(self.model.register_forward_hook(self._hook(self._see_logits)))
-        self._spent_s = time.perf_counter() - started
+        if self._saved_s > 0.0:
+            self._batch = self._chosen(micro_batch)
+            if self._batch is not None:
+                hook = self.model.register_forward_hook(self._hook(self._see_logits))
+                self._hooks = [hook, *map(self._watch_layer, self.layers)]
+        self._spent_s = time.perf_counter() - self._started
 
     def end(self) -> None:
         """The micro-batch has been run: write the rows."""
-        batch, self._batch = self._batch, None
-        if batch is None:
-            return
-        for hook in batch.hooks:
-            hook.remove()
-        if batch.rows_R.is_cuda:
-            torch.cuda.synchronize(batch.rows_R.device)  # until here it is the pass that takes the time
-        started = time.perf_counter()
-        if batch.target is not None and len(batch.layers) == len(self.layers):
-            self._write(batch)
-        now = time.perf_counter()
-        self._count(now - batch.started, self._spent_s + now - started)
+        batch = self._batch
+        self.detach()
+        if batch is not None:
+            if batch.rows_R.is_cuda:
+                torch.cuda.synchronize(batch.rows_R.device)  # until here it is the pass that takes the time
+            started = time.perf_counter()
+            if batch.target is not None and len(batch.layers) == len(self.layers):
+                self._write(batch)
+            self._spent_s += time.perf_counter() - started
+        self._count(time.perf_counter() - self._started - self._spent_s, self._spent_s)
 
     def pass_ended(self) -> None:
         """What comes next is another pass."""
         self._pass_is_new = True
 
     def detach(self) -> None:
-        """Leave the model as it was."""
-        for hook in self._batch.hooks if self._batch is not None else ():
+        """Leave the model as it was before `begin`."""
+        for hook in self._hooks:
             hook.remove()
+        self._hooks = []
         self._batch = None
 
     def metrics(self) -> dict[str, float]:
@@ -161,34 +150,44 @@ class TrainerTap:
         self._names: set[int] = set()
         self._rows, self._last_tap_s, self._last_pass_s = 0, 0.0, 0.0
 
-    def _choose(self, micro_batch: Any, offsets: list[int]) -> list[tuple[int, _Stretch]]:
-        """Return which rollouts are traced, by their place in the micro-batch."""
-        tokens = micro_batch["input_ids"].values().cpu().numpy().astype(np.int32)
-        masks, temperature = micro_batch["loss_mask"].unbind(), micro_batch["temperature"]
+    def _chosen(self, micro_batch: Any) -> _MicroBatch | None:
+        """Return what is traced of a micro-batch, None for nothing."""
+        packed = bool(tu.get_non_tensor_data(micro_batch, "use_remove_padding", True))
+        ids, masks, temperature = micro_batch["input_ids"], micro_batch["loss_mask"], micro_batch["temperature"]
+        offsets, mask_offsets = ids.offsets().tolist(), masks.offsets().tolist()
+        tokens, sampled = ids.values().cpu().numpy().astype(np.int32), masks.values().cpu().numpy().astype(bool)
         size = len(offsets) - 1
         steps = _column(micro_batch, "global_steps", size) or [0] * size
-        found = []
-        for i, name in enumerate(self._names_of(micro_batch, tokens, offsets, steps)):
+        names = self._names_of(micro_batch, tokens, offsets, steps)
+        longest = int(np.diff(offsets).max())
+        stretches, rows, num_rows = [], [], 0
+        for i in sorted(range(size), key=lambda i: -(names[i] & 0xFFFF)):
             text = tokens[offsets[i] : offsets[i + 1]]
-            first, count = _first_turn(masks[i].cpu().numpy().astype(bool), len(text))
-            if not count:
-                continue  # of padding, no token was sampled
-            if name in self._names:
-                return []
-            self._names.add(name)
-            if 0xFFFF - (name & 0xFFFF) < self.share * 0x10000:
-                warmth = float(temperature[i]) if isinstance(temperature, torch.Tensor) else float(temperature)
-                found.append((i, _Stretch(name, text, first - 1, count, int(steps[i]), warmth)))
-        return found
+            first, count = _first_turn(sampled[mask_offsets[i] : mask_offsets[i + 1]], len(text))
+            count = min(count, MAX_ROWS - num_rows)
+            if not count:  # padding has no sampled token
+                continue
+            if names[i] in self._names:
+                return None
+            self._names.add(names[i])
+            warmth = float(temperature[i]) if isinstance(temperature, torch.Tensor) else float(temperature)
+            stretches.append(_Stretch(names[i], text, first - 1, count, int(steps[i]), warmth))
+            start = (offsets[i] if packed else longest * i) + first - 1
+            rows.append(np.arange(start, start + count))
+            num_rows += count
+        if not stretches:
+            return None
+        shape = (1, offsets[-1]) if packed else (size, longest)
+        return _MicroBatch(stretches, torch.from_numpy(np.concatenate(rows)), shape, packed)
 
     def _names_of(self, micro_batch: Any, tokens: Any, offsets: list[int], steps: list[Any]) -> list[int]:
         size = len(offsets) - 1
-        columns = [_column(micro_batch, key, size) for key in (PROBLEM_ID, OCCURRENCE, "session_id")]
-        if any(column is None for column in columns):
+        problems, nths, sessions = (_column(micro_batch, key, size) for key in (PROBLEM_ID, OCCURRENCE, "session_id"))
+        if problems is None or nths is None or sessions is None:
             return [hash64(tokens[a:b].tobytes()) for a, b in itertools.pairwise(offsets)]
         return [
             trace_name(RolloutIdentity(str(problem), int(nth) * self.num_samples + int(session), int(step)))
-            for problem, nth, session, step in zip(*columns, steps, strict=True)
+            for problem, nth, session, step in zip(problems, nths, sessions, steps, strict=True)
         ]
 
     # What the model makes.
@@ -203,6 +202,9 @@ class TrainerTap:
             self._spent_s += time.perf_counter() - started
 
         return hook
+
+    def _watch_layer(self, layer: int) -> Any:
+        return self.layers[layer].register_forward_hook(self._hook(lambda output: self._see_states(layer, output)))
 
     def _see_states(self, layer: int, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
@@ -258,7 +260,7 @@ class TrainerTap:
                         "draft": 0,
                         "drafted": -1,
                         "accepted": -1,
-                        "temperature": stretch.temperature,
+                        "temperature": np.full(count, stretch.temperature, np.float16),
                         "tokens": stretch.tokens[np.maximum(where, 0)],
                         **{name: value[part] for name, value in values.items()},
                     }
@@ -269,10 +271,8 @@ class TrainerTap:
     def _count(self, pass_s: float, tap_s: float) -> None:
         self._last_tap_s += tap_s
         self._last_pass_s += pass_s
-        self._tap_s = FORGET * self._tap_s + tap_s
-        self._pass_s = FORGET * self._pass_s + pass_s
-        change = min(self.max_share * self._pass_s / max(self._tap_s, 1e-9), 2.0)
-        self.share = min(1.0, max(self.share * change, MIN_SHARE))
+        earned = self.max_share * pass_s
+        self._saved_s = min(self._saved_s + earned, MAX_SAVED * earned) - tap_s
 
 
 def _first_turn(mask: npt.NDArray[np.bool_], length: int) -> tuple[int, int]:

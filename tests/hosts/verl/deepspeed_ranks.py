@@ -272,21 +272,23 @@ def traces():
         return output["model_output"]["log_probs"].values()
 
     results = {}
-    tap = {"history": 2, "num_samples": 4, "max_share": 1.0}
+    tap = {"history": 2, "num_samples": 4, "max_share": 1e3}
     for kind in ENGINES:
         plain = make_engine(kind, path=job["model"])
         engine = make_engine(kind, path=job["model"], tap=tap)
         ranks = engine.fsdp2_ranks if kind == "fsdp2" else engine.ranks
         role = ranks.roles["speculator"]
-        role.tap.share = 1.0
+        role.tap._saved_s = 1e3
         results[kind] = {"plain": infer(plain), "log_probs": infer(engine), "metrics": ranks.metrics()}
         results[kind]["rows"] = role.tap.ring.take(0)[1]
         ranks.begin_update()
         if kind == "fsdp2":
             before = role.tap.ring.num_written
+            role.tap._saved_s = 1e3
             infer(engine, packed=True)
             results["packed"] = {"rows": role.tap.ring.take(before)[1]}
             ranks.begin_update()
+            role.tap._saved_s = 1e3
             role.tap._write = lambda batch: 1 / 0
             results["failed"] = {"log_probs": infer(engine), "metrics": ranks.metrics()}
     return results
