@@ -8,7 +8,8 @@ the timed steps. Arms: none, vLLM's ngram, das, head and auto. The policy is tha
 Rows: `speculator.rollout_ratio` (seconds of auto / none), `.rollout_ratio_to_best` (/ best of ngram and das),
 `.later_ratio`, `.later_ratio_to_best` (the same of the second half of the steps, when the head has learned),
 `.day0_share` (accept length of requests 384 to 640 / that of the last steps). With `--layers 4` the default policy,
-where a head can hardly be worth it: `speculator.worst_ratio`. With `--swaps` only `speculator.swap_p99_ms`.
+where a head can hardly be worth it: `speculator.worst_ratio`. `--problems 128 --samples 1`: no sample has siblings.
+With `--swaps` only `speculator.swap_p99_ms`.
 """
 
 from __future__ import annotations
@@ -67,10 +68,10 @@ def serve(arm: str, model: str, seed: int, pipe: Any) -> None:
     role = runner.rl_accel.get("speculator")
     pipe.send("ready")
     while (block := pipe.recv()) is not None:
-        step, prompts = block
+        step, prompts, num_samples = block
         requests, params = [], []
         for name, ids in prompts:
-            for sample in range(SAMPLES):
+            for sample in range(num_samples):
                 requests.append({"prompt_token_ids": ids})
                 params.append(params_of(name, sample, step))
         if role is not None:
@@ -116,7 +117,9 @@ def prompts_of(model: str, num: int, seed: int) -> list[tuple[str, list[int]]]:
     ]
 
 
-def run(arms: list[str], model: str, steps: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+def run(
+    arms: list[str], model: str, steps: int, seed: int, problems: int = PROBLEMS, samples: int = SAMPLES
+) -> dict[str, list[dict[str, Any]]]:
     """Return a result per arm and step. Raises AssertionError if arms disagree on a token."""
     context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     for arm in arms:
@@ -126,10 +129,10 @@ def run(arms: list[str], model: str, steps: int, seed: int) -> dict[str, list[di
         processes.append(process)
         theirs.close()
         assert pipes[arm].recv() == "ready"
-    prompts = prompts_of(model, PROBLEMS * (steps + 1), 1000 + seed)
+    prompts = prompts_of(model, problems * (steps + 1), 1000 + seed)
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for step in range(steps + 1):  # the first warms up
-        block = step, prompts[PROBLEMS * step : PROBLEMS * (step + 1)]
+        block = step, prompts[problems * step : problems * (step + 1)], samples
         turn = step % len(arms)
         for arm in [*arms[turn:], *arms[:turn]]:
             pipes[arm].send(block)
@@ -198,6 +201,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--problems", type=int, default=PROBLEMS, help="a step")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="of a problem; with 1, history has nothing to say")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument(
         "--swaps", action="store_true", help="only what a swap a second adds to the time between tokens"
@@ -214,7 +219,7 @@ def main() -> None:
         return
     ratios, best_ratios, later, later_best, day0, curves = [], [], [], [], [], {}
     for seed in args.seeds:
-        results = run(args.arms, model, args.steps, seed)
+        results = run(args.arms, model, args.steps, seed, args.problems, args.samples)
         total = {arm: sum(r["seconds"] for r in results[arm]) for arm in args.arms}
         best = min((arm for arm in args.arms if arm not in ("none", "head", "auto")), key=total.__getitem__)
         ratios.append(total["auto"] / total["none"])

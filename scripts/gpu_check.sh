@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: tests every kernel against its reference, times it against its incumbent and its bound,
-# and writes docs/results/gpu-<name>-<date>.json. The kernels' benchmarks are scripts/bench_<op>.py.
+# and writes docs/results/gpu-<name>-<date>.json. The kernels' benchmarks are scripts/bench_<op>.py. Last, the speculator in
+# an engine there: its tests, and its rows; what fails of it does not cost the kernels' results.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$RL_ACCEL_ROOT"
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "gpu_check: no GPU here" >&2; exit 1; }
@@ -15,6 +16,9 @@ for op in gumbel_argmax codec suffix propose_overlap; do
   bench=scripts/bench_$op.py
   python "$bench" --json "$parts/$(basename "$bench" .py).json"
 done
+failed=0
+python -m pytest tests/speculator tests/hosts/vllm/test_speculator_engine.py || failed=1
+python scripts/bench_speculator.py --steps 12 --json "$parts/bench_speculator.json" || failed=1
 python - "$parts" "$result" <<'PYTHON'
 import json, sys
 from pathlib import Path
@@ -26,3 +30,4 @@ rows = {part.stem: json.loads(part.read_text()) for part in sorted(parts.glob("*
 result.write_text(json.dumps({"machine": machine.describe(), "versions": versions.report(), "results": rows}, indent=1))
 print(f"written: {result}")
 PYTHON
+exit $failed
