@@ -7,19 +7,27 @@ import os
 import subprocess
 import sys
 
-from rl_accel.speculator.hosts.cores import CHEAP, MAX_OWED_S, MIN_TURN, Turns
+from rl_accel.speculator.hosts.cores import CHEAP, FIRST_S, MAX_OWED_S, MIN_TURN, Turns
+
+
+def experienced() -> Turns:
+    turns = Turns()
+    assert not turns.needs_cores(FIRST_S - 0.1, 1.0, 0.1, True), "a head that has learned nothing goes first"
+    assert not turns.needs_cores(FIRST_S, 1.0, 0.1, False)
+    turns.needs_cores(0.1, 0.1, 0.1, True)
+    return turns
 
 
 def test_steps_that_are_long_because_of_their_tokens_need_all_cores() -> None:
-    turns = Turns()
-    assert not turns.needs_cores(0.1, 0.0, 0.0), "nothing is known yet: learn"
-    assert turns.needs_cores(0.1, 0.1, 0.02)
-    assert not turns.needs_cores(0.03, 0.03, CHEAP * 0.03)
+    turns = experienced()
+    assert not turns.needs_cores(0.1, 0.0, 0.0, False), "nothing is known yet: learn"
+    assert turns.needs_cores(0.1, 0.1, 0.02, False)
+    assert not turns.needs_cores(0.03, 0.03, CHEAP * 0.03, True)
 
 
 def test_where_no_step_is_cheap_the_trainer_gets_its_share_in_turns() -> None:
-    turns = Turns()
-    free = [not turns.needs_cores(0.1, 0.1, 0.01) for _ in range(4000)]
+    turns = experienced()
+    free = [not turns.needs_cores(0.1, 0.1, 0.01, False) for _ in range(4000)]
     assert abs(sum(free) / len(free) - MIN_TURN) < 0.05
     changes = sum(a != b for a, b in itertools.pairwise(free))
     assert changes <= 2 + 2 * 400.0 * MIN_TURN / (MAX_OWED_S / (1.0 - MIN_TURN)), "seconds each, not single steps"
@@ -27,10 +35,10 @@ def test_where_no_step_is_cheap_the_trainer_gets_its_share_in_turns() -> None:
 
 def test_cheap_steps_count_as_turns() -> None:
     """Rollouts with a long tail: the trainer has its time there and takes none of the rest."""
-    turns = Turns()
+    turns = experienced()
     for _ in range(100):
-        assert all(turns.needs_cores(0.1, 0.1, 0.01) for _ in range(15))
-        assert not any(turns.needs_cores(0.02, 0.02, 0.015) for _ in range(40))
+        assert all(turns.needs_cores(0.1, 0.1, 0.01, False) for _ in range(15))
+        assert not any(turns.needs_cores(0.02, 0.02, 0.015, True) for _ in range(40))
 
 
 def test_a_core_is_left_and_taken_back() -> None:

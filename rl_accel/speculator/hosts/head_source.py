@@ -253,9 +253,11 @@ class HeadSource:
         if self.client is not None and self.config.learn:
             slots = self.client.slots
             self.ledger.observe_saved(saved)
-            self.ledger.observe_step(seconds, predicted, slots.busy)
+            busy = slots.busy
+            self.ledger.observe_step(seconds, predicted, busy)
             slots.allowed_share = self.ledger.share
-            slots.paused = self._cores.free < self.config.threads and self._turns.needs_cores(seconds, predicted, fixed)
+            needs_cores = self._turns.needs_cores(seconds, predicted, fixed, busy)
+            slots.paused = needs_cores and self._cores.free < self.config.threads
 
     @contextmanager
     def _contained(self) -> Iterator[None]:
