@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
-from rl_accel.speculator.traces import RowLayout
+from rl_accel.speculator.traces import VECTORS, RowLayout
 
 HELD_OUT = 12
 """One request in so many."""
@@ -80,7 +80,7 @@ class Replay:
         self.layout, self.capacity, self.max_policy_lag = layout, capacity, max_policy_lag
         self._rng = np.random.default_rng(seed)
         self._fields = {
-            name: np.zeros((capacity, count) if count > 1 else capacity, dtype)
+            name: np.zeros((capacity, count) if name in VECTORS else capacity, dtype)
             for name, (dtype, count) in layout.fields().items()
             if name not in ("request", "position", "policy", "draft")
         }

@@ -26,6 +26,8 @@ DENSE_VOCAB = 4096
 """Up to so many tokens the distribution is kept whole."""
 TOP_K = 64
 """Of a larger vocabulary: the most likely ones."""
+VECTORS = ("tokens", "aux", "target", "target_ids")
+"""Fields that are vectors, also where those have one entry."""
 WRITTEN = 0
 """Word of the header: rows written since the start."""
 
@@ -92,7 +94,7 @@ class TraceRing:
         for name, (dtype, count) in sorted(layout.fields().items(), key=lambda f: -np.dtype(f[1][0]).itemsize):
             end = start + capacity * count * np.dtype(dtype).itemsize
             rows = self.memory.data[start:end].view(dtype)
-            self._fields[name] = rows if count == 1 else rows.reshape(capacity, count)
+            self._fields[name] = rows.reshape(capacity, count) if name in VECTORS else rows
             start = end
 
     @property
