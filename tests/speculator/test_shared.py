@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rl_accel.speculator.replay import Replay
 from rl_accel.speculator.shared import SharedBytes
 from rl_accel.speculator.traces import RowLayout, TraceRing
 from rl_accel.speculator.weights import SHAPE as SHAPE_WORD
@@ -27,9 +28,10 @@ def test_nobody_else_can_open_it() -> None:
     memory.close()
 
 
-@pytest.mark.parametrize("vocab_size", [VOCAB, 5000])
-def test_rows_arrive_as_they_were_put(vocab_size: int) -> None:
-    layout = RowLayout(LAYOUT.num_features, LAYOUT.num_tokens, vocab_size)
+@pytest.mark.parametrize(("vocab_size", "num_tokens"), [(VOCAB, 1), (VOCAB, LAYOUT.num_tokens), (5000, 3)])
+def test_rows_arrive_as_they_were_put(vocab_size: int, num_tokens: int) -> None:
+    """One token a row, of a head without history, is a vector too."""
+    layout = RowLayout(LAYOUT.num_features, num_tokens, vocab_size)
     writer = TraceRing(layout, 64)
     reader = TraceRing(layout, 64, writer.memory.descriptor)
     rows, seen = rows_of(5, 9, layout=layout), 0
@@ -41,6 +43,9 @@ def test_rows_arrive_as_they_were_put(vocab_size: int) -> None:
         taken.append(found)
     for name, values in rows.items():
         np.testing.assert_array_equal(np.concatenate([part[name] for part in taken]), values)
+    replay = Replay(layout, 256)
+    replay.add(rows)
+    assert replay.sample(20).tokens_BTN.shape[-1] == num_tokens
 
 
 @settings(max_examples=60, deadline=None)
