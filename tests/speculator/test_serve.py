@@ -195,6 +195,7 @@ def test_all_metrics_stand_beside_vllms(served) -> None:
 
     shown, page = served["metrics"], served["page"]
     of_verl = {"heads_not_saved", "heads_not_restored"}  # of checkpoints
+    of_verl |= {"trainer_tap_rows", "trainer_tap_share", "trainer_taps_off"}  # of training ranks
     for line in FEATURE.metrics:
         name = f"speculator_{line.name}"
         counter = line.name in ADDED_UP["speculator"] and line.name != "saved_s"

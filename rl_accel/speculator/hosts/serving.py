@@ -26,7 +26,9 @@ MIDDLEWARE = "rl_accel.speculator.hosts.serving.SpeculatorMetrics"
 TIMEOUT_S = 5.0
 """For the engine's answer; after that the numbers are those of the time before."""
 ADDED_UP = {
-    "speculator": ("swaps", "num_asked", "rows_traced", "train_steps", "train_s", "saved_s", "charged_s"),
+    "speculator": (
+        "swaps", "num_asked", "rows_traced", "rows_from_trainer", "train_steps", "train_s", "saved_s", "charged_s",
+    ),
     "draft": (
         "num_steps", "drafted_by_*", "accepted_by_*", "problems_renewed", "requests_let_go", "segments_dropped",
         "rollouts_lost",
