@@ -16,10 +16,9 @@ from rl_accel.speculator.tap_rings import make_ring
 def main() -> None:
     run, first, count, length = sys.argv[1], *map(int, sys.argv[2:])
     ring = make_ring(LAYOUT, run)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     ring.put(rows_of(count, length, first=first, policy=3))
     print("written", flush=True)
-    signal.sigwait({signal.SIGUSR1})
+    sys.stdin.readline()
     ring.put(rows_of(1, length, first=1000 if first < 10 else 1001, policy=3))
     print("more", flush=True)
     signal.pause()

@@ -38,14 +38,14 @@ def test_ranks_are_found_and_read_to_their_end() -> None:
     ranks = []
     for first in (2, 10):
         command = [sys.executable, str(RANK), run, str(first), "8", "24"]
-        ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        ranks.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     for rank in ranks:
         assert rank.stdout.readline() == "written\n"
     rings._searched = -tap_rings.SEARCH_S
     rings.feed(replay)
     for rank in ranks:
-        rank.stdin = None
-        rank.send_signal(signal.SIGUSR1)
+        rank.stdin.write("more\n")
+        rank.stdin.flush()
         assert rank.stdout.readline() == "more\n"
         rank.send_signal(signal.SIGKILL)
         rank.wait()
