@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -16,14 +18,15 @@ class Oracle:
 
     ready = True
 
-    def __init__(self, texts: list[list[int]], probability: float = 0.9):
-        self.texts, self.probability = texts, probability
+    def __init__(self, texts: list[list[int]], probability: float = 0.9, seconds: float = 0.0):
+        self.texts, self.probability, self.seconds = texts, probability, seconds
         self.asked: list[list[int]] = []
         self.seen: list[tuple] = []
         self.steps: list[tuple] = []
 
     def candidates(self, rows_N, num_tokens_N, token_ids, max_draft_tokens_N, min_path_probs_N, min_step_gain):
         self.asked.append(rows_N.tolist())
+        time.sleep(self.seconds)
         k = int(max_draft_tokens_N.max())
         drafts = np.zeros((len(rows_N), k), np.int64)
         for i, (row, n) in enumerate(zip(rows_N, num_tokens_N, strict=True)):
@@ -129,15 +132,8 @@ def teach(drafter: CombinedDrafter, per_draft_s: float) -> None:
 
 def test_a_source_that_costs_more_than_it_brings_is_hardly_asked() -> None:
     """Its time is charged; now and then it is tried again."""
-    import time
-
-    class Slow(Oracle):
-        def candidates(self, *args):
-            time.sleep(0.02)
-            return super().candidates(*args)
-
     texts = texts_of(2, length=120)
-    source = Slow(texts, probability=0.5)
+    source = Oracle(texts, probability=0.5, seconds=0.02)
     drafter = drafter_of(source, "head", num_speculative_tokens=2, policy="budget")
     teach(drafter, 1e-4)
     loop = Loop(drafter, texts)
@@ -148,17 +144,10 @@ def test_a_source_that_costs_more_than_it_brings_is_hardly_asked() -> None:
 
 
 def test_a_source_is_not_judged_before_costs_are_known() -> None:
-    """Until then drafts are short and their gain is counted in a cost that nobody has measured: of the first 128 steps
-    with one request and a source that takes 3 ms of 30, 63 had no draft."""
-    import time
-
-    class Quick(Oracle):
-        def candidates(self, *args):
-            time.sleep(0.003)
-            return super().candidates(*args)
-
+    """Until then drafts are short and their gain is counted in a cost that nobody has measured: a source that takes
+    3 ms of 30 was not asked in 63 of 98 steps with one request."""
     texts = texts_of(1, length=124)
-    source = Quick(texts, probability=0.9)
+    source = Oracle(texts, seconds=0.003)
     drafter = drafter_of(source, "head", num_speculative_tokens=6, policy="budget")
     drafter.begin("r", "p", texts[0][:2], max_tokens=200)
     matrix, num_drafted = np.array(texts, np.int32), []
