@@ -3,8 +3,8 @@
 For each request the source that promises the larger gain drafts. The gain of a draft token is what the planner counts
 in (`kernels/suffix/api.py`: path probability / min_path_prob - 1, in units of a draft token's cost), so sources are
 compared by accepted tokens against cost, and drafting nothing is one of the answers. The model costs time before it
-promises anything: it is asked where that has been worth it lately, for batches of this size, and tried again every
-`RETRY_EVERY` steps elsewhere.
+promises anything: it is asked where that has been worth it lately, for batches of this size and by what it kept of its
+promises, and tried again every `RETRY_EVERY` steps elsewhere.
 
 Source: ours. Cost: the source's own, and about 50 us a step.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,11 @@ from rl_accel.draft.drafter import SuffixDrafter
 
 MIN_PROBABILITY = 0.01
 """As in `budget.py`: estimates of path probabilities mean little below."""
-FIRST_CALLS, RETRY_EVERY = 32, 64
+FIRST_CALLS, RETRY_EVERY = 8, 64
 """Calls for a batch size before its value is believed, and steps between two tries where it is negative."""
-VALUE_RATE = 0.1
+VALUE_RATE, GAIN_RATE = 0.1, 0.01
+GOOD, GOOD_DEPTH = 0.75, 8
+"""Probability of a token of a source that has learned, and its longest draft, when it is asked what it could bring."""
 SOURCE = "head"
 
 
@@ -56,10 +58,20 @@ class CandidateSource(Protocol):
             min_step_gain: a further token for all rows is not worth its cost where it gains less than this.
         """
 
-    def observe(self, num_drafts: int, num_drafted: int, expected: float, num_accepted: int) -> None:
-        """Hear what became of its drafts: how many there were, their tokens, those expected and those accepted."""
+    def observe(
+        self,
+        paths_RK: npt.NDArray[np.float32],
+        lengths_R: npt.NDArray[np.int64],
+        num_accepted_R: npt.NDArray[np.int64],
+    ) -> None:
+        """Hear what became of R of its drafts: promised path probabilities, tokens (at most K), accepted ones."""
 
-    def observe_step(self, seconds: float, predicted: float, fixed: float, saved: float) -> None:
+    def chain_seconds(self, num_rows: int) -> float:
+        """Return the seconds that it takes for a draft token of each of so many rows."""
+
+    def observe_step(
+        self, seconds: float, predicted: float, fixed: float, saved: float, potential: float | None
+    ) -> None:
         """Hear of a step.
 
         Args:
@@ -67,6 +79,8 @@ class CandidateSource(Protocol):
             predicted, fixed: how long it was expected to take, and what of that does not depend on how many requests
                 and tokens there were (0: unknown).
             saved: seconds that the source's drafts saved.
+            potential: seconds that it would have been shorter for the same tokens, had a source drafted that is right
+                with `GOOD` a token; negative where history does better. None: unknown.
         """
 
 
@@ -91,6 +105,17 @@ class _Value:
         self._values[num_rows.bit_length()] = calls + 1, value + rate * (seconds - value)
 
 
+class _Promise(NamedTuple):
+    """A draft of the source. Gains are in units of a draft token's cost."""
+
+    num_tokens: int
+    paths_K: npt.NDArray[np.float32]
+    floor: float
+    """Path probability from which on a token is worth its cost."""
+    gain: float
+    history_gain: float
+
+
 class CombinedDrafter(SuffixDrafter):
     """History and one more source. `head`: the source alone."""
 
@@ -99,10 +124,11 @@ class CombinedDrafter(SuffixDrafter):
         self.source = source
         self.uses_history = config.method in HISTORY_METHODS
         self._value = _Value()
+        self._alone, self._num_gained = False, 0
         self._step_s = 0.0  # of the source, a draft token for all its rows
-        self._last: dict[int, tuple[int, float, float]] = {}
-        """Slot -> tokens of its last draft, how many were expected to be accepted, and the gain that history had; of
-        drafts by the source only."""
+        self._last: dict[int, _Promise] = {}
+        """By slot, the last drafts of the source."""
+        self._promised_gain = self._kept_gain = 0.0
         self.last_source_s = 0.0
         self._served = np.zeros(3)
         self._saved_s = 0.0
@@ -120,8 +146,14 @@ class CombinedDrafter(SuffixDrafter):
             return []
         slots = self._slots_of(request_ids)
         generated = num_tokens - self._prompt_lengths[slots]
-        self._observe_accepted(slots, generated - self._generated[slots])
+        gained = generated - self._generated[slots]
+        self._num_gained = int(gained.sum())
+        self._observe_accepted(slots, gained)
         self._generated[slots] = generated
+        fixed = self.config.policy == "fixed"
+        asks = self.source.ready and (fixed or self._value.asks(len(slots)))
+        if self._use_history_alone(self.uses_history and not asks):
+            return super().propose_rows(request_ids, token_ids, rows, num_tokens)
         max_draft_N, min_probs_N = self._limits_of(slots)
         break_even = self.planner.next_break_even_gain()
         silent = math.isinf(break_even)
@@ -130,15 +162,15 @@ class CombinedDrafter(SuffixDrafter):
         gains_N = np.array([(path / floor_N[i] - 1.0).sum() for i, path in enumerate(paths)])
         expected_N = np.array([path.sum() for path in paths])
         first_N = np.array([path[0] if len(path) else 0.0 for path in paths])
-        history_N, chosen = gains_N.copy(), np.zeros(len(slots), bool)
-        fixed = self.config.policy == "fixed"
-        if not silent and self.source.ready and (fixed or self._value.asks(len(slots))):
+        history_N = gains_N.copy()
+        promised: dict[int, npt.NDArray[np.float32]] = {}
+        if not silent and asks:
             asked = np.flatnonzero(max_draft_N > 0)
             if len(asked):
-                self._ask_source(
+                promised = self._ask_source(
                     asked,
                     drafts,
-                    (gains_N, expected_N, first_N, chosen),
+                    (gains_N, expected_N, first_N),
                     token_ids,
                     rows,
                     num_tokens,
@@ -149,9 +181,17 @@ class CombinedDrafter(SuffixDrafter):
         if silent or gains_N.sum() < break_even:
             return [[] for _ in request_ids]
         self._last = {
-            int(slots[i]): (len(drafts[i]), float(expected_N[i]), float(history_N[i])) for i in np.flatnonzero(chosen)
+            int(slots[i]): _Promise(len(drafts[i]), path, float(floor_N[i]), float(gains_N[i]), float(history_N[i]))
+            for i, path in promised.items()
         }
         return drafts
+
+    def _use_history_alone(self, alone: bool) -> bool:
+        """History by itself drafts in one call; what the index counts is the planner's then."""
+        if alone != self._alone:
+            self.collect()
+            self._alone = alone
+        return alone
 
     def _from_history(
         self, slots: Any, token_ids: Any, rows: Any, num_tokens: Any, max_draft_N: Any, min_probs_N: Any, silent: bool
@@ -177,15 +217,19 @@ class CombinedDrafter(SuffixDrafter):
         self,
         asked: npt.NDArray[np.int64],
         drafts: list[list[int]],
-        found: tuple[npt.NDArray, npt.NDArray, npt.NDArray, npt.NDArray[np.bool_]],
+        found: tuple[npt.NDArray, npt.NDArray, npt.NDArray],
         token_ids: Any,
         rows: Any,
         num_tokens: Any,
         max_draft_N: Any,
         floor_N: Any,
-    ) -> None:
-        """Let the source draft where it gains more than history; changes `drafts` and `found` in place."""
-        gains_N, expected_N, first_N, chosen = found
+    ) -> dict[int, npt.NDArray[np.float32]]:
+        """Let the source draft where it gains more than history; changes `drafts` and `found` in place.
+
+        Returns:
+            Index of a request that it drafts for -> path probabilities.
+        """
+        gains_N, expected_N, first_N = found
         started, per_draft_s = time.perf_counter(), self.planner.cost.per_draft_s
         counts = per_draft_s > 0.0 and self.config.policy != "fixed"
         min_step_gain = self._step_s / per_draft_s if counts else 0.0
@@ -203,13 +247,14 @@ class CombinedDrafter(SuffixDrafter):
             i = asked[k]
             drafts[i] = self._until_stop(tokens_NK[k, : lengths[k]].tolist())
         where = asked[better]
-        gains_N[where], expected_N[where], chosen[where] = source_gain[better], expected[better], True
+        gains_N[where], expected_N[where] = source_gain[better], expected[better]
         first_N[where] = paths_NK[better, 0]
         self.last_source_s = time.perf_counter() - started
         step_s = self.last_source_s / tokens_NK.shape[1]
         self._step_s += VALUE_RATE * (step_s - self._step_s) if self._step_s else step_s
         if per_draft_s > 0.0 and self.planner.knows_costs:
-            self._value.observe(len(max_draft_N), brought * per_draft_s - self.last_source_s)
+            self._value.observe(len(max_draft_N), brought * self.kept_share * per_draft_s - self.last_source_s)
+        return {int(asked[k]): paths_NK[k] for k in np.flatnonzero(better)}
 
     def _until_stop(self, draft: list[int]) -> list[int]:
         for i, token in enumerate(draft):
@@ -222,17 +267,25 @@ class CombinedDrafter(SuffixDrafter):
         if not self._last:
             return
         last, self._last = self._last, {}
-        seen = [(*last[int(slot)], int(n)) for slot, n in zip(slots, gained, strict=True) if int(slot) in last]
-        drafted = sum(length for length, *_ in seen)
-        expected = sum(value for _, value, _, _ in seen)
-        accepted = sum(min(max(n - 1, 0), length) for length, _, _, n in seen)
-        self._served += (len(seen), drafted, accepted)
-        self.source.observe(len(seen), drafted, expected, accepted)
-        cost = self.planner.cost
-        token_s = cost.base_s / len(slots) + cost.per_request_s
+        seen = [(last[int(slot)], int(n)) for slot, n in zip(slots, gained, strict=True) if int(slot) in last]
+        if not seen:
+            return
+        lengths_R = np.array([promise.num_tokens for promise, _ in seen])
+        accepted_R = np.minimum(np.maximum([n - 1 for _, n in seen], 0), lengths_R)
+        self._served += (len(seen), lengths_R.sum(), accepted_R.sum())
+        self.source.observe(np.stack([promise.paths_K for promise, _ in seen]), lengths_R, accepted_R)
         # What history would have gained is no merit of the source.
-        without = drafted + sum(gain for _, _, gain, _ in seen)
-        self._saved_s += accepted * token_s - without * cost.per_draft_s
+        without = sum(promise.history_gain for promise, _ in seen)
+        floors_R = np.array([promise.floor for promise, _ in seen])
+        kept = float((accepted_R / floors_R - lengths_R).sum()) - without
+        self._saved_s += kept * self.planner.cost.per_draft_s
+        self._kept_gain += GAIN_RATE * (kept - self._kept_gain)
+        self._promised_gain += GAIN_RATE * (sum(p.gain for p, _ in seen) - without - self._promised_gain)
+
+    @property
+    def kept_share(self) -> float:
+        """Of what the source promised beyond history lately, that it kept."""
+        return self._kept_gain / self._promised_gain if self._promised_gain > 0.0 else 1.0
 
     def observe_step(self, seconds: float, num_requests: int, num_draft_tokens: int) -> None:
         """As `SuffixDrafter.observe_step`; the time of the source is no part of what a draft token costs."""
@@ -241,12 +294,28 @@ class CombinedDrafter(SuffixDrafter):
             cost = self.planner.cost
             predicted = cost.predict(num_requests, num_draft_tokens) if cost.ready else 0.0
             fixed = cost.predict(0, num_draft_tokens > 0) if cost.ready else 0.0
-            self.source.observe_step(model_s, predicted, fixed, self._saved_s - self.last_source_s)
+            potential = self._potential(num_requests, num_draft_tokens)
+            self.source.observe_step(model_s, predicted, fixed, self._saved_s - self.last_source_s, potential)
             self._saved_s = 0.0
             super().observe_step(model_s, num_requests, num_draft_tokens)
 
+    def _potential(self, num_requests: int, num_draft_tokens: int) -> float | None:
+        """As `CandidateSource.observe_step`, by the tokens of the step before."""
+        cost, chain_s = self.planner.cost, self.source.chain_seconds(num_requests)
+        if not cost.knows_base or not self._num_gained:
+            return None
+        token_s, right, expected = cost.predict(num_requests, 0) / num_requests, 1.0, 0.0
+        for k in range(1, min(self.max_draft, GOOD_DEPTH) + 1):
+            right *= GOOD
+            expected += right
+            step_s = cost.predict(num_requests, k * num_requests) + k * chain_s
+            token_s = min(token_s, step_s / (num_requests * (1.0 + expected)))
+        return cost.predict(num_requests, num_draft_tokens) + self.last_source_s - self._num_gained * token_s
+
     def _observe_candidates(self, stats: dict[str, Any]) -> None:
-        """What history alone would do says little here; `propose_rows` reports what is proposed."""
+        """What history would do alone says little where the source was asked; `propose_rows` reports what is."""
+        if self._alone:
+            super()._observe_candidates(stats)
 
     def take_source_stats(self) -> dict[tuple[str, str], npt.NDArray[np.int64]]:
         """As `SuffixDrafter.take_source_stats`, with what this source drafted."""

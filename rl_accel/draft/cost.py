@@ -84,12 +84,17 @@ class StepCostModel:
         return self._error
 
     @property
-    def ready(self) -> bool:
-        """Whether steps enough, of different sizes, were seen, and steps with drafts among the recent ones."""
+    def knows_base(self) -> bool:
+        """Whether steps enough were seen, of different sizes."""
         weight, mean = self._gram[0, 0], self._gram[0, 2:].sum()
         square = self._gram[2:, 2:].sum()
         varied = bool(weight * square - mean * mean > MIN_SPREAD * weight * square)
-        return self._num_steps >= MIN_STEPS and self._draft_weight >= MIN_DRAFT_STEPS and varied
+        return self._num_steps >= MIN_STEPS and varied
+
+    @property
+    def ready(self) -> bool:
+        """Whether that is so, with drafts in some of the recent steps."""
+        return self._draft_weight >= MIN_DRAFT_STEPS and self.knows_base
 
     def predict(self, num_requests: float, num_draft_tokens: float) -> float:
         """Return the expected seconds of a step; 0.0 before the first observation."""

@@ -49,6 +49,9 @@ class SpeculatorConfig:
     """Its scheduling priority below the engine's, 0 to 19."""
     max_share: float = 1.0
     """Largest share of the time that it trains, 0 to 1; it trains less where that costs more than it brings."""
+    advance_s: float = -1.0
+    """Seconds by which learning may lengthen rollouts before it has to pay. -1: what a learned head would save in 1,000
+    engine steps, nothing where learning costs more."""
     seed: int = 0
     """Of the head's first weights and of sampling from the traces."""
     state: str = ""
@@ -70,6 +73,10 @@ class SpeculatorConfig:
         if not (self.rejected_weight == -1.0 or 0.0 <= self.rejected_weight <= 100.0):
             raise ConfigError(
                 f"rl_accel.speculator.rejected_weight must be -1 (learned) or 0 to 100; got {self.rejected_weight}"
+            )
+        if not (self.advance_s == -1.0 or 0.0 <= self.advance_s < math.inf):
+            raise ConfigError(
+                f"rl_accel.speculator.advance_s must be -1 (by measured costs), or 0 and more; got {self.advance_s}"
             )
         for name in ("max_share", "max_trace_share"):
             if not 0.0 < getattr(self, name) <= 1.0:

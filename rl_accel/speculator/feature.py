@@ -38,6 +38,9 @@ FEATURE = Feature(
         Metric("train_steps", "1", "sum", "optimizer steps of the head"),
         Metric("train_s", "s", "sum", "processor time of the trainer"),
         Metric("train_share", "1", "mean", "share of the time that it may train"),
+        Metric(
+            "advance_s", "s", "mean", "by which learning may lengthen rollouts before it has to pay; -1: not known yet"
+        ),
         Metric("train_slowdown", "1", "mean", "longer engine steps while it trains, as a share"),
         Metric(
             "saved_s", "s", "sum", "engine time that accepted tokens of the head saved, less what drafting them took"
@@ -56,7 +59,7 @@ FEATURE = Feature(
         Metric("heads_not_restored", "engines", "sum", "since the start: heads not restored on resume"),
         Metric("trainers_gone", "engines", "sum", "whose trainer has ended; they go on with the head that they have"),
     ),
-    free=("learn", "trainer_tap", "threads", "nice", "max_share", "publish_s"),
+    free=("learn", "trainer_tap", "threads", "nice", "max_share", "advance_s", "publish_s"),
     try_out=("enable=true",),
     driver="rl_accel.speculator.hosts.driver:SpeculatorDriver",
     engine="rl_accel.speculator.hosts.engine:SpeculatorEngine",

@@ -17,13 +17,15 @@ Shape suffixes: B stretches, S chain starts, V vocabulary.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from rl_accel.speculator.head import DraftHead, HeadShape
-from rl_accel.speculator.replay import Batch
+from rl_accel.speculator.replay import LENGTH, NONE, Batch
+from rl_accel.speculator.traces import TOP_K
 
 GAMMA = 0.8
 WARM_UP = 20
@@ -144,6 +146,29 @@ def chain_loss(head: DraftHead, batch: Batch, depth: int, rejected_weight: float
             weight_BS = weight_BS * (1.0 + rejected_weight * (batch.rejected_BT[:, : weight_BS.shape[1]] == j))
         total = total + GAMMA**j * (weight_BS * batch.cross_entropy(logits_BSV, j)).sum() / count
     return total
+
+
+def step_seconds(learner: Learner, num_tokens: int) -> float:
+    """Return the processor seconds of a training step with `num_tokens` positions, measured on made-up ones.
+
+    `learner` is of no use afterwards.
+    """
+    shape, length = learner.head.shape, min(LENGTH, num_tokens)
+    size = max(num_tokens // length, 1), length
+    batch = Batch(
+        aux_BTA=torch.randn(*size, shape.num_aux * shape.hidden_size),
+        tokens_BTN=torch.randint(0, shape.vocab_size, (*size, shape.history + 1)),
+        target_BTV=torch.full((*size, TOP_K), 1.0 / TOP_K),
+        ids_BTk=torch.randint(0, shape.vocab_size, (*size, TOP_K)),
+        valid_BT=torch.ones(size, dtype=torch.bool),
+        rejected_BT=torch.full(size, NONE),
+    )
+    times = []
+    for _ in range(5):
+        started = time.process_time()
+        learner.step(batch)
+        times.append(time.process_time() - started)
+    return min(times)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ import torch
 from rl_accel.processes import end_with_parent
 from rl_accel.speculator.gate import SwapGate
 from rl_accel.speculator.head import DraftHead, HeadShape
-from rl_accel.speculator.learner import Learner
+from rl_accel.speculator.learner import Learner, step_seconds
 from rl_accel.speculator.lines import LineReader
 from rl_accel.speculator.pace import Pace
 from rl_accel.speculator.replay import Batch, Replay
@@ -63,6 +63,8 @@ class TrainerProcess:
         self._orders_in = LineReader(sys.stdin.fileno())
         self.replay = Replay(layout, config["replay_tokens"], config["max_policy_lag"], config["seed"])
         self.learner = Learner(self.shape, flat, config["learning_rate"], config["depth"], config["rejected_weight"])
+        scratch = Learner(self.shape, flat, config["learning_rate"], config["depth"])
+        self.slots.report(train_step_s=step_seconds(scratch, config["batch_tokens"]))
         served = DraftHead(self.shape)
         self.gate = SwapGate(served, config["depth"])
         self.gate.serve(flat)

@@ -7,6 +7,8 @@ Shape suffixes: R rows (requests), K draft tokens, N tokens that the head sees, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
@@ -94,7 +96,7 @@ class ServedHead:
         max_tokens: int,
         min_path_probs_R: torch.Tensor,
         min_step_gain: float = 0.0,
-        temperature: float = 1.0,
+        temperatures: Sequence[float] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return greedy chains and the probability of each path, as long as a further token is worth it.
 
@@ -105,19 +107,21 @@ class ServedHead:
             tokens_RN: int64, the tokens sampled from them and those before, newest first.
             max_tokens: longest draft, at least 1.
             min_path_probs_R: from which probability on a draft token is worth its cost.
-            temperature: of the probabilities, which the drafts themselves do not depend on; see `ServedWatch`.
             min_step_gain: the chains end where the gains of all rows sum to less than this, or to nothing.
+            temperatures: of the probabilities at each depth, 1 beyond; the drafts themselves do not depend on them; see
+                `ServedWatch`.
 
         Returns:
             Draft tokens int64 [R, K] and path probabilities float32 [R, K], K from 1 to `max_tokens`.
         """
-        h, cold = self.begin(aux_RA), 1.0 / temperature
+        h = self.begin(aux_RA)
         path_R = torch.ones(len(aux_RA), device=self.device)
         floor_R = min_path_probs_R.to(self.device).clamp(min=1e-6)
         drafts, paths = [], []
         for j in range(max_tokens):
             h, logits = self.step(h, tokens_RN)
             best, token_R = logits.max(-1)
+            cold = 1.0 / temperatures[j] if j < len(temperatures) else 1.0
             path_R = path_R * torch.exp((logits - best[:, None]).mul_(cold)).sum(-1).reciprocal_()
             drafts.append(token_R)
             paths.append(path_R)

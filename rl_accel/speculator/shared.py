@@ -11,7 +11,7 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-HEADER_BYTES = 128
+HEADER_BYTES = 256
 
 
 class SharedBytes:

@@ -23,7 +23,7 @@ ALLOWED_E3 = REPORT + 8
 """Written by the engine: share of the time, in thousandths, that the trainer may train."""
 PAUSED = REPORT + 9
 """Written by the engine: whether its steps need all cores at present."""
-FROM_RANKS = PAUSED + 1
+FROM_RANKS, STEP_US = PAUSED + 1, PAUSED + 2
 """Of the trainer's report as well."""
 
 
@@ -46,6 +46,8 @@ class Report:
     """Whether a training step is running now."""
     rank_rows: int
     """Rows that came from training ranks (`tap_rings.py`)."""
+    train_step_s: float
+    """Processor time of a training step; 0.0 before it was measured."""
 
 
 class WeightSlots:
@@ -108,6 +110,11 @@ class WeightSlots:
         return bool(self.memory.words[BUSY])
 
     @property
+    def train_step_s(self) -> float:
+        """As in the report."""
+        return int(self.memory.words[STEP_US]) / 1e6
+
+    @property
     def allowed_share(self) -> float:
         return int(self.memory.words[ALLOWED_E3]) / 1000
 
@@ -138,4 +145,5 @@ _SCALES = {
     "rejected_weight": (REJECTED_E3, 1e3),
     "busy": (BUSY, 1),
     "rank_rows": (FROM_RANKS, 1),
+    "train_step_s": (STEP_US, 1e6),
 }

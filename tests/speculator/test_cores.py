@@ -63,3 +63,18 @@ small.leave(1)
 assert torch.get_num_threads() == 1 and small.free == cores - 1
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=dict(os.environ))
+
+
+def test_a_core_that_is_shared_is_told_from_one_that_is_free() -> None:
+    """In a process of its own: the number of threads is the process's."""
+    script = """
+import os, torch
+from rl_accel.speculator.hosts.cores import FREE_CROWDING, Cores
+cores = len(os.sched_getaffinity(0))
+for threads in range(1, cores + 1):
+    torch.set_num_threads(threads)
+    free = cores - threads
+    assert Cores().crowding(1) == (FREE_CROWDING if free else max(1 / max(threads - 1, 1), FREE_CROWDING))
+    assert Cores().crowding(free + 1) == max(1 / max(threads - 1, 1), FREE_CROWDING)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -88,8 +88,9 @@ def test_chains_end_where_a_token_is_not_worth_it() -> None:
     assert served.draft(aux, tokens, 6, torch.full((4,), 2.0))[0].shape == (4, 1)
     assert served.draft(aux, tokens, 6, torch.full((4,), 1e-6), min_step_gain=1e12)[0].shape == (4, 1)
     drafts, sure = served.draft(aux, tokens, 3, torch.full((4,), 1e-6))
-    same, unsure = served.draft(aux, tokens, 3, torch.full((4,), 1e-6), temperature=2.0)
-    assert torch.equal(drafts, same) and (unsure < sure).all(), "the temperature changes probabilities, never drafts"
+    same, unsure = served.draft(aux, tokens, 3, torch.full((4,), 1e-6), temperatures=(2.0, 1.0, 4.0))
+    assert torch.equal(drafts, same) and (unsure < sure).all(), "temperatures change probabilities, never drafts"
+    torch.testing.assert_close(unsure[:, 1] / unsure[:, 0], sure[:, 1] / sure[:, 0])
 
 
 def test_first_weights_take_over_what_fits() -> None:

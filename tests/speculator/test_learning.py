@@ -9,7 +9,7 @@ import torch
 from rl_accel.speculator.gate import SwapGate
 from rl_accel.speculator.head import DraftHead, first_weights
 from rl_accel.speculator.learner import GAMMA, Learner, chain_loss, expected_accept
-from rl_accel.speculator.ledger import CREDIT_S, PERIOD_S, RETRY_S, RETRY_SHARE, Ledger
+from rl_accel.speculator.ledger import MIN_STEPS, PAYBACK_STEPS, PERIOD_S, RETRY_S, RETRY_SHARE, SMALLEST, Ledger
 from rl_accel.speculator.pace import STEADY_SHARE, Pace
 from rl_accel.speculator.replay import Replay, is_held_out
 from rl_accel.speculator.traces import RowLayout
@@ -199,51 +199,110 @@ def test_training_rests_when_the_head_gets_no_better_and_begins_anew_when_it_fal
     assert pace.share == 1.0
 
 
+def drafts_of(num_drafts: int, promised: float, kept: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Drafts of four tokens with `promised` and `kept` accepted tokens each, on average."""
+    paths = np.full((num_drafts, 4), promised / 4, np.float32)
+    accepted = np.zeros(num_drafts, np.int64)
+    accepted[: round(num_drafts * kept / 4)] = 4
+    return paths, np.full(num_drafts, 4), accepted
+
+
 def test_a_version_that_does_worse_is_told_and_one_that_is_never_accepted_is_silent() -> None:
-    watch = ServedWatch()
-    assert watch.observe(MIN_DRAFTS, 4 * MIN_DRAFTS, 600.0, 580) == ""
+    watch = ServedWatch(4)
+    assert watch.observe(*drafts_of(MIN_DRAFTS, 2.4, 2.3)) == ""
     watch.begin()
-    assert watch.observe(MIN_DRAFTS, 4 * MIN_DRAFTS, 600.0, 90) == "worse"
+    assert watch.observe(*drafts_of(MIN_DRAFTS, 2.4, 0.4)) == "worse"
     watch.begin()
-    assert watch.observe(MIN_DRAFTS, 4 * MIN_DRAFTS, 600.0, 2) == "worse"
-    silent = ServedWatch()
-    assert silent.observe(MIN_DRAFTS, 4 * MIN_DRAFTS, 600.0, 2) == "silent" and silent.silent
+    assert watch.observe(*drafts_of(MIN_DRAFTS, 2.4, 0.02)) == "worse"
+    silent = ServedWatch(4)
+    assert silent.observe(*drafts_of(MIN_DRAFTS, 2.4, 0.02)) == "silent" and silent.silent
     silent.begin()
     assert not silent.silent
 
 
-def test_probabilities_are_cooled_until_they_hold() -> None:
-    watch, rng = ServedWatch(), np.random.default_rng(0)
-    for _ in range(600):  # it promises 0.8 ** (1 / temperature) and keeps 0.55
-        promised = 0.8**watch.temperature
-        watch.observe(20, 20, 20 * promised, int(rng.binomial(20, 0.55)))
-    assert 0.8**watch.temperature == pytest.approx(0.55, abs=0.05)
+def test_each_depth_is_cooled_until_its_promises_hold() -> None:
+    """A head that promises 0.8 everywhere and keeps 0.8, 0.6, 0.9 and 0.2; few drafts reach the last depth."""
+    watch, rng = ServedWatch(6), np.random.default_rng(0)
+    kept_K, num_drafts = np.array([0.8, 0.6, 0.9, 0.2]), 20
+
+    def promised_K() -> np.ndarray:
+        return np.exp(np.log(0.8) * watch.temperatures_K[:4])
+
+    for _ in range(1500):
+        paths = np.tile(np.cumprod(promised_K()), (num_drafts, 1)).astype(np.float32)
+        accepted = (rng.random((num_drafts, 4)) < kept_K).cumprod(1).sum(1)
+        watch.observe(paths, np.full(num_drafts, 4), accepted)
+    np.testing.assert_allclose(promised_K(), [0.8, 0.6, 0.9, 0.2], atol=0.08)
+    assert (watch.temperatures_K[4:] == 1.0).all(), "nothing was drafted there"
+    hottest = watch.temperatures_K[3]
+    watch.begin()
+    assert 1.0 < watch.temperatures_K[3] < hottest, "another version may know more"
+
+
+def after(ledger: Ledger, num_steps: int, seconds: float = 1.0, potential: float | None = 0.5, busy=None) -> Ledger:
+    """Engine steps, half of whose time is arithmetic, beside a trainer that needs 25 ms a training step and takes its
+    share."""
+    owed = 0.0
+    for _ in range(num_steps):
+        owed += ledger.share
+        trains = owed >= 1.0 if busy is None else busy
+        owed -= trains
+        ledger.observe_step(seconds * (1.5 if trains else 1.0), seconds, 0.5 * seconds, potential, trains, 0.025)
+    return ledger
 
 
 def test_a_trainer_that_earns_nothing_ends_and_is_tried_again() -> None:
-    ledger = Ledger()
-    for _ in range(int(CREDIT_S) - 1):
-        ledger.observe_step(1.0, 1.0, busy=True)
-    assert ledger.share == 1.0, "it has credit"
-    for _ in range(int(20 * PERIOD_S)):
-        ledger.observe_step(1.0, 1.0, busy=ledger.share > 0.0)
-    assert ledger.share == 0.0 and ledger.charged_s > 0.0
-    for _ in range(int(RETRY_S + 2 * PERIOD_S)):
-        ledger.observe_step(1.0, 1.0, busy=False)
+    ledger = after(Ledger(), MIN_STEPS)
+    assert ledger.share == 1.0 and ledger.advance_s == pytest.approx(0.5 * PAYBACK_STEPS)
+    after(ledger, 900)
+    assert ledger.share == 1.0 and ledger.charged_s < ledger.advance_s, "it has an advance"
+    after(ledger, 400)
+    assert ledger.share == 0.0 and ledger.charged_s > ledger.advance_s
+    after(ledger, int(RETRY_S + 2 * PERIOD_S), busy=False)
     assert ledger.share == RETRY_SHARE
 
 
 def test_a_trainer_that_earns_its_time_goes_on() -> None:
-    ledger = Ledger()
-    for _ in range(300):
+    ledger = after(Ledger(), MIN_STEPS)
+    for _ in range(2000):
         ledger.observe_saved(0.9)
-        ledger.observe_step(1.0, 1.0, busy=True)
-    assert ledger.share == 1.0
+        after(ledger, 1)
+    assert ledger.share == 1.0 and ledger.charged_s > ledger.advance_s
+
+
+@pytest.mark.parametrize(
+    ("seconds", "potential", "learns"),
+    [
+        (0.015, 0.002, False),  # cheap steps: learning takes 10 s of processor time, half of which lengthens them
+        (0.060, 0.006, False),  # history drafts well
+        (0.060, 0.020, True),
+        (0.060, -0.010, False),  # history drafts better than a head could
+    ],
+)
+def test_learning_has_to_promise_more_than_it_costs(seconds: float, potential: float, learns: bool) -> None:
+    ledger = after(Ledger(), MIN_STEPS - 1, seconds, potential)
+    assert ledger.share == 0.0, "nothing is trained before costs are known"
+    after(ledger, 1, seconds, potential)
+    assert ledger.share == (1.0 if learns else SMALLEST)
+    after(ledger, int(120.0 / seconds), seconds, potential)
+    assert ledger.share < 1.0, "it has earned nothing"
+    assert learns or ledger.charged_s <= 0.011 * 120.0
+
+
+def test_with_a_core_to_spare_learning_costs_little() -> None:
+    assert after(Ledger(crowding=1.0), MIN_STEPS, 0.015, 0.003).share == SMALLEST
+    assert after(Ledger(crowding=0.05), MIN_STEPS, 0.015, 0.003).share == 1.0
+
+
+def test_the_advance_can_be_set() -> None:
+    assert Ledger(advance_s=5.0).share == 1.0
+    ledger = Ledger(advance_s=0.0)
+    assert after(ledger, 500, potential=100.0).advance_s == 0.0, "what was asked for is not changed by what is seen"
 
 
 def test_slowdown_is_measured() -> None:
     ledger = Ledger()
     for i in range(4000):
         busy = i % 5 == 0
-        ledger.observe_step(0.13 if busy else 0.1, 0.1, busy)
+        ledger.observe_step(0.13 if busy else 0.1, 0.1, 0.02, None, busy, 0.025)
     assert ledger.slowdown == pytest.approx(0.3, abs=0.05)

@@ -42,6 +42,8 @@ from rl_accel.speculator.traces import RowLayout, aux_layers
 from rl_accel.speculator.watch import ServedWatch
 
 MAX_WIDTH = 512
+MANY_ROWS, CHAIN = 128, 4
+"""Rows and tokens of the drafts by which the head's time is measured before the first request."""
 AUX_ARGUMENT = "aux_hidden_states"
 """Of `propose_draft_token_ids`."""
 OFF = "heads_off"
@@ -63,9 +65,9 @@ class HeadSource:
         self.layout = RowLayout(len(self.layers) * hidden, config.history + 1, self.shape.vocab_size)
         self.client: TrainerClient | None = None
         self.head: ServedHead | None = None
-        self.watch = ServedWatch()
+        self.watch = ServedWatch(int(vllm_config.speculative_config.num_speculative_tokens))
         self.tap: Tap | None = None
-        self.version = 0
+        self.version = self._first_version = 0
         self._flat: npt.NDArray[np.float32] | None = None  # folded, of the served version
         self._previous: tuple[int, npt.NDArray[np.float32]] | None = None
         self._refused_version = 0
@@ -73,7 +75,7 @@ class HeadSource:
         self._aux: list[torch.Tensor] | None = None
         self._rows: npt.NDArray[np.int64] | None = None
         self._cores, self._turns = Cores(), Turns()
-        self.ledger = Ledger()
+        self.ledger = Ledger(self._cores.crowding(config.threads), config.advance_s)
         self._seconds = dict.fromkeys(("propose", "swap"), 0.0)
         self._calls = dict.fromkeys(("propose", "swap"), 0)
 
@@ -140,13 +142,15 @@ class HeadSource:
         self.client = TrainerClient(self.shape, self.layout, self.config, flat)
         self.tap = Tap(self.runner, self.layout, self.client.ring, self.config.max_trace_share)
         self.version, folded, _ = self.client.slots.get()
+        self._first_version = self.version  # it has learned nothing, and is not asked
         assert folded is not None
         self._flat = folded
         self.head = ServedHead(self.shape, torch.from_numpy(folded), device)
+        self._chain_s = [self._time_chain(num_rows) for num_rows in (1, MANY_ROWS)]
         self._drained = self.client.slots.read_report()
         self._drained_s = 0.0, 0.0
-        if not self.config.learn:
-            self.client.slots.allowed_share = 0.0  # the process is there for checkpoints only
+        # Without learning the process is there for checkpoints only.
+        self.client.slots.allowed_share = self.ledger.share if self.config.learn else 0.0
         self.client.start()
         if self.config.trainer_tap and (run := os.environ.get(RUN_ENV)):
             self.client.tell("follow", run=run)
@@ -157,7 +161,7 @@ class HeadSource:
 
     @torch.inference_mode()
     def _see_logits(self, logits: torch.Tensor, metadata: Any) -> None:
-        if self.head is None or self.tap is None:
+        if self.head is None or self.tap is None or not (self._knows or self._traces()):
             return
         started = time.perf_counter()
         num_requests = self.runner.input_batch.num_reqs
@@ -199,7 +203,7 @@ class HeadSource:
 
     @property
     def ready(self) -> bool:
-        return self.head is not None and self._rows is not None and self._aux is not None and not self.watch.silent
+        return self._knows and self.head is not None and self._rows is not None and self._aux is not None
 
     @torch.inference_mode()
     def candidates(
@@ -233,14 +237,37 @@ class HeadSource:
         tokens = torch.from_numpy(token_ids[rows[:, None], np.maximum(where, 0)].astype(np.int64)).to(self.head.device)
         min_probs = torch.from_numpy(min_path_probs_N)
         longest = int(max_draft_tokens_N.max())
-        drafts, paths = self.head.draft(aux, tokens, longest, min_probs, gain, self.watch.temperature)
+        drafts, paths = self.head.draft(aux, tokens, longest, min_probs, gain, self.watch.temperatures_K.tolist())
         found = drafts.cpu().numpy(), paths.cpu().numpy()
         self._count("propose", started, 1)
         return found
 
-    def observe(self, num_drafts: int, num_drafted: int, expected: float, num_accepted: int) -> None:
+    def chain_seconds(self, num_rows: int) -> float:
+        """As `CandidateSource.chain_seconds`."""
+        few, many = self._chain_s
+        return few + (many - few) * (num_rows - 1) / (MANY_ROWS - 1)
+
+    @torch.inference_mode()
+    def _time_chain(self, num_rows: int) -> float:
+        """Return the seconds of a token of each of `num_rows` chains, measured."""
+        assert self.head is not None
+        aux = torch.zeros(num_rows, self.layout.num_features, device=self.head.device)
+        tokens = torch.zeros(num_rows, self.layout.num_tokens, dtype=torch.int64, device=self.head.device)
+        times = []
+        for _ in range(4):
+            started = time.perf_counter()
+            self.head.draft(aux, tokens, CHAIN, torch.zeros(num_rows))[0].cpu()
+            times.append((time.perf_counter() - started) / CHAIN)
+        return min(times)
+
+    def observe(
+        self,
+        paths_RK: npt.NDArray[np.float32],
+        lengths_R: npt.NDArray[np.int64],
+        num_accepted_R: npt.NDArray[np.int64],
+    ) -> None:
         """As `CandidateSource.observe`; goes back to the version before where this one does worse than it says."""
-        verdict = self.watch.observe(num_drafts, num_drafted, expected, num_accepted)
+        verdict = self.watch.observe(paths_RK, lengths_R, num_accepted_R)
         if verdict == "worse" and self._previous is not None:
             self._roll_back()
         elif verdict == "silent":
@@ -248,13 +275,16 @@ class HeadSource:
                 SILENT, "drafts of the speculator are hardly ever accepted; it is silent until its next version"
             )
 
-    def observe_step(self, seconds: float, predicted: float, fixed: float, saved: float) -> None:
+    def observe_step(
+        self, seconds: float, predicted: float, fixed: float, saved: float, potential: float | None
+    ) -> None:
         """As `CandidateSource.observe_step`; the trainer trains as much as it earns, and when a core costs little."""
-        if self.client is not None and self.config.learn:
+        if self.client is not None and self.tap is not None and self.config.learn:
             slots = self.client.slots
+            self.tap.observe_step(seconds, slots.allowed_share)
             self.ledger.observe_saved(saved)
             busy = slots.busy
-            self.ledger.observe_step(seconds, predicted, busy)
+            self.ledger.observe_step(seconds, predicted, fixed, potential, busy, slots.train_step_s)
             slots.allowed_share = self.ledger.share
             needs_cores = self._turns.needs_cores(seconds, predicted, fixed, busy)
             slots.paused = needs_cores and self._cores.free < self.config.threads
@@ -325,6 +355,7 @@ class HeadSource:
             "train_s": report.train_s - self._drained.train_s,
             "train_share": self.client.slots.allowed_share,
             "train_slowdown": self.ledger.slowdown,
+            "advance_s": -1.0 if self.ledger.advance_s is None else self.ledger.advance_s,
             "saved_s": self.ledger.saved_s - self._drained_s[0],
             "charged_s": self.ledger.charged_s - self._drained_s[1],
             "held_out_accept": report.held_out_accept,
@@ -340,8 +371,18 @@ class HeadSource:
 
     # Helpers.
 
+    @property
+    def _knows(self) -> bool:
+        """Whether the head has learned something, and is not silent."""
+        return self.version > self._first_version and not self.watch.silent
+
     def _traces(self) -> bool:
-        return self.client is not None and self.client.alive and self.client.slots.allowed_share > 0.0
+        """Whether this step leaves traces."""
+        client, tap = self.client, self.tap
+        return (
+            client is not None and tap is not None and tap.share > 0.0 and client.slots.allowed_share > 0.0
+            and client.alive
+        )  # fmt: skip
 
     def _count(self, what: str, started: float, calls: int) -> None:
         self._seconds[what] += time.perf_counter() - started

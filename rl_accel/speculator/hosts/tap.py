@@ -24,6 +24,11 @@ from rl_accel.speculator.traces import TOP_K, RowLayout, TraceRing, trace_name
 
 MIN_SHARE = 1 / 64
 """Of the requests, that are traced at least."""
+LITTLE = 0.1
+"""Share of the time for training below which traces are left in bursts: a few rows cost an engine step as much as many,
+0.3 to 0.5 ms."""
+BURST_ROWS, BURST_EVERY_S = 4096, 60.0
+"""Rows of a burst, and seconds of engine steps between two."""
 ADAPT_EVERY = 64
 """Steps."""
 
@@ -50,15 +55,27 @@ class Tap:
     def __init__(self, runner: Any, layout: RowLayout, ring: TraceRing, max_share: float):
         self.runner, self.layout, self.ring, self.max_share = runner, layout, ring, max_share
         self.policy_version = 0
-        self.share = 1.0
-        """Of the requests, that are traced."""
-        self._engine_s, self._last_end = 0.0, 0.0
-        self._seconds, self._steps, self._drained_rows = 0.0, 0, 0
+        self._affordable, self._useful = 1.0, True
+        self._burst_from, self._burst_s = 0, 0.0
+        self._traced: dict[str, bool] = {}  # requests of the batch
+        self._engine_s, self._seconds, self._steps = 0.0, 0.0, 0  # since `_affordable` was adapted
+        self._total_s, self._total_steps = 0.0, 0
+        self._drained_s, self._drained_steps, self._drained_rows = 0.0, 0, 0
+
+    @property
+    def share(self) -> float:
+        """Of the requests, that are traced: what `max_share` of the time allows, and whether the trainer needs them."""
+        return self._affordable if self._useful else 0.0
 
     def see_logits(self, step: Step, logits: torch.Tensor, started: float) -> None:
         """Keep the distributions of traced requests, before the sampler changes them; `started`: when that began."""
         names = self.runner.input_batch.req_ids[: len(step.num_draft_tokens)]
-        step.traced = np.array([i for i, name in enumerate(names) if self._is_traced(name)], np.int64)
+        traced = self._traced
+        if not self._useful:
+            traced = self._traced = {}
+        elif not (len(names) == len(traced) and all(name in traced for name in names)):
+            traced = self._traced = {name: traced.get(name, False) or self._is_traced(name) for name in names}
+        step.traced = np.array([i for i, name in enumerate(names) if traced[name]] if traced else [], np.int64)
         if len(step.traced):
             rows = ranges(step.first_row[step.traced], step.first_row[step.traced + 1])
             picked = logits if len(rows) == len(logits) else logits[torch.from_numpy(rows).to(logits.device)]
@@ -67,7 +84,7 @@ class Tap:
             else:
                 best, step.target_ids = picked.float().topk(TOP_K, -1)
                 step.target = (best - best[:, :1]).half()
-        self._seconds += time.perf_counter() - started
+        self._count(started)
 
     def see_accepted(
         self,
@@ -83,29 +100,43 @@ class Tap:
             num_sampled: tokens that each request has gained.
             hidden: hidden states of tokens of the step, by their indices.
         """
-        if num_sampled[step.traced].any():
+        if len(step.traced) and num_sampled[step.traced].any():
             self._write(step, num_sampled, hidden, draft_version)
-        now = time.perf_counter()
-        self._seconds += now - started
+        self._count(started)
         self._steps += 1
-        if self._last_end:
-            self._engine_s += now - self._last_end
-        self._last_end = now
-        if self._steps % ADAPT_EVERY == 0 and self._engine_s > 0.0:
+        self._total_steps += 1
+
+    def observe_step(self, seconds: float, train_share: float) -> None:
+        """Take the time of an engine step, and the share of the time that the trainer may train.
+
+        Pauses between rollouts are no time of the engine.
+        """
+        self._engine_s += seconds
+        self._burst_s += seconds
+        if self._burst_s >= BURST_EVERY_S:
+            self._burst_from, self._burst_s = self.ring.num_written, 0.0
+        self._useful = train_share >= LITTLE or self.ring.num_written - self._burst_from < BURST_ROWS
+        if self._steps >= ADAPT_EVERY:
             change = min(self.max_share * self._engine_s / max(self._seconds, 1e-9), 2.0)
-            self.share = min(1.0, max(self.share * change, MIN_SHARE))
+            self._affordable = min(1.0, max(self._affordable * change, MIN_SHARE))
+            self._engine_s, self._seconds, self._steps = 0.0, 0.0, 0
 
     def drain(self) -> dict[str, float]:
         """Return metrics since the last call."""
+        steps = max(self._total_steps - self._drained_steps, 1)
         found = {
-            "tap_ms": 1e3 * self._seconds / max(self._steps, 1),
+            "tap_ms": 1e3 * (self._total_s - self._drained_s) / steps,
             "traced_share": self.share,
             "rows_traced": float(self.ring.num_written - self._drained_rows),
         }
-        if self._steps >= ADAPT_EVERY:  # who asks more often must not keep `share` from adapting
-            self._engine_s, self._seconds, self._steps = 0.0, 0.0, 0
+        self._drained_s, self._drained_steps = self._total_s, self._total_steps
         self._drained_rows = self.ring.num_written
         return found
+
+    def _count(self, started: float) -> None:
+        spent = time.perf_counter() - started
+        self._seconds += spent
+        self._total_s += spent
 
     def _write(
         self,

@@ -96,6 +96,7 @@ def das_run(trainings) -> Iterator[DisturbedRun]:
     settings = ("rl_accel.draft.method=auto", "rl_accel.speculator.width=32", "rl_accel.speculator.publish_s=0.5")
     settings += ("rl_accel.draft.record=true", "rl_accel.toy.enable=true", "rl_accel.toy.size=7")
     settings += ("rl_accel.speculator.trainer_tap=true", "rl_accel.speculator.max_trace_share=0.5")
+    settings += ("rl_accel.speculator.advance_s=600",)
     env = {"PYTHONPATH": str(TOY)}
     jumping = {"PYTHONPATH": os.pathsep.join([str(TOY), str(HERE / "jumping_clock")]), "JUMP_SEED": "1"}
     path.mkdir()

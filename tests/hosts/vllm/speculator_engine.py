@@ -48,7 +48,7 @@ def engine(model: str, mode: str):
         values["draft"] = {"method": "head", "num_speculative_tokens": 6, "policy": "fixed"}
         values["speculator"] = {
             "learn": mode in ("learns", "stock"), "publish_s": 0.3, "history": 2, "rejected_weight": 0.0,
-            "max_trace_share": 1.0,
+            "max_trace_share": 1.0, "advance_s": 600.0,
         }  # fmt: skip
     accel = AccelConfig.from_mapping(values)
     args = {name: value for name, (value, _) in engine_args(accel).items()}
