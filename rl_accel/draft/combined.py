@@ -29,6 +29,9 @@ MIN_PROBABILITY = 0.01
 FIRST_CALLS, RETRY_EVERY = 8, 64
 """Calls for a batch size before its value is believed, and steps between two tries where it is negative."""
 VALUE_RATE, GAIN_RATE = 0.1, 0.01
+FIRST_PROBE, MAX_PROBES, PROBE_ROWS, PROBE_TOKENS = 32, 64, 8, 4
+"""Steps before drafts are made only to learn what they cost, where nobody has a better one; how often that is done, and
+for how many requests and tokens at most."""
 GOOD, GOOD_DEPTH = 0.75, 8
 """Probability of a token of a source that has learned, and its longest draft, when it is asked what it could bring."""
 SOURCE = "head"
@@ -40,6 +43,10 @@ class CandidateSource(Protocol):
     @property
     def ready(self) -> bool:
         """Whether it has something to say at all."""
+
+    @property
+    def present(self) -> bool:
+        """Whether it could draft, however badly."""
 
     def candidates(
         self,
@@ -125,6 +132,7 @@ class CombinedDrafter(SuffixDrafter):
         self.uses_history = config.method in HISTORY_METHODS
         self._value = _Value()
         self._alone, self._num_gained = False, 0
+        self._num_probes, self._to_probe = 0, FIRST_PROBE
         self._step_s = 0.0  # of the source, a draft token for all its rows
         self._last: dict[int, _Promise] = {}
         """By slot, the last drafts of the source."""
@@ -144,6 +152,38 @@ class CombinedDrafter(SuffixDrafter):
         self.last_source_s = 0.0
         if not len(request_ids):
             return []
+        drafts = self._propose(request_ids, token_ids, rows, num_tokens)
+        if self._probes and not any(drafts):
+            self._probe_into(drafts, self._slots_of(request_ids), token_ids, rows, num_tokens)
+        return drafts
+
+    @property
+    def _probes(self) -> bool:
+        """Whether the price of a draft token is not known yet, and this step may draft anything to learn it."""
+        self._to_probe -= 1
+        wanted = self._to_probe < 0 and self.planner.timed and not self.planner.cost_is_known
+        return wanted and self._num_probes < MAX_PROBES and self.source.present
+
+    def _probe_into(self, drafts: list[list[int]], slots: Any, token_ids: Any, rows: Any, num_tokens: Any) -> None:
+        """Let the source draft a few tokens, of which it may know nothing, to learn what they cost."""
+        length = 1 + self._num_probes % PROBE_TOKENS
+        probed = np.flatnonzero(self._limits[slots] - self._generated[slots] > PROBE_TOKENS)[:PROBE_ROWS]
+        if len(probed):
+            self._num_probes, self._to_probe = self._num_probes + 1, 1
+            limits_N, floors_N = np.full(len(probed), length, np.uint32), np.zeros(len(probed), np.float32)
+            started = time.perf_counter()
+            tokens_NK, _ = self.source.candidates(rows[probed], num_tokens[probed], token_ids, limits_N, floors_N, 0.0)
+            self.last_source_s += time.perf_counter() - started
+            for i, draft in zip(probed, tokens_NK.tolist(), strict=True):
+                drafts[i] = self._until_stop(draft[:length])
+
+    def _propose(
+        self,
+        request_ids: Sequence[str],
+        token_ids: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.uint32],
+        num_tokens: npt.NDArray[np.uint32],
+    ) -> list[list[int]]:
         slots = self._slots_of(request_ids)
         generated = num_tokens - self._prompt_lengths[slots]
         gained = generated - self._generated[slots]
@@ -292,8 +332,9 @@ class CombinedDrafter(SuffixDrafter):
         model_s = seconds - self.last_source_s
         if model_s > 0.0:
             cost = self.planner.cost
-            predicted = cost.predict(num_requests, num_draft_tokens) if cost.ready else 0.0
-            fixed = cost.predict(0, num_draft_tokens > 0) if cost.ready else 0.0
+            known = self.planner.cost_is_known
+            predicted = cost.predict(num_requests, num_draft_tokens) if known else 0.0
+            fixed = cost.predict(0, num_draft_tokens > 0) if known else 0.0
             potential = self._potential(num_requests, num_draft_tokens)
             self.source.observe_step(model_s, predicted, fixed, self._saved_s - self.last_source_s, potential)
             self._saved_s = 0.0

@@ -59,20 +59,21 @@ class Planner:
         self._steps_without_draft, self._steps_to_undrafted = 0, UNDRAFTED_EVERY
         self._break_even_gain = 0.0
         self._probing, self._surprise, self._steps_of_probe = False, 0.0, 0
-        self._cost_is_known = False  # the cost was ready once; from then on probes keep it fresh
+        self.cost_is_known = False
+        """Whether the cost was ready once; from then on probes keep it fresh."""
         self.timed = False
         """Whether step times are reported; without them no cost is known."""
 
     @property
     def probing(self) -> bool:
         """Whether drafts should be made to learn what they cost."""
-        return not self._cost_is_known or self._steps_without_draft >= PROBE_EVERY
+        return not self.cost_is_known or self._steps_without_draft >= PROBE_EVERY
 
     @property
     def knows_costs(self) -> bool:
         """Whether `min_path_probs` of the last plan say what a draft token costs; not before that is known, nor in a
         probe."""
-        return self._cost_is_known and not self._probing
+        return self.cost_is_known and not self._probing
 
     @property
     def probed(self) -> bool:
@@ -84,7 +85,7 @@ class Planner:
         predicted = self.cost.predict(num_requests, num_draft_tokens)
         self.cost.observe(seconds, num_requests, num_draft_tokens)
         self.timed = True
-        self._cost_is_known = self._cost_is_known or self.cost.ready
+        self.cost_is_known = self.cost_is_known or self.cost.ready
         if num_draft_tokens:
             self._steps_without_draft = 0
             if self._probing and predicted:
@@ -108,7 +109,7 @@ class Planner:
 
     def next_break_even_gain(self) -> float:
         """Return what the gains of the next step must sum to, in units of a draft token's cost; see `propose_batch`."""
-        if self.policy != "budget" or not self._cost_is_known or self._probing:
+        if self.policy != "budget" or not self.cost_is_known or self._probing:
             return 0.0
         self._steps_to_undrafted -= 1
         if self._steps_to_undrafted <= 0:
@@ -190,4 +191,4 @@ class Planner:
         if not (0.0 <= accepted < 1e3 and 0.0 <= first <= 1.0):
             raise DraftError("not a saved state of the draft planner (acceptance out of range)")
         self.cost, self.lengths, self._accepted, self._first = cost, lengths, accepted, first
-        self._cost_is_known = cost.ready
+        self.cost_is_known = cost.ready

@@ -38,7 +38,7 @@ class SpeculatorConfig:
     publish_s: float = 2.0
     """Least seconds between two candidates for serving."""
     max_trace_share: float = 0.015
-    """Largest share of the engine's time that leaving traces may take, above 0, at most 1; fewer requests are traced
+    """Largest share of the engine's time that leaving traces may take, above 0, at most 1; fewer steps leave them
     where it takes more."""
     trainer_tap: bool = False
     """Learn from the states of the trainer's pass of old log-probs, too, of rollouts that the engine left no traces of;
@@ -50,8 +50,8 @@ class SpeculatorConfig:
     max_share: float = 1.0
     """Largest share of the time that it trains, 0 to 1; it trains less where that costs more than it brings."""
     advance_s: float = -1.0
-    """Seconds by which learning may lengthen rollouts before it has to pay. -1: what a learned head would save in 1,000
-    engine steps, nothing where learning costs more."""
+    """Seconds by which learning may lengthen rollouts before it has to pay. -1: what a learned head would save in 4,000
+    engine steps, nothing where learning costs more or a head would save little."""
     seed: int = 0
     """Of the head's first weights and of sampling from the traces."""
     state: str = ""

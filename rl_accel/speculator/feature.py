@@ -26,7 +26,7 @@ FEATURE = Feature(
         Metric("propose_ms", "ms", "max", "in the head, mean over steps in which it was asked"),
         Metric("num_asked", "steps", "max", "engine steps in which it was asked"),
         Metric("tap_ms", "ms", "max", "leaving traces, mean over engine steps"),
-        Metric("traced_share", "1", "mean", "share of requests that leave traces"),
+        Metric("traced_share", "1", "mean", "share of engine steps that leave traces"),
         Metric("rows_traced", "tokens", "sum", "that engines left traces of"),
         Metric(
             "rows_lost", "tokens", "sum", "since the start: traces that were overwritten before the trainer saw them"

@@ -21,6 +21,8 @@ from rl_accel.speculator.traces import VECTORS, RowLayout
 
 HELD_OUT = 12
 """One request in so many."""
+MIN_KNOWN, MIN_HELD_OUT = 4, 2
+"""Requests that a batch is taken from at least: to learn, and to judge the first versions soon."""
 LENGTH = 64
 """Positions of a stretch, at most."""
 NEWEST = 0.25
@@ -120,7 +122,7 @@ class Replay:
             r.serials for name, r in self._requests.items()
             if (is_held_out(name) == held_out) and len(r.serials) > 2 and r.policy >= self.policy - self.max_policy_lag
         ]  # fmt: skip
-        if len(known) < 4:
+        if len(known) < (MIN_HELD_OUT if held_out else MIN_KNOWN):
             return None
         lengths = np.array([min(len(serials), LENGTH) for serials in known])
         num_newest = max(int(len(known) * NEWEST), 1)

@@ -7,7 +7,14 @@ import time
 import numpy as np
 import pytest
 
-from rl_accel.draft.combined import FIRST_CALLS, RETRY_EVERY, CombinedDrafter
+from rl_accel.draft.combined import (
+    FIRST_CALLS,
+    FIRST_PROBE,
+    PROBE_ROWS,
+    PROBE_TOKENS,
+    RETRY_EVERY,
+    CombinedDrafter,
+)
 from rl_accel.draft.config import DraftConfig
 
 STOP = 7
@@ -16,7 +23,7 @@ STOP = 7
 class Oracle:
     """Knows how each text goes on and says so with a fixed probability a token."""
 
-    ready = True
+    ready = present = True
 
     def __init__(self, texts: list[list[int]], probability: float = 0.9, seconds: float = 0.0):
         self.texts, self.probability, self.seconds = texts, probability, seconds
@@ -54,12 +61,12 @@ class Loop:
 
     def __init__(self, drafter: CombinedDrafter, texts: list[list[int]], problem: str = "p"):
         self.drafter, self.texts = drafter, texts
-        self.matrix = np.zeros((len(texts), 128), np.int32)
+        self.matrix = np.zeros((len(texts), 256), np.int32)
         self.names = [f"{problem}-{i}" for i in range(len(texts))]
         self.lengths = np.full(len(texts), 3, np.uint32)
         for i, text in enumerate(texts):
             self.matrix[i, : len(text)] = text
-            drafter.begin(self.names[i], f"{problem}{i}", text[:2], max_tokens=80)
+            drafter.begin(self.names[i], f"{problem}{i}", text[:2], max_tokens=240)
 
     def step(self) -> list[list[int]]:
         rows = np.arange(len(self.texts), dtype=np.uint32)
@@ -160,6 +167,28 @@ def test_a_source_is_not_judged_before_costs_are_known() -> None:
         num_drafted.append(len(draft))
         drafter.observe_step(0.027 + 4e-4 * (1 + len(draft)) + drafter.last_source_s, 1, len(draft))
     assert sum(n == 0 for n in num_drafted) <= 4
+
+
+@pytest.mark.parametrize("method", ["head", "auto"])
+def test_the_price_of_a_draft_is_learned_though_nobody_has_one(method: str) -> None:
+    """A source that has learned nothing is not asked, and history is silent: a few drafts are made all the same."""
+    texts, wrong = texts_of(12, length=200), texts_of(12, length=240, seed=1)
+    source = Oracle(wrong)
+    source.ready = False
+    drafter = drafter_of(source, method, num_speculative_tokens=6, policy="budget")
+    loop, num_drafted = Loop(drafter, texts), []
+    for _ in range(100):
+        drafts, num_asked = loop.step(), len(source.asked)
+        num_drafted.append(sum(map(len, drafts)))
+        if method == "head":
+            assert sum(map(bool, drafts)) <= PROBE_ROWS and max(map(len, drafts)) <= PROBE_TOKENS
+        drafter.observe_step(0.02 + 1e-4 * (12 + num_drafted[-1]), 12, num_drafted[-1])
+    cost = drafter.planner.cost
+    assert drafter.planner.cost_is_known and cost.per_draft_s == pytest.approx(1e-4, rel=0.3)
+    assert num_asked >= 16 and not source.seen, "what nobody promised is not counted"
+    assert source.steps[-1][4] is not None
+    if method == "head":
+        assert not any(num_drafted[:FIRST_PROBE]) and not any(num_drafted[-20:]), "and then no more"
 
 
 def test_drafts_that_cost_more_than_a_step_are_not_proposed() -> None:

@@ -161,7 +161,9 @@ class HeadSource:
 
     @torch.inference_mode()
     def _see_logits(self, logits: torch.Tensor, metadata: Any) -> None:
-        if self.head is None or self.tap is None or not (self._knows or self._traces()):
+        undecided = self.ledger.advance_s is None  # drafts may be made to learn what they cost
+        needed = undecided or self._knows or self._traces()
+        if self.head is None or self.tap is None or not needed:
             return
         started = time.perf_counter()
         num_requests = self.runner.input_batch.num_reqs
@@ -203,7 +205,11 @@ class HeadSource:
 
     @property
     def ready(self) -> bool:
-        return self._knows and self.head is not None and self._rows is not None and self._aux is not None
+        return self._knows and self.present
+
+    @property
+    def present(self) -> bool:
+        return self.head is not None and self._rows is not None and self._aux is not None
 
     @torch.inference_mode()
     def candidates(
@@ -380,7 +386,7 @@ class HeadSource:
         """Whether this step leaves traces."""
         client, tap = self.client, self.tap
         return (
-            client is not None and tap is not None and tap.share > 0.0 and client.slots.allowed_share > 0.0
+            client is not None and tap is not None and tap.on and client.slots.allowed_share > 0.0
             and client.alive
         )  # fmt: skip
 

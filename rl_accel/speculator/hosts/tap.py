@@ -1,7 +1,7 @@
-"""Traces of an engine's steps: which requests leave them, and what a row says.
+"""Traces of an engine's steps: which steps leave them, and what a row says.
 
-A request is traced from its first token to its last, or not at all: chains need adjacent rows. How many are follows
-from what traces take of the engine's time.
+A step leaves traces of all its requests, or none: a few rows take as much of its time as many, 0.3 to 0.6 ms. Chains
+need adjacent rows, so steps with traces come in bursts, as many as their share of the engine's time allows.
 
 Host symbols (vLLM 0.28.0): `GPUModelRunner.{requests, input_batch}`, `InputBatch.{req_ids, num_tokens_no_spec,
 token_ids_cpu, temperature_cpu}`.
@@ -22,15 +22,11 @@ from rl_accel.hosts.vllm.request_identity import identity_of
 from rl_accel.identity import hash64
 from rl_accel.speculator.traces import TOP_K, RowLayout, TraceRing, trace_name
 
-MIN_SHARE = 1 / 64
-"""Of the requests, that are traced at least."""
+BURST_S, MAX_CREDIT_S = 0.05, 0.5
+"""Seconds of leaving traces that a burst begins with, and that are saved for later at most."""
 LITTLE = 0.1
-"""Share of the time for training below which traces are left in bursts: a few rows cost an engine step as much as many,
-0.3 to 0.5 ms."""
-BURST_ROWS, BURST_EVERY_S = 4096, 60.0
-"""Rows of a burst, and seconds of engine steps between two."""
-ADAPT_EVERY = 64
-"""Steps."""
+LITTLE_ROWS, LITTLE_EVERY_S = 4096, 60.0
+"""Share of the time for training below which no more than so many rows are left in so many seconds."""
 
 
 @dataclass
@@ -55,27 +51,16 @@ class Tap:
     def __init__(self, runner: Any, layout: RowLayout, ring: TraceRing, max_share: float):
         self.runner, self.layout, self.ring, self.max_share = runner, layout, ring, max_share
         self.policy_version = 0
-        self._affordable, self._useful = 1.0, True
-        self._burst_from, self._burst_s = 0, 0.0
-        self._traced: dict[str, bool] = {}  # requests of the batch
-        self._engine_s, self._seconds, self._steps = 0.0, 0.0, 0  # since `_affordable` was adapted
-        self._total_s, self._total_steps = 0.0, 0
-        self._drained_s, self._drained_steps, self._drained_rows = 0.0, 0, 0
-
-    @property
-    def share(self) -> float:
-        """Of the requests, that are traced: what `max_share` of the time allows, and whether the trainer needs them."""
-        return self._affordable if self._useful else 0.0
+        self.on = True
+        """Whether the next step leaves traces."""
+        self._credit_s = 2.0 * BURST_S
+        self._little_from, self._little_s = 0, 0.0
+        self._seconds, self._steps, self._traced_steps, self._drained_rows = 0.0, 0, 0, 0
 
     def see_logits(self, step: Step, logits: torch.Tensor, started: float) -> None:
         """Keep the distributions of traced requests, before the sampler changes them; `started`: when that began."""
-        names = self.runner.input_batch.req_ids[: len(step.num_draft_tokens)]
-        traced = self._traced
-        if not self._useful:
-            traced = self._traced = {}
-        elif not (len(names) == len(traced) and all(name in traced for name in names)):
-            traced = self._traced = {name: traced.get(name, False) or self._is_traced(name) for name in names}
-        step.traced = np.array([i for i, name in enumerate(names) if traced[name]] if traced else [], np.int64)
+        if self.on:
+            step.traced = np.arange(len(step.num_draft_tokens))
         if len(step.traced):
             rows = ranges(step.first_row[step.traced], step.first_row[step.traced + 1])
             picked = logits if len(rows) == len(logits) else logits[torch.from_numpy(rows).to(logits.device)]
@@ -104,39 +89,35 @@ class Tap:
             self._write(step, num_sampled, hidden, draft_version)
         self._count(started)
         self._steps += 1
-        self._total_steps += 1
+        self._traced_steps += len(step.traced) > 0
 
     def observe_step(self, seconds: float, train_share: float) -> None:
         """Take the time of an engine step, and the share of the time that the trainer may train.
 
         Pauses between rollouts are no time of the engine.
         """
-        self._engine_s += seconds
-        self._burst_s += seconds
-        if self._burst_s >= BURST_EVERY_S:
-            self._burst_from, self._burst_s = self.ring.num_written, 0.0
-        self._useful = train_share >= LITTLE or self.ring.num_written - self._burst_from < BURST_ROWS
-        if self._steps >= ADAPT_EVERY:
-            change = min(self.max_share * self._engine_s / max(self._seconds, 1e-9), 2.0)
-            self._affordable = min(1.0, max(self._affordable * change, MIN_SHARE))
-            self._engine_s, self._seconds, self._steps = 0.0, 0.0, 0
+        self._credit_s = min(self._credit_s + self.max_share * seconds, MAX_CREDIT_S)
+        self._little_s += seconds
+        if self._little_s >= LITTLE_EVERY_S:
+            self._little_from, self._little_s = self.ring.num_written, 0.0
+        useful = train_share >= LITTLE or self.ring.num_written - self._little_from < LITTLE_ROWS
+        self.on = useful and self._credit_s > (0.0 if self.on else BURST_S)
 
     def drain(self) -> dict[str, float]:
         """Return metrics since the last call."""
-        steps = max(self._total_steps - self._drained_steps, 1)
+        steps, num_written = max(self._steps, 1), self.ring.num_written
         found = {
-            "tap_ms": 1e3 * (self._total_s - self._drained_s) / steps,
-            "traced_share": self.share,
-            "rows_traced": float(self.ring.num_written - self._drained_rows),
+            "tap_ms": 1e3 * self._seconds / steps,
+            "traced_share": self._traced_steps / steps,
+            "rows_traced": float(num_written - self._drained_rows),
         }
-        self._drained_s, self._drained_steps = self._total_s, self._total_steps
-        self._drained_rows = self.ring.num_written
+        self._seconds, self._steps, self._traced_steps, self._drained_rows = 0.0, 0, 0, num_written
         return found
 
     def _count(self, started: float) -> None:
         spent = time.perf_counter() - started
         self._seconds += spent
-        self._total_s += spent
+        self._credit_s -= spent
 
     def _write(
         self,
@@ -187,9 +168,6 @@ class Tap:
             anonymous = f"{self.policy_version}/{request_id}"
             name = request.rl_accel_trace = trace_name(identity) if identity else hash64(anonymous.encode())
             return name
-
-    def _is_traced(self, request_id: str) -> bool:
-        return (self._name(request_id) & 0xFFFF) < self.share * 0x10000
 
 
 def ranges(starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
