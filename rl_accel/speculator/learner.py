@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from rl_accel.speculator.head import DraftHead, HeadShape
+from rl_accel.speculator.flat import FlatHead, FlatShape
+from rl_accel.speculator.kinds import new_head
 from rl_accel.speculator.replay import Batch
 
 GAMMA = 0.8
@@ -39,8 +40,8 @@ TRIAL_MARGIN = 1.002
 class Learner:
     """Head, optimizer and lambda."""
 
-    def __init__(self, shape: HeadShape, flat: torch.Tensor, lr: float, depth: int, rejected_weight: float = 0.0):
-        self.head = DraftHead(shape)
+    def __init__(self, shape: FlatShape, flat: torch.Tensor, lr: float, depth: int, rejected_weight: float = 0.0):
+        self.head = new_head(shape)
         with torch.no_grad():
             self.head.flat.copy_(flat)
         self.average = flat.clone()
@@ -134,7 +135,7 @@ class Learner:
         self.num_steps = snapshot[3]
 
 
-def chain_loss(head: DraftHead, batch: Batch, depth: int, rejected_weight: float = 0.0) -> torch.Tensor:
+def chain_loss(head: FlatHead, batch: Batch, depth: int, rejected_weight: float = 0.0) -> torch.Tensor:
     """Return the loss of a batch, a scalar."""
     total = batch.aux_BTA.new_zeros(())
     for j, logits_BSV in enumerate(head.chain(batch.aux_BTA, batch.tokens_BTN, depth)):
@@ -147,7 +148,7 @@ def chain_loss(head: DraftHead, batch: Batch, depth: int, rejected_weight: float
 
 
 @torch.no_grad()
-def expected_accept(head: DraftHead, batch: Batch, depth: int) -> float:
+def expected_accept(head: FlatHead, batch: Batch, depth: int) -> float:
     """Return the accepted tokens that a greedy draft of `depth` tokens can expect, mean over positions.
 
     Along the text itself: the product, up to each depth, of the policy's probabilities of what the head would draft.

@@ -32,7 +32,8 @@ from rl_accel.hosts.verl import RUN_ENV
 from rl_accel.hosts.vllm.faults import Faults
 from rl_accel.speculator.client import TrainerClient
 from rl_accel.speculator.config import SpeculatorConfig
-from rl_accel.speculator.head import HeadShape, first_weights, normalized
+from rl_accel.speculator.flat import normalized
+from rl_accel.speculator.head import HeadShape, first_weights
 from rl_accel.speculator.hosts.cores import Cores, Turns
 from rl_accel.speculator.hosts.tap import Step, Tap
 from rl_accel.speculator.ledger import Ledger
