@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rl_accel.config import unknown
 from rl_accel.errors import ConfigError
 
+HEADS = ("recurrent", "eagle3")
 MAX_DEPTH = 32
 
 
@@ -17,6 +19,9 @@ class SpeculatorConfig:
     enable: bool = False
     """Draft with the head; `rl_accel.draft.method` is `auto` then (history or head, whichever is worth more) unless it
     is set to `head`."""
+    head: str = "recurrent"
+    """`recurrent`: small, without attention, one of two sources of `auto`. `eagle3`: in EAGLE-3's form, drafted with by
+    vLLM itself, with `rl_accel.draft.method=head`."""
     learn: bool = True
     """Train the head on what the engine generates. Off: it serves as it was restored."""
     width: int = 0
@@ -56,6 +61,8 @@ class SpeculatorConfig:
     the checkpoint holds it."""
 
     def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise ConfigError(unknown("rl_accel.speculator.head", self.head, HEADS))
         ranges = {
             "width": (0, 8192), "history": (0, 8), "depth": (1, MAX_DEPTH), "batch_tokens": (64, 1 << 20),
             "replay_tokens": (4096, 1 << 24), "max_policy_lag": (0, 1 << 20), "threads": (1, 256), "nice": (0, 19),
@@ -78,3 +85,21 @@ class SpeculatorConfig:
     @property
     def enabled(self) -> bool:
         return self.enable
+
+
+def refuse_parallel(tensor: int, pipeline: int, error: type[Exception] = ConfigError) -> None:
+    """Raise `error` for an engine of several GPUs: the draft's weights are not split."""
+    if tensor > 1 or pipeline > 1:
+        raise error(
+            f"rl_accel.speculator.head=eagle3 drafts in engines of one device; tensor_parallel_size is {tensor} and "
+            f"pipeline_parallel_size {pipeline}. Set both to 1, or rl_accel.speculator.head=recurrent"
+        )
+
+
+def refuse_history(method: str) -> None:
+    """Raise ConfigError where history should draft beside it."""
+    if method == "auto":
+        raise ConfigError(
+            "rl_accel.draft.method=auto asks history and head by turns, and rl_accel.speculator.head=eagle3 drafts by "
+            "itself; set rl_accel.draft.method=head, or rl_accel.speculator.head=recurrent"
+        )

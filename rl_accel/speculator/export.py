@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,22 @@ def config(shape: EagleShape) -> dict[str, Any]:
         "eagle_aux_hidden_state_layer_ids": list(shape.layers),
         "dtype": "float32",
     }
+
+
+def shape_of_config(values: Mapping[str, Any]) -> EagleShape:
+    """Return what `config` was made of; KeyError for a config of another maker."""
+    return EagleShape(
+        vocab_size=values["vocab_size"],
+        hidden_size=values["target_hidden_size"],
+        layers=tuple(values["eagle_aux_hidden_state_layer_ids"]),
+        width=values["hidden_size"],
+        inner=values["intermediate_size"],
+        num_heads=values["num_attention_heads"],
+        num_kv_heads=values["num_key_value_heads"],
+        head_dim=values["head_dim"],
+        rope_theta=values["rope_theta"],
+        max_positions=values["max_position_embeddings"],
+    )
 
 
 def _replace(path: Path, content: bytes) -> None:

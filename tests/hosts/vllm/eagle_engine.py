@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
-from speculator_engine import MAX_TOKENS, prompt  # sets the environment, so it comes before vLLM
+import speculator_engine as spec  # sets the environment, so it comes before vLLM
 from vllm import LLM, SamplingParams
 
 import torch  # isort: skip
@@ -61,12 +62,100 @@ def stock(model: str, folder: str) -> dict:
         speculative_config={"method": "eagle3", "model": folder, "num_speculative_tokens": NUM_DRAFT},
     )
     llm.collective_rpc(_record)
-    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False)
-    llm.generate([{"prompt_token_ids": prompt(p)} for p in range(12)], params, use_tqdm=False)
+    params = SamplingParams(temperature=0.0, max_tokens=spec.MAX_TOKENS, ignore_eos=True, detokenize=False)
+    llm.generate([{"prompt_token_ids": spec.prompt(p)} for p in range(12)], params, use_tqdm=False)
     counts = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     return {"calls": llm.collective_rpc(_recorded)[0], "counts": counts}
 
 
+def _weights(worker) -> dict:
+    """Of the served version: as published, and as vLLM's modules have them, packed copies or not."""
+    runner = worker.model_runner
+    source, draft = runner.rl_accel["speculator"].source, runner.drafter.model
+    x = torch.randn(3, source.shape.width, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return {
+            "version": source.version,
+            "published": torch.from_numpy(source._flat.copy()),
+            "served": source.head.flat(),
+            "product": draft.model.layers[0].mlp.down_proj(torch.cat([x, x], -1))[0].clone(),
+            "logits": draft.compute_logits(x)[:, : source.shape.vocab_size].clone(),
+            "x": x,
+        }
+
+
+def swaps(model: str) -> dict:
+    """A version every other step, random ones and poison, requests in flight; the draft's weights after each."""
+    llm = spec.engine(model, "eagle-swaps", head="eagle3", learn=False)
+    kinds, published, served = ("random", "nan", "random", "damaged", "shape"), [], []
+
+    def between(count: int) -> None:
+        if count % 2 == 0:
+            kind = kinds[(count // 2) % len(kinds)]
+            published.append((kind, llm.collective_rpc(spec._publish, args=(kind,))[0]))
+        else:
+            served.append(llm.collective_rpc(_weights)[0])
+
+    found = {"first": llm.collective_rpc(_weights)[0]}
+    found["tokens"] = [spec.generate(llm, 0, between), spec.generate(llm, 1)]
+    found |= {"published": published, "served": served, "state": llm.collective_rpc(spec._state)[0]}
+    return found
+
+
+def _embeddings(worker) -> torch.Tensor:
+    """Those that the head began with."""
+    source = worker.model_runner.rl_accel["speculator"].source
+    return source.shape.split(torch.from_numpy(source.client._first.data.view("float32").copy()))["embed"]
+
+
+def _policy(worker) -> torch.Tensor:
+    return worker.model_runner.model.model.embed_tokens.weight.detach().clone()
+
+
+def _sync_policy(worker, path: str) -> None:
+    """New weights for the policy, in the way in which they come from verl on a CPU."""
+    from safetensors.torch import load_file
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    runner = worker.model_runner
+    with set_current_vllm_config(runner.vllm_config), torch.no_grad():
+        initialize_layerwise_reload(runner.model)
+        runner.model.load_weights((name, 1.5 * weight) for name, weight in load_file(path).items())
+        finalize_layerwise_reload(runner.model, runner.vllm_config.model_config)
+    runner.rl_accel["speculator"].on_weights(runner, 0.0)
+
+
+def learns(model: str) -> dict:
+    """Rounds until drafts are accepted; then the state is saved and opened, and the policy moves."""
+    llm = spec.engine(model, "learns", head="eagle3")
+    found: dict = {"tokens": [], "states": [], "first": llm.collective_rpc(_embeddings)[0]}
+    found["policy"] = llm.collective_rpc(_policy)
+    end, step = time.monotonic() + 75, 0
+    while time.monotonic() < end:
+        tokens = spec.generate(llm, step)
+        found["tokens"] += [tokens] if step < 2 else []
+        found["states"].append(llm.collective_rpc(spec._state)[0])
+        counts = found["states"][-1]["counts"]
+        if step > 1 and counts["num_accepted_tokens"] > 0.6 * counts["num_drafts"] > 100:
+            break
+        step += 1
+    found["path"] = f"{model}-eagle/engine000.pt"
+    for what in ("save", "open"):
+        found[what] = llm.collective_rpc(spec._call, args=(what, found["path"]))[0]
+    for _ in range(2):
+        found["policy"] += llm.collective_rpc(_policy)
+        found.setdefault("draft", []).extend(llm.collective_rpc(_weights))
+        llm.collective_rpc(_sync_policy, args=(f"{model}/model.safetensors",))
+    return found
+
+
+def plain(model: str) -> dict:
+    llm = spec.engine(model, "plain")
+    return {"tokens": [spec.generate(llm, step) for step in range(2)]}
+
+
 def main() -> None:
-    mode, model, *rest = sys.argv[1:]
-    torch.save({"stock": stock}[mode](model, *rest), Path(os.environ["RESULT"]))
+    mode, *args = sys.argv[1:]
+    result = {"stock": stock, "plain": plain, "swaps": swaps, "learns": learns}[mode](*args)
+    torch.save(result, Path(os.environ["RESULT"]))
