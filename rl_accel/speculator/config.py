@@ -26,6 +26,8 @@ class SpeculatorConfig:
     """Train the head on what the engine generates. Off: it serves as it was restored."""
     width: int = 0
     """Width of the head. 0: that of the policy, at most 512."""
+    draft_vocab: int = 0
+    """`eagle3`: tokens that it can draft, the first ones of the vocabulary and those that end texts. 0: all."""
     history: int = 4
     """Tokens before the last one that the head sees, 0 to 8."""
     depth: int = 4
@@ -64,12 +66,18 @@ class SpeculatorConfig:
         if self.head not in HEADS:
             raise ConfigError(unknown("rl_accel.speculator.head", self.head, HEADS))
         ranges = {
-            "width": (0, 8192), "history": (0, 8), "depth": (1, MAX_DEPTH), "batch_tokens": (64, 1 << 20),
-            "replay_tokens": (4096, 1 << 24), "max_policy_lag": (0, 1 << 20), "threads": (1, 256), "nice": (0, 19),
+            "width": (0, 8192), "draft_vocab": (0, 1 << 24), "history": (0, 8), "depth": (1, MAX_DEPTH),
+            "batch_tokens": (64, 1 << 20), "replay_tokens": (4096, 1 << 24), "max_policy_lag": (0, 1 << 20),
+            "threads": (1, 256), "nice": (0, 19),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"rl_accel.speculator.{name} must be {low} to {high}; got {getattr(self, name)}")
+        if self.draft_vocab and self.head != "eagle3":
+            raise ConfigError(
+                f"rl_accel.speculator.draft_vocab={self.draft_vocab} is for rl_accel.speculator.head=eagle3; head is "
+                f"{self.head}, which drafts all tokens"
+            )
         for name in ("learning_rate", "publish_s"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):

@@ -12,7 +12,7 @@ what EAGLE-3 calls training-time test, and what vLLM's KV cache holds. Only diff
 Weights map one to one to vLLM's `llama_eagle3.py` with `fc_norm` (`export.py`). Embeddings and LM head are its own.
 
 Cost: a chain's attention grows with the text, and every chain step reads the KV cache; the trainer's with the square
-of a stretch. Left out: texts before a stretch (prompts leave no traces), a reduced draft vocabulary, scaled RoPE.
+of a stretch. Left out: texts before a stretch (prompts leave no traces), scaled RoPE.
 
 Source: EAGLE-3 (Li et al., 2025); vLLM 0.28.0. Differs: norms of the aux states, which differ by orders of magnitude.
 
@@ -22,6 +22,7 @@ G key-value heads, Q query heads of each, C head dim, D width.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,9 +50,30 @@ class EagleShape(FlatShape):
     head_dim: int
     rope_theta: float
     max_positions: int
+    draft_vocab_size: int = 0
+    """Tokens that it can draft: the first ones and, at the end, `extra_tokens`. 0: all."""
+    extra_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))  # JSON has lists
+        object.__setattr__(self, "extra_tokens", tuple(self.extra_tokens))
+        first = self.draft_vocab_size - len(self.extra_tokens)
+        ends = (first - 1, *self.extra_tokens, self.vocab_size)
+        if first < 0 or any(a >= b for a, b in itertools.pairwise(ends)):
+            raise ValueError(
+                f"{self.draft_vocab_size} of {self.vocab_size} tokens, {self.extra_tokens} at the end: they must ascend"
+            )
+
+    @property
+    def num_drafted(self) -> int:
+        """Rows of the LM head."""
+        return self.draft_vocab_size or self.vocab_size
+
+    def draft_ids(self) -> torch.Tensor | None:
+        """Return the token of each row of the LM head, int64 [num_drafted]; None where those are all."""
+        if not self.draft_vocab_size:
+            return None
+        return torch.tensor([*range(self.draft_vocab_size - len(self.extra_tokens)), *self.extra_tokens])
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         d, queries, keys = self.width, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -71,7 +93,7 @@ class EagleShape(FlatShape):
             "up": (self.inner, d),
             "down": (d, self.inner),
             "final_norm": (d,),
-            "lm_head": (self.vocab_size, d),
+            "lm_head": (self.num_drafted, d),
         }
 
 
@@ -79,6 +101,10 @@ class EagleHead(FlatHead):
     """The head as it is trained."""
 
     shape: EagleShape
+
+    def __init__(self, shape: EagleShape):
+        super().__init__(shape)
+        self.draft_ids = shape.draft_ids()
 
     def chain(self, aux_BTA: torch.Tensor, tokens_BTN: torch.Tensor, depth: int) -> list[torch.Tensor]:
         """As `FlatHead.chain`; attention begins with the first position given. Of a row's tokens it sees the newest."""

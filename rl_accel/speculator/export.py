@@ -101,10 +101,19 @@ def write(folder: Path, shape: EagleShape, flat: torch.Tensor) -> None:
 
 
 def tensors(shape: EagleShape, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return name -> float32 tensor, as views of `flat`."""
+    """Return name -> float32 tensor, as views of `flat`.
+
+    With a reduced vocabulary also `d2t`, int64, how far a token's id is from its row of the LM head, and `t2d`, bool,
+    which tokens can be drafted.
+    """
     weights = shape.split(flat)
-    aux = {f"fc_norm.{i}.weight": norm for i, norm in enumerate(weights.pop("aux_norm"))}
-    return {**aux, **{f"{NAMES[name]}.weight": weight for name, weight in weights.items()}}
+    found = {f"fc_norm.{i}.weight": norm for i, norm in enumerate(weights.pop("aux_norm"))}
+    found |= {f"{NAMES[name]}.weight": weight for name, weight in weights.items()}
+    ids = shape.draft_ids()
+    if ids is not None:
+        found["d2t"] = ids - torch.arange(len(ids))
+        found["t2d"] = torch.zeros(shape.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
+    return found
 
 
 def config(shape: EagleShape) -> dict[str, Any]:
@@ -120,7 +129,8 @@ def config(shape: EagleShape) -> dict[str, Any]:
         "num_key_value_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
         "vocab_size": shape.vocab_size,
-        "draft_vocab_size": shape.vocab_size,
+        "draft_vocab_size": shape.num_drafted,
+        "draft_extra_token_ids": list(shape.extra_tokens),
         "max_position_embeddings": shape.max_positions,
         "rope_theta": shape.rope_theta,
         "rms_norm_eps": EPS,
@@ -148,6 +158,8 @@ def shape_of_config(values: Mapping[str, Any]) -> EagleShape:
         head_dim=values["head_dim"],
         rope_theta=values["rope_theta"],
         max_positions=values["max_position_embeddings"],
+        draft_vocab_size=values["draft_vocab_size"] if values["draft_vocab_size"] != values["vocab_size"] else 0,
+        extra_tokens=tuple(values["draft_extra_token_ids"]),
     )
 
 

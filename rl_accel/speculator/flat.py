@@ -67,6 +67,9 @@ class FlatShape:
 class FlatHead(nn.Module):
     """A draft model as it is trained. Float32."""
 
+    draft_ids: torch.Tensor | None = None
+    """Token of each entry of its logits, int64 [entries]; None where those are all tokens."""
+
     def __init__(self, shape: FlatShape):
         super().__init__()
         self.shape = shape
@@ -85,7 +88,8 @@ class FlatHead(nn.Module):
             tokens_BTN: int64 [B, T, N], at position t the token sampled there, the one before, and so on.
 
         Returns:
-            Entry j is [B, T - 1 - j, V]: of the token sampled at position t + 1 + j, for a chain begun at t.
+            Entry j is [B, T - 1 - j, V]: of the token sampled at position t + 1 + j, for a chain begun at t. V is here
+            the number of tokens that can be drafted (`draft_ids`).
         """
         raise NotImplementedError
 

@@ -143,7 +143,7 @@ def chain_loss(head: FlatHead, batch: Batch, depth: int, rejected_weight: float 
         count = weight_BS.sum().clamp(min=1.0)
         if rejected_weight > 0.0:
             weight_BS = weight_BS * (1.0 + rejected_weight * (batch.rejected_BT[:, : weight_BS.shape[1]] == j))
-        total = total + GAMMA**j * (weight_BS * batch.cross_entropy(logits_BSV, j)).sum() / count
+        total = total + GAMMA**j * (weight_BS * batch.cross_entropy(logits_BSV, j, head.draft_ids)).sum() / count
     return total
 
 
@@ -160,7 +160,8 @@ def expected_accept(head: FlatHead, batch: Batch, depth: int) -> float:
     path_BS = starts_BS.float()
     total = torch.zeros(())
     for j, logits_BSV in enumerate(chains):
-        num_starts = logits_BSV.shape[1]
-        path_BS = path_BS[:, :num_starts] * batch.counts(j) * batch.probability(logits_BSV.argmax(-1), j)
+        num_starts, best_BS = logits_BSV.shape[1], logits_BSV.argmax(-1)
+        tokens_BS = best_BS if head.draft_ids is None else head.draft_ids[best_BS]
+        path_BS = path_BS[:, :num_starts] * batch.counts(j) * batch.probability(tokens_BS, j)
         total += path_BS.sum()
     return float(total / starts_BS.sum().clamp(min=1))

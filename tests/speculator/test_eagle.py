@@ -19,11 +19,11 @@ from rl_accel.speculator.eagle import EagleHead, EagleShape, first_weights
 from rl_accel.speculator.flat import normalized
 from rl_accel.speculator.gate import SwapGate
 from rl_accel.speculator.kinds import new_head, shape_of, shape_values
-from rl_accel.speculator.learner import Learner, chain_loss, expected_accept
+from rl_accel.speculator.learner import GAMMA, Learner, chain_loss, expected_accept
 
 from .test_learning import replay_of, split
 from .test_state import trainer_of
-from .world import EAGLE, SHAPE, rows_of
+from .world import EAGLE, LAYOUT, SHAPE, rows_of
 
 
 def head_of(shape: EagleShape, seed: int = 3) -> EagleHead:
@@ -177,6 +177,44 @@ def test_it_begins_with_the_policys_embeddings() -> None:
     w = EAGLE.split(first_weights(EAGLE, 0, embed))
     assert float(torch.corrcoef(torch.stack([w["embed"].flatten(), embed.flatten()]))[0, 1]) > 0.999
     assert not torch.equal(w["embed"], embed), "an equal one vLLM would share with the policy"
+
+
+@pytest.mark.parametrize("vocab_size", [EAGLE.vocab_size, 5000])
+def test_loss_with_a_reduced_vocabulary_equals_one_position_after_the_other(vocab_size: int) -> None:
+    """Of the policy's tokens only those that can be drafted count, also where 64 of many are kept."""
+    layout = replace(LAYOUT, vocab_size=vocab_size)
+    shape = replace(EAGLE, vocab_size=vocab_size, draft_vocab_size=vocab_size // 2, extra_tokens=(vocab_size - 3,))
+    batch = replay_of(rows_of(12, 9, layout=layout), layout=layout).sample(60)
+    head = head_of(shape)
+    tokens = [*range(vocab_size // 2 - 1), vocab_size - 3]
+    chains = head.chain(batch.aux_BTA, batch.tokens_BTN, 2)
+    assert chains[0].shape[-1] == len(tokens)
+    total, accepted, starts = 0.0, 0.0, 0
+    paths: dict[tuple[int, int], float] = {}
+    for j in range(2):
+        losses = []
+        for b, t in (batch.valid_BT[:, 1 + j :] & batch.valid_BT[:, : -1 - j]).nonzero().tolist():
+            known = range(vocab_size) if batch.ids_BTk is None else batch.ids_BTk[b, t + 1 + j].tolist()
+            policy = dict(zip(known, batch.target_BTV[b, t + 1 + j].tolist(), strict=True))
+            log_q = dict(zip(tokens, chains[j][b, t].log_softmax(-1).tolist(), strict=True))
+            losses.append(-sum(p * log_q[token] for token, p in policy.items() if token in log_q))
+            paths[b, t] = paths.get((b, t), 1.0) * policy.get(max(log_q, key=log_q.__getitem__), 0.0)
+            accepted, starts = accepted + paths[b, t], starts + (j == 0)
+        total += GAMMA**j * sum(losses) / len(losses)
+    assert float(chain_loss(head, batch, 2).detach()) == pytest.approx(total, rel=1e-4)
+    assert expected_accept(head, batch, 2) == pytest.approx(accepted / starts, rel=1e-4)
+
+
+def test_a_reduced_vocabulary_is_exported() -> None:
+    with pytest.raises(ValueError, match="must ascend"):
+        replace(EAGLE, draft_vocab_size=10, extra_tokens=(7, 23))
+    shape = replace(EAGLE, draft_vocab_size=10, extra_tokens=(15, 23))
+    found = export.tensors(shape, torch.zeros(shape.num_weights))
+    assert (torch.arange(10) + found["d2t"]).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 15, 23]
+    assert found["t2d"].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 15, 23]
+    assert found["lm_head.weight"].shape == (10, EAGLE.width)
+    for made in (shape, EAGLE):
+        assert export.shape_of_config(json.loads(json.dumps(export.config(made)))) == made
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,8 @@ def test_settings_and_table_know_the_same_kinds() -> None:
         assert SpeculatorConfig(head=kind).head == kind
     with pytest.raises(ConfigError, match="Did you mean 'eagle3'"):
         SpeculatorConfig(head="eagle")
+    with pytest.raises(ConfigError, match="drafts all tokens"):
+        SpeculatorConfig(draft_vocab=100)
 
 
 def test_vllm_is_told_to_draft_from_a_folder_that_is_there(tmp_path) -> None:
@@ -78,6 +80,25 @@ def test_a_policys_own_heads_and_rope_are_taken() -> None:
         {**policy, "head_dim": None, "rope_parameters": None, "rope_theta": 5e5}, SpeculatorConfig()
     )
     assert (plain.head_dim, plain.rope_theta) == (128, 5e5)
+
+
+def test_a_reduced_vocabulary_keeps_the_first_tokens_and_those_that_end_texts() -> None:
+    policy = {**POLICY_CONFIG, "vocab_size": 400, "bos_token_id": 3, "eos_token_id": [380, 5, 390]}
+    shape = draft_folder.shape_for(policy, SpeculatorConfig(head="eagle3", draft_vocab=100))
+    assert (shape.draft_vocab_size, shape.extra_tokens) == (100, (380, 390))
+    assert shape.draft_ids().tolist() == [*range(98), 380, 390]
+    edge = {**policy, "eos_token_id": [98, 99, 390]}
+    assert draft_folder.shape_for(edge, SpeculatorConfig(head="eagle3", draft_vocab=100)).draft_ids().tolist() == [
+        *range(97),
+        98,
+        99,
+        390,
+    ]
+    for whole in (0, 400, 500):
+        shape = draft_folder.shape_for(policy, SpeculatorConfig(head="eagle3", draft_vocab=whole))
+        assert shape.draft_ids() is None and shape.extra_tokens == ()
+    with pytest.raises(ConfigError, match="leaves no token"):
+        draft_folder.shape_for(policy, SpeculatorConfig(head="eagle3", draft_vocab=2))
 
 
 @pytest.mark.parametrize("policy", [{}, {"vocab_size": 10, "hidden_size": 4, "num_hidden_layers": 2}])

@@ -42,8 +42,16 @@ def shape_for(policy: Mapping[str, Any], config: SpeculatorConfig) -> EagleShape
     hidden, heads = policy["hidden_size"], policy["num_attention_heads"]
     width = config.width or min(hidden, MAX_WIDTH)
     rope = {**policy, **(policy.get("rope_parameters") or {})}
+    vocab_size, extra = policy["vocab_size"], _special_tokens(policy)
+    reduced = config.draft_vocab if config.draft_vocab < vocab_size else 0
+    while extra and extra[0] < reduced - len(extra):
+        extra = extra[1:]  # one of the first anyway
+    if reduced and reduced <= len(extra):
+        raise ConfigError(
+            f"rl_accel.speculator.draft_vocab={reduced} leaves no token but the {len(extra)} special ones of the policy"
+        )
     return EagleShape(
-        vocab_size=policy["vocab_size"],
+        vocab_size=vocab_size,
         hidden_size=hidden,
         layers=aux_layers(policy["num_hidden_layers"]),
         width=width,
@@ -53,7 +61,18 @@ def shape_for(policy: Mapping[str, Any], config: SpeculatorConfig) -> EagleShape
         head_dim=policy.get("head_dim") or hidden // heads,
         rope_theta=float(rope.get("rope_theta") or 10000.0),
         max_positions=int(policy.get("max_position_embeddings") or 4096),
+        draft_vocab_size=reduced,
+        extra_tokens=extra if reduced else (),
     )
+
+
+def _special_tokens(policy: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return what begins and ends texts, in order; tokenizers number those last."""
+    found: set[Any] = set()
+    for name in ("bos_token_id", "eos_token_id"):
+        value = policy.get(name)
+        found.update(value if isinstance(value, (list, tuple)) else [value])
+    return tuple(sorted(token for token in found if isinstance(token, int) and token < policy["vocab_size"]))
 
 
 def speculative_config(folder: Path, shape: EagleShape, seed: int, num_draft_tokens: int | None) -> dict[str, Any]:

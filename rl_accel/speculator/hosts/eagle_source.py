@@ -135,7 +135,7 @@ class DraftWeights:
             "up": [up],
             "down": [_own(mlp.down_proj, dtype, *sizes["down"])],
             "final_norm": [model.norm.weight],
-            "lm_head": [draft.lm_head.weight[: shape.vocab_size]],
+            "lm_head": [draft.lm_head.weight[: shape.num_drafted]],
         }
         """Weight -> views that hold it, one after the other."""
         for name, size in sizes.items():

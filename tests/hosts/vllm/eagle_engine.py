@@ -79,14 +79,14 @@ def _weights(worker) -> dict:
             "published": torch.from_numpy(source._flat.copy()),
             "served": source.head.flat(),
             "product": draft.model.layers[0].mlp.down_proj(torch.cat([x, x], -1))[0].clone(),
-            "logits": draft.compute_logits(x)[:, : source.shape.vocab_size].clone(),
+            "logits": draft.compute_logits(x).clone(),
             "x": x,
         }
 
 
 def swaps(model: str) -> dict:
     """A version every other step, random ones and poison, requests in flight; the draft's weights after each."""
-    llm = spec.engine(model, "eagle-swaps", head="eagle3", learn=False)
+    llm = spec.engine(model, "eagle-swaps", head="eagle3", learn=False, draft_vocab=220)
     kinds, published, served = ("random", "nan", "random", "damaged", "shape"), [], []
 
     def between(count: int) -> None:

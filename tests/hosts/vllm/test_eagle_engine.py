@@ -5,6 +5,7 @@ The engines: `eagle_engine.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ from .speculator_engine import MAX_TOKENS, prompt
 from .tiny_qwen import VOCAB_SIZE, build_model
 
 ENGINE = Path(__file__).with_name("eagle_engine.py")
-SHAPE = EagleShape(VOCAB_SIZE, 64, (1, 2), 48, 96, 2, 2, 32, 10000.0, 512)
-"""Narrower than the policy, of two heads of 32 as it is."""
+FIRST, EXTRA = 200, 30
+"""Tokens that the exported head can draft: the first ones, and the most frequent ones of the others."""
 SERVED = EagleShape(VOCAB_SIZE, 64, (1, 2), 64, 128, 2, 2, 32, 10000.0, 512)
 """What settings that say nothing else make for it."""
 
@@ -66,31 +67,35 @@ def traces_of(model: Path) -> tuple[RowLayout, dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def trained(model) -> torch.Tensor:
-    """A head that has learned the policy's greedy texts."""
+def trained(model) -> tuple[EagleShape, torch.Tensor]:
+    """A head that has learned the policy's greedy texts, narrower than the policy and with a reduced vocabulary."""
     torch.manual_seed(0)
     layout, rows = traces_of(model)
     replay = Replay(layout, 8192, seed=1)
     replay.add(rows)
-    learner = Learner(SHAPE, first_weights(SHAPE, 0), 8e-3, 4)
+    frequent = np.bincount(rows["tokens"][:, 0], minlength=VOCAB_SIZE)[FIRST:].argsort()[-EXTRA:] + FIRST
+    extra = tuple(sorted(frequent.tolist()))
+    shape = EagleShape(VOCAB_SIZE, 64, (1, 2), 48, 96, 2, 2, 32, 10000.0, 512, FIRST + EXTRA, extra)
+    learner = Learner(shape, first_weights(shape, 0), 8e-3, 4)
     for _ in range(120):
         learner.step(replay.sample(512))
-    return learner.flat.clone()
+    return shape, learner.flat.clone()
 
 
 @pytest.fixture(scope="module")
 def stock(model, trained, run_ranks, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("exported") / "draft"
-    export.write(folder, SHAPE, trained)
+    export.write(folder, *trained)
     (result,) = run_ranks(ENGINE, 1, "stock", str(model), str(folder), timeout=200)
     return result
 
 
 def test_stock_vllm_drafts_what_the_head_says(stock, trained) -> None:
     """Every draft token of every step, against `EagleHead` over the same states and tokens from the text's begin."""
-    head = EagleHead(SHAPE)
+    shape, flat = trained
+    head = EagleHead(shape)
     with torch.no_grad():
-        head.flat.copy_(trained)
+        head.flat.copy_(flat)
     aux: dict[str, dict[int, torch.Tensor]] = {}
     tokens: dict[str, dict[int, int]] = {}
     num_checked, num_equal = 0, 0
@@ -108,10 +113,13 @@ def test_stock_vllm_drafts_what_the_head_says(stock, trained) -> None:
             with torch.no_grad():
                 chains = head.chain(rows[None], seen[..., None], len(drafts))
             for j, token in enumerate(drafts):
-                logits = chains[j][0, last]
+                logits = torch.full((VOCAB_SIZE,), -torch.inf)
+                logits[head.draft_ids] = chains[j][0, last]
                 num_equal += int(logits.argmax()) == token
                 assert float(logits[token]) > float(logits.max()) - 1e-3, "another token is better"
                 num_checked += 1
+    drafted = torch.cat([call["drafts"].flatten() for call in stock["calls"]])
+    assert (drafted >= FIRST + EXTRA).sum() > 10, "some ids are not their rows of the LM head"
     assert num_checked > 500 and num_equal > 0.999 * num_checked
 
 
@@ -144,12 +152,13 @@ def test_tokens_do_not_depend_on_what_is_served(engines) -> None:
 
 
 def test_a_swap_puts_the_published_weights_in_place_bit_for_bit(engines) -> None:
-    """Also into what vLLM multiplies with, which on a CPU would be packed copies."""
-    swaps = engines("swaps")
+    """Also into what vLLM multiplies with, on a CPU otherwise packed copies; of a head that can draft 220 tokens."""
+    swaps, shape = engines("swaps"), replace(SERVED, draft_vocab_size=220)
     for found in (swaps["first"], *swaps["served"]):
         assert torch.equal(found["served"], found["published"])
-        w = SERVED.split(found["published"])
-        torch.testing.assert_close(found["logits"], found["x"] @ w["lm_head"].T)
+        w = shape.split(found["published"])
+        torch.testing.assert_close(found["logits"][:, :220], found["x"] @ w["lm_head"].T)
+        assert (found["logits"][:, 220:] == -torch.inf).all()
         torch.testing.assert_close(found["product"], torch.cat([found["x"]] * 2, -1) @ w["down"].T)
     assert len({found["version"] for found in swaps["served"]}) > 3
 
