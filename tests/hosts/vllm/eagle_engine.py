@@ -126,8 +126,12 @@ def _sync_policy(worker, path: str) -> None:
     runner.rl_accel["speculator"].on_weights(runner, 0.0)
 
 
+def _end_training(worker) -> None:
+    worker.model_runner.rl_accel["speculator"].source.client.slots.allowed_share = 0.0
+
+
 def learns(model: str) -> dict:
-    """Rounds until drafts are accepted; then the state is saved and opened, and the policy moves."""
+    """Rounds until drafts are accepted; then the state is saved and opened, a bad version comes, the policy moves."""
     llm = spec.engine(model, "learns", head="eagle3")
     found: dict = {"tokens": [], "states": [], "first": llm.collective_rpc(_embeddings)[0]}
     found["policy"] = llm.collective_rpc(_policy)
@@ -143,6 +147,14 @@ def learns(model: str) -> dict:
     found["path"] = f"{model}-eagle/engine000.pt"
     for what in ("save", "open"):
         found[what] = llm.collective_rpc(spec._call, args=(what, found["path"]))[0]
+    found["opened"] = llm.collective_rpc(_weights)[0]
+    llm.collective_rpc(_end_training)
+    found["steps"] = [step + 1, step + 2]
+    found["tokens"].append(spec.generate(llm, step + 1))
+    found["kept"] = llm.collective_rpc(_weights)[0]
+    llm.collective_rpc(spec._publish, args=("random",))
+    found["tokens"].append(spec.generate(llm, step + 2))
+    found |= {"back": llm.collective_rpc(_weights)[0], "after": llm.collective_rpc(spec._state)[0]}
     for _ in range(2):
         found["policy"] += llm.collective_rpc(_policy)
         found.setdefault("draft", []).extend(llm.collective_rpc(_weights))
@@ -150,9 +162,9 @@ def learns(model: str) -> dict:
     return found
 
 
-def plain(model: str) -> dict:
+def plain(model: str, *steps: str) -> dict:
     llm = spec.engine(model, "plain")
-    return {"tokens": [spec.generate(llm, step) for step in range(2)]}
+    return {"tokens": [spec.generate(llm, int(step)) for step in steps]}
 
 
 def main() -> None:

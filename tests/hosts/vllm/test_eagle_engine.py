@@ -134,21 +134,20 @@ def engines(model, run_ranks):
     """MODE -> result, each engine started once."""
     results: dict[str, dict] = {}
 
-    def run(mode: str) -> dict:
+    def run(mode: str, *args: str) -> dict:
         if mode not in results:
-            (results[mode],) = run_ranks(ENGINE, 1, mode, str(model), timeout=240)
+            (results[mode],) = run_ranks(ENGINE, 1, mode, str(model), *args, timeout=240)
         return results[mode]
 
     return run
 
 
 def test_tokens_do_not_depend_on_what_is_served(engines) -> None:
-    """Versions swapped in flight, random ones and poison, prompts prefilled in parts, two temperatures; and while it
-    learns."""
-    plain = engines("plain")["tokens"]
-    for mode in ("swaps", "learns"):
-        assert engines(mode)["tokens"] == plain
-        assert engines(mode)["states" if mode == "learns" else "state"]
+    """Versions swapped in flight, random ones and poison, prompts prefilled in parts, two temperatures; while it
+    learns, and while a version is taken back."""
+    learned = engines("learns")
+    plain = engines("plain", "0", "1", *map(str, learned["steps"]))["tokens"]
+    assert learned["tokens"] == plain and engines("swaps")["tokens"] == plain[:2]
 
 
 def test_a_swap_puts_the_published_weights_in_place_bit_for_bit(engines) -> None:
@@ -200,6 +199,16 @@ def test_the_policy_moves_without_the_draft_and_the_draft_without_the_policy(eng
 def test_head_and_version_survive_a_checkpoint_that_can_be_exported(engines, tmp_path) -> None:
     learned = engines("learns")
     assert learned["open"]["num_steps"] == learned["save"]["num_steps"] > 0
-    assert learned["open"]["version"] == learned["save"]["version"] == learned["draft"][0]["version"]
+    assert learned["open"]["version"] == learned["save"]["version"] == learned["opened"]["version"]
     shape, flat = export.read(Path(learned["path"]))
-    assert shape == SERVED and torch.equal(flat, learned["draft"][0]["served"])
+    assert shape == SERVED and torch.equal(flat, learned["opened"]["served"])
+
+
+def test_a_version_that_does_worse_is_taken_back(engines) -> None:
+    """Random weights after a version that was accepted: after 256 drafts the draft has the former ones, bit for bit."""
+    learned = engines("learns")
+    assert learned["after"]["metrics"]["rolled_back"] == 1.0
+    assert learned["back"]["version"] == learned["kept"]["version"]
+    assert torch.equal(learned["back"]["served"], learned["kept"]["served"])
+    counts = learned["after"]["counts"]
+    assert counts["num_accepted_tokens"] > 0.3 * counts["num_drafts"]
