@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from rl_accel.config import AccelConfig
 from rl_accel.errors import ConfigError, RLAccelError, VersionError
 from rl_accel.feature import Check, Feature, features
 from rl_accel.hosts import versions
-from rl_accel.hosts.verl import ACTIVE_ENV, prepare
+from rl_accel.hosts.verl import ACTIVE_ENV, model_files, prepare
 from rl_accel.probing import run_probe
 
 POLICY = Path(__file__).parent / "quickstart" / "policy"
@@ -74,8 +75,11 @@ def _check_features(accel: AccelConfig, model: str) -> dict[str, list[Check]]:
     probes = [(feature, feature.role("probe")(accel.settings[feature.name])) for feature in accel.enabled()]
     checks = {feature.name: _named(feature, probe.checks()) for feature, probe in probes}
     arguments = [model, json.dumps(prepare.engine_settings(accel))]
-    arguments.append(json.dumps({name: value for name, (value, _) in prepare.engine_args(accel).items()}))
-    found, error = run_probe("rl_accel.hosts.vllm.probe", arguments)
+    with tempfile.TemporaryDirectory(prefix="rl_accel-") as folder:
+        policy = model_files.text_config(model_files.read(model))
+        asked = prepare.engine_args(accel, policy, Path(folder))
+        arguments.append(json.dumps({name: value for name, (value, _) in asked.items()}))
+        found, error = run_probe("rl_accel.hosts.vllm.probe", arguments)
     if found is None:
         return {**checks, "": [Check("vLLM engine", False, error)]}
     live = found["live"]

@@ -22,6 +22,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from rl_accel.errors import ConfigError
@@ -140,6 +141,15 @@ class Driver:
 
     def engine_args(self) -> dict[str, Any]:
         """Return arguments of vLLM's engine that nobody else may set, such as `speculative_config`."""
+        return {}
+
+    def engine_files(self, policy: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Write what engines must find on disk when they start; return arguments as `engine_args` does.
+
+        Args:
+            policy: config.json of the policy, of its text model where that is nested; {} where it is not here.
+            folder: for the files of this feature, maybe not there yet. Engines on other nodes have to see it.
+        """
         return {}
 
     def rank_settings(self, config: Any, role: str) -> dict[str, Any]:

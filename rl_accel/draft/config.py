@@ -15,6 +15,8 @@ HISTORY_METHODS = ("das", "auto")
 """Those that draft from history."""
 HEAD_METHODS = ("head", "auto")
 """Those that ask the head of `rl_accel.speculator`."""
+VLLM_HEADS = ("eagle3",)
+"""Kinds of that head with which vLLM itself drafts, by method `head`; also its names for them."""
 DRAFT_POLICIES = ("budget", "classes", "fixed")
 DRAFT_LENGTHS = {"none": 1, "ngram": 5, "suffix": 24, "model": 5, "das": 16, "head": 8, "auto": 16}
 """Longest draft where none is set, by method; `suffix`: vLLM's own default, its tree depth."""
@@ -32,7 +34,7 @@ class DraftConfig:
     """`model`: folder or hub name of the smaller model, with the policy's tokenizer."""
     num_speculative_tokens: int | None = None
     """Most draft tokens per request and engine step, 1 to 128. None: 16 for `das` and `auto`, 8 for
-    `head`, 5 for `model` and `ngram`, 24 for `suffix`."""
+    `head` (3 where vLLM drafts with it), 5 for `model` and `ngram`, 24 for `suffix`."""
     prompt_lookup_min: int = 2
     """`ngram`: shortest match, in tokens."""
     prompt_lookup_max: int = 4

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from rl_accel.speculator.config import SpeculatorConfig
-from rl_accel.speculator.head import HeadShape
+from rl_accel.speculator.flat import FlatShape
+from rl_accel.speculator.kinds import kind_of, shape_values
 from rl_accel.speculator.lines import LineReader
-from rl_accel.speculator.served import fold, num_folded
 from rl_accel.speculator.shared import SharedBytes
 from rl_accel.speculator.traces import RowLayout, TraceRing
 from rl_accel.speculator.weights import WeightSlots
@@ -28,11 +28,12 @@ ORDER_TIMEOUT_S = 60.0
 class TrainerClient:
     """Shared memory and the process that reads and writes it."""
 
-    def __init__(self, shape: HeadShape, layout: RowLayout, config: SpeculatorConfig, first: torch.Tensor):
+    def __init__(self, shape: FlatShape, layout: RowLayout, config: SpeculatorConfig, first: torch.Tensor):
         self.shape, self.layout, self.config = shape, layout, config
         self.ring = TraceRing(layout, RING_ROWS)
-        self.slots = WeightSlots(num_folded(shape), shape.fingerprint())
-        self.slots.put(fold(shape, first).numpy())
+        kind = kind_of(shape)
+        self.slots = WeightSlots(kind.num_folded(shape), shape.fingerprint())
+        self.slots.put(kind.fold(shape, first).numpy())
         self._first = SharedBytes(4 * shape.num_weights, "rl_accel-first")
         self._first.data.view(np.float32)[:] = first.numpy()
         self._process: subprocess.Popen | None = None
@@ -44,7 +45,7 @@ class TrainerClient:
         descriptors = {name: block.descriptor for name, block in blocks.items()}
         settings = {
             "config": asdict(self.config),
-            "shape": asdict(self.shape),
+            "shape": shape_values(self.shape),
             "layout": asdict(self.layout),
             "capacity": self.ring.capacity,
             **descriptors,

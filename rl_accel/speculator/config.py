@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rl_accel.config import unknown
 from rl_accel.errors import ConfigError
 
+HEADS = ("recurrent", "eagle3")
 MAX_DEPTH = 32
 
 
@@ -17,10 +19,15 @@ class SpeculatorConfig:
     enable: bool = False
     """Draft with the head; `rl_accel.draft.method` is `auto` then (history or head, whichever is worth more) unless it
     is set to `head`."""
+    head: str = "recurrent"
+    """`recurrent`: small, without attention, one of two sources of `auto`. `eagle3`: in EAGLE-3's form, drafted with by
+    vLLM itself, with `rl_accel.draft.method=head`."""
     learn: bool = True
     """Train the head on what the engine generates. Off: it serves as it was restored."""
     width: int = 0
     """Width of the head. 0: that of the policy, at most 512."""
+    draft_vocab: int = 0
+    """`eagle3`: tokens that it can draft, the first ones of the vocabulary and those that end texts. 0: all."""
     history: int = 4
     """Tokens before the last one that the head sees, 0 to 8."""
     depth: int = 4
@@ -59,13 +66,21 @@ class SpeculatorConfig:
     the checkpoint holds it."""
 
     def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise ConfigError(unknown("rl_accel.speculator.head", self.head, HEADS))
         ranges = {
-            "width": (0, 8192), "history": (0, 8), "depth": (1, MAX_DEPTH), "batch_tokens": (64, 1 << 20),
-            "replay_tokens": (4096, 1 << 24), "max_policy_lag": (0, 1 << 20), "threads": (1, 256), "nice": (0, 19),
+            "width": (0, 8192), "draft_vocab": (0, 1 << 24), "history": (0, 8), "depth": (1, MAX_DEPTH),
+            "batch_tokens": (64, 1 << 20), "replay_tokens": (4096, 1 << 24), "max_policy_lag": (0, 1 << 20),
+            "threads": (1, 256), "nice": (0, 19),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"rl_accel.speculator.{name} must be {low} to {high}; got {getattr(self, name)}")
+        if self.draft_vocab and self.head != "eagle3":
+            raise ConfigError(
+                f"rl_accel.speculator.draft_vocab={self.draft_vocab} is for rl_accel.speculator.head=eagle3; head is "
+                f"{self.head}, which drafts all tokens"
+            )
         for name in ("learning_rate", "publish_s"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
@@ -85,3 +100,21 @@ class SpeculatorConfig:
     @property
     def enabled(self) -> bool:
         return self.enable
+
+
+def refuse_parallel(tensor: int, pipeline: int, error: type[Exception] = ConfigError) -> None:
+    """Raise `error` for an engine of several GPUs: the draft's weights are not split."""
+    if tensor > 1 or pipeline > 1:
+        raise error(
+            f"rl_accel.speculator.head=eagle3 drafts in engines of one device; tensor_parallel_size is {tensor} and "
+            f"pipeline_parallel_size {pipeline}. Set both to 1, or rl_accel.speculator.head=recurrent"
+        )
+
+
+def refuse_history(method: str) -> None:
+    """Raise ConfigError where history should draft beside it."""
+    if method == "auto":
+        raise ConfigError(
+            "rl_accel.draft.method=auto asks history and head by turns, and rl_accel.speculator.head=eagle3 drafts by "
+            "itself; set rl_accel.draft.method=head, or rl_accel.speculator.head=recurrent"
+        )

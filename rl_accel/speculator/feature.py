@@ -3,12 +3,15 @@
 from rl_accel.feature import Feature, Metric
 from rl_accel.speculator.config import SpeculatorConfig
 
+METHODS = {"recurrent": "auto", "eagle3": "head"}
+"""Head -> how drafting asks it where nothing else is set."""
+
 FEATURE = Feature(
     name="speculator",
     title="online speculator",
     config=SpeculatorConfig,
     samples=True,
-    implies=lambda settings: {"draft": {"method": "auto"}} if settings.enabled else {},
+    implies=lambda settings: {"draft": {"method": METHODS[settings.head]}} if settings.enabled else {},
     metrics=(
         Metric("version", "1", "max", "of the head that is served; a swap adds one"),
         Metric("swaps", "1", "sum", "versions that engines took over"),
@@ -53,7 +56,7 @@ FEATURE = Feature(
             "that a draft of the last candidate can expect, on requests it does not learn from",
         ),
         Metric("served_accept", "tokens", "mean", "the same of the served version, at that time"),
-        Metric("calibration", "1", "mean", "accepted tokens / those that the served version promised"),
+        Metric("calibration", "1", "mean", "accepted tokens / those that the served version promised (eagle3: drafts)"),
         Metric("rejected_weight", "1", "mean", "extra weight of rejected tokens in the loss, as learned"),
         Metric("heads_not_saved", "engines", "sum", "since the start: heads that are not in a checkpoint"),
         Metric("heads_not_restored", "engines", "sum", "since the start: heads not restored on resume"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rl_accel.speculator.head import DraftHead
+from rl_accel.speculator.flat import FlatHead
+from rl_accel.speculator.kinds import new_head
 from rl_accel.speculator.learner import expected_accept
 from rl_accel.speculator.replay import Batch
 
@@ -15,9 +16,9 @@ TOLERANCE = 0.98
 class SwapGate:
     """Holds the weights that are served, and judges others."""
 
-    def __init__(self, served: DraftHead, depth: int):
+    def __init__(self, served: FlatHead, depth: int):
         self.served, self.depth = served, depth
-        self._candidate = DraftHead(served.shape)
+        self._candidate = new_head(served.shape)
         self.candidate_accept = 0.0
         self.served_accept = 0.0
         """Accepted tokens a draft that each can expect, when last compared."""

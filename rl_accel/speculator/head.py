@@ -18,21 +18,20 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from hashlib import blake2b
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-EPS = 1e-6
+from rl_accel.speculator.flat import FlatHead, FlatShape, rms
+
 MAX_TABLE = 8192
 """Vocabulary up to which tables of embeddings are made."""
 
 
 @dataclass(frozen=True)
-class HeadShape:
-    """What the weights of a head look like; two heads of one shape can be swapped."""
+class HeadShape(FlatShape):
+    """What the weights of a head look like."""
 
     vocab_size: int
     hidden_size: int
@@ -47,7 +46,6 @@ class HeadShape:
     """Tokens before the last one."""
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each weight, in the order in which they are laid out."""
         v, d, n = self.vocab_size, self.width, self.history + 1
         return {
             "aux_norm": (self.num_aux, self.hidden_size),
@@ -63,48 +61,14 @@ class HeadShape:
             "lm_head": (v, d),
         }
 
-    @property
-    def num_weights(self) -> int:
-        return sum(torch.Size(size).numel() for size in self.sizes().values())
 
-    def fingerprint(self) -> int:
-        """Return 63 bits that tell shapes apart."""
-        text = repr(sorted(asdict(self).items())).encode()
-        return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
+class DraftHead(FlatHead):
+    """The head as it is trained."""
 
-    def split(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return views into flat weights, float32 [num_weights]."""
-        views, start = {}, 0
-        for name, size in self.sizes().items():
-            end = start + torch.Size(size).numel()
-            views[name] = flat[start:end].view(size)
-            start = end
-        return views
-
-
-class DraftHead(nn.Module):
-    """The head as it is trained. Float32."""
-
-    def __init__(self, shape: HeadShape):
-        super().__init__()
-        self.shape = shape
-        self.flat = torch.zeros(shape.num_weights)
-        """All weights; the parameters are views of it."""
-        self._weights = nn.ParameterDict({name: nn.Parameter(view) for name, view in shape.split(self.flat).items()})
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return dict(self._weights)
+    shape: HeadShape
 
     def chain(self, aux_BTA: torch.Tensor, tokens_BTN: torch.Tensor, depth: int) -> list[torch.Tensor]:
-        """Return logits after each of `depth` tokens of the text itself, from every position that has so many.
-
-        Args:
-            aux_BTA: [B, T, num_aux * H], normalized per layer (`normalized`).
-            tokens_BTN: int64 [B, T, N], at position t the token sampled there, the one before, and so on.
-
-        Returns:
-            Entry j is [B, T - 1 - j, V]: of the token sampled at position t + 1 + j, for a chain begun at t.
-        """
+        """As `FlatHead.chain`."""
         w, logits = self.weights(), []
         num_starts = aux_BTA.shape[1] - 1
         h = state(w, aux_BTA[:, :num_starts])
@@ -114,15 +78,6 @@ class DraftHead(nn.Module):
             h = block(w, h[:, :count], added_BTD[:, j : j + count])
             logits.append(F.linear(rms(h) * w["final_norm"], w["lm_head"]))
         return logits
-
-
-def rms(x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, (x.shape[-1],), None, EPS)
-
-
-def normalized(aux: torch.Tensor, num_aux: int) -> torch.Tensor:
-    """Return hidden states [..., num_aux * H], each layer's by itself divided by its root mean square."""
-    return rms(aux.unflatten(-1, (num_aux, -1))).flatten(-2)
 
 
 def state(w: Mapping[str, torch.Tensor], aux: torch.Tensor) -> torch.Tensor:
@@ -165,15 +120,5 @@ def first_weights(shape: HeadShape, seed: int, embed: torch.Tensor | None = None
     Args:
         embed: embeddings of the policy, [V, H]; used where the head is as wide.
     """
-    generator = torch.Generator().manual_seed(seed)
-    flat = torch.zeros(shape.num_weights)
-    w = shape.split(flat)
-    for name, weight in w.items():
-        if name.endswith("norm"):
-            weight.fill_(1.0)
-        else:
-            std = {"embed": 1.0, "lm_head": 0.02, "down": 0.02}.get(name, weight.shape[-1] ** -0.5)
-            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
-    if embed is not None and embed.shape == w["embed"].shape:
-        w["embed"].copy_(embed.float() / embed.float().std().clamp(min=1e-6))
-    return flat
+    flat = shape.random_weights(seed, {"embed": 1.0, "lm_head": 0.02, "down": 0.02})
+    return shape.take_embeddings(flat, embed)

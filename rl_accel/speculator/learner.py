@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-from rl_accel.speculator.head import DraftHead, HeadShape
+from rl_accel.speculator.flat import FlatHead, FlatShape
+from rl_accel.speculator.kinds import new_head
 from rl_accel.speculator.replay import LENGTH, NONE, Batch
-from rl_accel.speculator.traces import TOP_K
+from rl_accel.speculator.traces import TOP_K, RowLayout
 
 GAMMA = 0.8
 WARM_UP = 20
@@ -41,8 +42,8 @@ TRIAL_MARGIN = 1.002
 class Learner:
     """Head, optimizer and lambda."""
 
-    def __init__(self, shape: HeadShape, flat: torch.Tensor, lr: float, depth: int, rejected_weight: float = 0.0):
-        self.head = DraftHead(shape)
+    def __init__(self, shape: FlatShape, flat: torch.Tensor, lr: float, depth: int, rejected_weight: float = 0.0):
+        self.head = new_head(shape)
         with torch.no_grad():
             self.head.flat.copy_(flat)
         self.average = flat.clone()
@@ -136,7 +137,7 @@ class Learner:
         self.num_steps = snapshot[3]
 
 
-def chain_loss(head: DraftHead, batch: Batch, depth: int, rejected_weight: float = 0.0) -> torch.Tensor:
+def chain_loss(head: FlatHead, batch: Batch, depth: int, rejected_weight: float = 0.0) -> torch.Tensor:
     """Return the loss of a batch, a scalar."""
     total = batch.aux_BTA.new_zeros(())
     for j, logits_BSV in enumerate(head.chain(batch.aux_BTA, batch.tokens_BTN, depth)):
@@ -144,22 +145,22 @@ def chain_loss(head: DraftHead, batch: Batch, depth: int, rejected_weight: float
         count = weight_BS.sum().clamp(min=1.0)
         if rejected_weight > 0.0:
             weight_BS = weight_BS * (1.0 + rejected_weight * (batch.rejected_BT[:, : weight_BS.shape[1]] == j))
-        total = total + GAMMA**j * (weight_BS * batch.cross_entropy(logits_BSV, j)).sum() / count
+        total = total + GAMMA**j * (weight_BS * batch.cross_entropy(logits_BSV, j, head.draft_ids)).sum() / count
     return total
 
 
-def step_seconds(learner: Learner, num_tokens: int) -> float:
+def step_seconds(learner: Learner, layout: RowLayout, num_tokens: int) -> float:
     """Return the processor seconds of a training step with `num_tokens` positions, measured on made-up ones.
 
     `learner` is of no use afterwards.
     """
-    shape, length = learner.head.shape, min(LENGTH, num_tokens)
+    length = min(LENGTH, num_tokens)
     size = max(num_tokens // length, 1), length
     batch = Batch(
-        aux_BTA=torch.randn(*size, shape.num_aux * shape.hidden_size),
-        tokens_BTN=torch.randint(0, shape.vocab_size, (*size, shape.history + 1)),
+        aux_BTA=torch.randn(*size, layout.num_features),
+        tokens_BTN=torch.randint(0, layout.vocab_size, (*size, layout.num_tokens)),
         target_BTV=torch.full((*size, TOP_K), 1.0 / TOP_K),
-        ids_BTk=torch.randint(0, shape.vocab_size, (*size, TOP_K)),
+        ids_BTk=torch.randint(0, layout.vocab_size, (*size, TOP_K)),
         valid_BT=torch.ones(size, dtype=torch.bool),
         rejected_BT=torch.full(size, NONE),
     )
@@ -172,7 +173,7 @@ def step_seconds(learner: Learner, num_tokens: int) -> float:
 
 
 @torch.no_grad()
-def expected_accept(head: DraftHead, batch: Batch, depth: int) -> float:
+def expected_accept(head: FlatHead, batch: Batch, depth: int) -> float:
     """Return the accepted tokens that a greedy draft of `depth` tokens can expect, mean over positions.
 
     Along the text itself: the product, up to each depth, of the policy's probabilities of what the head would draft.
@@ -184,7 +185,8 @@ def expected_accept(head: DraftHead, batch: Batch, depth: int) -> float:
     path_BS = starts_BS.float()
     total = torch.zeros(())
     for j, logits_BSV in enumerate(chains):
-        num_starts = logits_BSV.shape[1]
-        path_BS = path_BS[:, :num_starts] * batch.counts(j) * batch.probability(logits_BSV.argmax(-1), j)
+        num_starts, best_BS = logits_BSV.shape[1], logits_BSV.argmax(-1)
+        tokens_BS = best_BS if head.draft_ids is None else head.draft_ids[best_BS]
+        path_BS = path_BS[:, :num_starts] * batch.counts(j) * batch.probability(tokens_BS, j)
         total += path_BS.sum()
     return float(total / starts_BS.sum().clamp(min=1))

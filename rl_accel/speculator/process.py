@@ -23,12 +23,11 @@ import torch
 
 from rl_accel.processes import end_with_parent
 from rl_accel.speculator.gate import SwapGate
-from rl_accel.speculator.head import DraftHead, HeadShape
+from rl_accel.speculator.kinds import kind_of, new_head, shape_of, shape_values
 from rl_accel.speculator.learner import Learner, step_seconds
 from rl_accel.speculator.lines import LineReader
 from rl_accel.speculator.pace import Pace
 from rl_accel.speculator.replay import Batch, Replay
-from rl_accel.speculator.served import fold, num_folded
 from rl_accel.speculator.shared import SharedBytes
 from rl_accel.speculator.state import StateFile
 from rl_accel.speculator.tap_rings import TapRings
@@ -53,10 +52,11 @@ class TrainerProcess:
     def __init__(self, settings: dict[str, Any]):
         config = settings["config"]
         torch.set_num_threads(config["threads"])
-        self.shape = HeadShape(**settings["shape"])
+        self.shape = shape_of(settings["shape"])
+        self.kind = kind_of(self.shape)
         layout = RowLayout(**settings["layout"])
         self.ring = TraceRing(layout, settings["capacity"], settings["ring"])
-        self.slots = WeightSlots(num_folded(self.shape), self.shape.fingerprint(), settings["slots"])
+        self.slots = WeightSlots(self.kind.num_folded(self.shape), self.shape.fingerprint(), settings["slots"])
         first = SharedBytes(4 * self.shape.num_weights, descriptor=settings["first"])
         flat = torch.from_numpy(first.data.view(np.float32).copy())
         self.config = config
@@ -64,9 +64,8 @@ class TrainerProcess:
         self.replay = Replay(layout, config["replay_tokens"], config["max_policy_lag"], config["seed"])
         self.learner = Learner(self.shape, flat, config["learning_rate"], config["depth"], config["rejected_weight"])
         scratch = Learner(self.shape, flat, config["learning_rate"], config["depth"])
-        self.slots.report(train_step_s=step_seconds(scratch, config["batch_tokens"]))
-        served = DraftHead(self.shape)
-        self.gate = SwapGate(served, config["depth"])
+        self.slots.report(train_step_s=step_seconds(scratch, layout, config["batch_tokens"]))
+        self.gate = SwapGate(new_head(self.shape), config["depth"])
         self.gate.serve(flat)
         self.pace = Pace()
         self.taps: TapRings | None = None
@@ -175,7 +174,7 @@ class TrainerProcess:
         self._report()
 
     def _put(self, flat: torch.Tensor) -> None:
-        version = self.slots.put(fold(self.shape, flat).numpy())
+        version = self.slots.put(self.kind.fold(self.shape, flat).numpy())
         self._published[version] = flat.clone()
         self._order.append(version)
         while len(self._order) > 4:
@@ -209,7 +208,7 @@ class TrainerProcess:
         unfinished = path.with_name(path.name + ".tmp")
         state = {
             **self.learner.state_dict(),
-            "shape": vars(self.shape).copy(),
+            "shape": shape_values(self.shape),
             "served": self.gate.served.flat.clone(),
             "version": self.slots.version,
         }
@@ -222,7 +221,7 @@ class TrainerProcess:
 
     def _open(self, order: dict[str, Any]) -> dict[str, Any]:
         state = torch.load(order["path"], map_location="cpu", weights_only=True)
-        self.learner.load_state_dict({**state, "shape": HeadShape(**state["shape"])})
+        self.learner.load_state_dict({**state, "shape": shape_of(state["shape"])})
         served = state["served"]
         self.gate.serve(served)
         self.slots.memory.words[0] = max(int(state["version"]) - 1, 0)  # versions go on where they were

@@ -46,14 +46,25 @@ class Batch:
     rejected_BT: torch.Tensor
     """Depth at which the draft that was begun here was rejected; -1: it was not, or there was none."""
 
-    def cross_entropy(self, logits_BSV: torch.Tensor, depth: int) -> torch.Tensor:
-        """Return -sum p log q, [B, S], of logits for chains of this depth."""
+    def cross_entropy(
+        self, logits_BSV: torch.Tensor, depth: int, draft_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return -sum p log q, [B, S], of logits for chains of this depth.
+
+        Args:
+            draft_ids: the token of each logit, int64, ascending; None: all. What the policy thinks of others is left
+                out, so that a position counts as much as tokens that can be drafted are likely there.
+        """
         first = 1 + depth
         target = self.target_BTV[:, first:]
         log_q = logits_BSV.log_softmax(-1)
-        if self.ids_BTk is not None:
-            log_q = log_q.gather(-1, self.ids_BTk[:, first:])
-        return -(target * log_q).sum(-1)
+        if self.ids_BTk is None:
+            return -((target if draft_ids is None else target[..., draft_ids]) * log_q).sum(-1)
+        ids = self.ids_BTk[:, first:]
+        if draft_ids is not None:
+            where = torch.searchsorted(draft_ids, ids.contiguous()).clamp(max=len(draft_ids) - 1)
+            target, ids = target * (draft_ids[where] == ids), where
+        return -(target * log_q.gather(-1, ids)).sum(-1)
 
     def probability(self, tokens_BS: torch.Tensor, depth: int) -> torch.Tensor:
         """Return the policy's probability of tokens, [B, S], drafted at this depth."""

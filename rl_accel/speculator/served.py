@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from rl_accel.speculator.head import MAX_TABLE, HeadShape, rms, tables
+from rl_accel.speculator.flat import rms
+from rl_accel.speculator.head import MAX_TABLE, HeadShape, tables
 
 
 def folded_sizes(shape: HeadShape) -> dict[str, tuple[int, ...]]:

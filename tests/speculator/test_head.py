@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from rl_accel.speculator import head as heads
-from rl_accel.speculator.head import DraftHead, HeadShape, first_weights, normalized
+from rl_accel.speculator.flat import EPS, normalized
+from rl_accel.speculator.head import DraftHead, HeadShape, first_weights
 from rl_accel.speculator.served import ServedHead, fold, folded_sizes, num_folded
 
 from .world import SHAPE
@@ -26,7 +27,7 @@ def head_of(shape: HeadShape, seed: int = 3) -> DraftHead:
 def naive_logits(head: DraftHead, aux_A: torch.Tensor, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
     """The formulas of head.py, one vector at a time; `tokens`: what the head sees at each depth."""
     w, shape = head.weights(), head.shape
-    rms = lambda x: x / (x.square().mean() + heads.EPS).sqrt()  # noqa: E731
+    rms = lambda x: x / (x.square().mean() + EPS).sqrt()  # noqa: E731
     layers = aux_A.view(shape.num_aux, shape.hidden_size) * w["aux_norm"]
     h, out = w["fc"] @ layers.flatten(), []
     for seen in tokens:

@@ -13,7 +13,8 @@ import torch
 
 from rl_accel.errors import ConfigError
 from rl_accel.speculator.client import TrainerClient
-from rl_accel.speculator.head import HeadShape, first_weights
+from rl_accel.speculator.head import first_weights
+from rl_accel.speculator.kinds import shape_of
 from rl_accel.speculator.learner import Learner
 from rl_accel.speculator.served import fold
 from rl_accel.speculator.state import StateFile, state_file
@@ -83,7 +84,7 @@ def test_a_head_of_another_shape_is_kept_aside(kept, tmp_path, caplog) -> None:
 
     def restore(order):
         state = torch.load(order["path"], weights_only=True)
-        learner.load_state_dict({**state, "shape": HeadShape(**state["shape"])})
+        learner.load_state_dict({**state, "shape": shape_of(state["shape"])})
         return {}
 
     StateFile(str(path), dict, restore).restore(lambda: learner.num_steps)

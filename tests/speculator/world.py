@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from rl_accel.speculator.eagle import EagleShape
 from rl_accel.speculator.head import HeadShape
 from rl_accel.speculator.traces import TOP_K, RowLayout
 
 VOCAB, HIDDEN, NUM_AUX, HISTORY = 24, 16, 2, 2
 SHAPE = HeadShape(VOCAB, HIDDEN, NUM_AUX, 32, 48, HISTORY)
+EAGLE = EagleShape(VOCAB, HIDDEN, (1, 2), 32, 64, 4, 2, 8, 10000.0, 512)
 LAYOUT = RowLayout(NUM_AUX * HIDDEN, HISTORY + 1, VOCAB)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rl_accel.draft.config import OUR_METHODS
+from rl_accel.draft.config import OUR_METHODS, VLLM_HEADS
 from rl_accel.draft.feature import DAS_PROPOSER
 from rl_accel.errors import ConfigError
 from rl_accel.feature import Driver
@@ -44,6 +44,8 @@ class DraftDriver(Driver):
         draft = self.settings
         if not draft.enabled:
             return {}
+        if draft.method == "head" and self.accel.settings["speculator"].head in VLLM_HEADS:
+            return {}  # that feature asks for vLLM's own drafter
         if draft.method in OUR_METHODS:
             return {"speculative_config": {"model": DAS_PROPOSER, "num_speculative_tokens": draft.max_draft}}
         if draft.method == "model":

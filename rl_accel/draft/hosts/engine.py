@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rl_accel.draft.config import OUR_METHODS
+from rl_accel.draft.config import OUR_METHODS, VLLM_HEADS
 from rl_accel.draft.feature import DAS_PROPOSER
 from rl_accel.draft.hosts.proposer import DRAFTING_OFF, UNDRAFTED
 from rl_accel.errors import NotLiveError
@@ -28,10 +28,10 @@ class DraftEngine(Engine):
                 f"rl_accel.draft.method is {self.settings.method!r}, but vLLM was started without speculative_config; "
                 "pass one, or set rl_accel.draft.method=none"
             )
-        if (
-            self.settings.method in OUR_METHODS
-            and getattr(vllm_config.speculative_config, "model", None) != DAS_PROPOSER
-        ):
+        speculative = vllm_config.speculative_config
+        by_vllm = self.settings.method == "head" and speculative.method in VLLM_HEADS
+        self._ours = self.settings.method in OUR_METHODS and not by_vllm
+        if self._ours and getattr(speculative, "model", None) != DAS_PROPOSER:
             raise NotLiveError(
                 f"rl_accel.draft.method is {self.settings.method!r}, but speculative_config names another drafter; "
                 f"its model must be {DAS_PROPOSER}"
@@ -39,7 +39,7 @@ class DraftEngine(Engine):
 
     def installed(self, runner: Any) -> None:
         self._faults = runner.rl_accel_faults
-        if self.settings.method in OUR_METHODS and hasattr(runner, "rejection_sampler"):
+        if self._ours and hasattr(runner, "rejection_sampler"):
             self._proposer = runner.drafter
             sources = [role.draft_source() for role in runner.rl_accel.values()]
             self._proposer.attach(runner, next((source for source in sources if source is not None), None))

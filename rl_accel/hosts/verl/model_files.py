@@ -24,15 +24,34 @@ def max_position_embeddings(config: DictConfig) -> int | None:
     Raises:
         ConfigError: if its config.json is damaged.
     """
-    model = config.actor_rollout_ref.model
-    found = {**_config(str(model.get("hf_config_path") or model.path)), **(model.get("override_config") or {})}
-    nested = found.get("text_config")
-    text = nested if isinstance(nested, dict) else found
+    found = policy_config(config)
+    text = text_config(found)
     length = text.get("max_position_embeddings", found.get("max_position_embeddings"))
     return length if isinstance(length, int) and length > 0 else None
 
 
-def _config(model: str) -> dict[str, Any]:
+def policy_config(config: DictConfig) -> dict[str, Any]:
+    """Return config.json of the policy with the user's changes, {} where it is not on this machine.
+
+    Raises:
+        ConfigError: if it is damaged.
+    """
+    model = config.actor_rollout_ref.model
+    return {**read(str(model.get("hf_config_path") or model.path)), **(model.get("override_config") or {})}
+
+
+def text_config(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a config.json that describes the text model."""
+    nested = found.get("text_config")
+    return nested if isinstance(nested, dict) else found
+
+
+def read(model: str) -> dict[str, Any]:
+    """Return config.json of a model, named by folder or on the hub; {} where it is not on this machine.
+
+    Raises:
+        ConfigError: if it is damaged.
+    """
     own = Path(model).expanduser() / "config.json"
     path = own if own.is_file() else _cached(model)
     if path is None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -19,7 +21,7 @@ from rl_accel.config import AccelConfig
 from rl_accel.errors import ConfigError
 from rl_accel.feature import Driver, features
 from rl_accel.hosts import versions
-from rl_accel.hosts.verl import ACTIVE_ENV, RUN_ENV, checks, training_roles
+from rl_accel.hosts.verl import ACTIVE_ENV, FOLDER, RUN_ENV, checks, model_files, training_roles
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +164,9 @@ def _pass_settings_to_vllm(config: DictConfig, accel: AccelConfig) -> None:
     additional: Any = OmegaConf.to_container(engine.get("additional_config") or OmegaConf.create({}), resolve=True)
     additional["rl_accel"] = engine_settings(accel)
     engine.additional_config = additional
-    for name, (value, feature) in engine_args(accel).items():
+    policy = model_files.text_config(model_files.policy_config(config))
+    folder = Path(os.path.abspath(config.trainer.default_local_dir)) / FOLDER
+    for name, (value, feature) in engine_args(accel, policy, folder).items():
         if engine.get(name):
             raise ConfigError(f"rl_accel.{feature} and engine_kwargs.vllm.{name} are both set; keep one")
         engine[name] = value
@@ -175,14 +179,25 @@ def engine_settings(accel: AccelConfig) -> dict[str, Any]:
     return {**permitted, **{driver.feature.name: driver.engine_settings() for driver in acting}}
 
 
-def engine_args(accel: AccelConfig) -> dict[str, tuple[Any, str]]:
-    """Return arguments of vLLM's engine that features ask for: name -> value, feature."""
-    return {
-        name: (value, driver.feature.name)
-        for driver in drivers(accel)
-        if driver.settings.enabled
-        for name, value in driver.engine_args().items()
-    }
+def engine_args(
+    accel: AccelConfig, policy: Mapping[str, Any] | None = None, folder: Path | None = None
+) -> dict[str, tuple[Any, str]]:
+    """Return arguments of vLLM's engine that features ask for: name -> value, feature.
+
+    Args:
+        policy: config.json of the policy, of its text model; for features that write files for the engine.
+        folder: in which they do so, each under its name. None: nothing is written, and such features ask for nothing.
+
+    Raises:
+        ConfigError: for files that cannot be made.
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    for driver in drivers(accel):
+        if driver.settings.enabled:
+            given = driver.engine_args()
+            given |= driver.engine_files(policy or {}, folder / driver.feature.name) if folder is not None else {}
+            found |= {name: (value, driver.feature.name) for name, value in given.items()}
+    return found
 
 
 def _pass_settings_to_ranks(config: DictConfig, acting: list[Driver]) -> None:

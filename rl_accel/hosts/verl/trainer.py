@@ -23,7 +23,7 @@ from verl.utils import tensordict_utils as tu
 from rl_accel.config import AccelConfig
 from rl_accel.errors import NotLiveError
 from rl_accel.feature import Trainer
-from rl_accel.hosts.verl import engines
+from rl_accel.hosts.verl import FOLDER, engines
 from rl_accel.hosts.verl import metrics as rollout_metrics
 from rl_accel.hosts.verl.patches import CheckpointTracker
 from rl_accel.hosts.verl.prepare import TRAINER_NAME, accel_block
@@ -31,10 +31,6 @@ from rl_accel.hosts.verl.prepare import TRAINER_NAME, accel_block
 
 def registered(module: Any) -> None:
     """Importing this module registers the trainer; called when verl has imported its own."""
-
-
-FOLDER = "rl_accel"
-"""Of a checkpoint: a folder per feature."""
 
 
 @register_trainer(TRAINER_NAME)

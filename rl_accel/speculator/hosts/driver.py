@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -9,7 +11,9 @@ from omegaconf import DictConfig
 from rl_accel.draft.config import HEAD_METHODS
 from rl_accel.errors import ConfigError
 from rl_accel.feature import Driver
+from rl_accel.hosts.verl import model_files
 from rl_accel.hosts.verl.training_roles import node, with_strategy
+from rl_accel.speculator.config import refuse_history, refuse_parallel
 
 ACTOR = "actor_rollout_ref.actor"
 
@@ -28,6 +32,10 @@ class SpeculatorDriver(Driver):
             raise ConfigError(
                 f"rl_accel.draft.method={method} needs rl_accel.speculator.enable=true, which is its default"
             )
+        if self.settings.enabled and self.settings.head == "eagle3":
+            refuse_history(method)
+            rollout = config.actor_rollout_ref.rollout
+            refuse_parallel(rollout.tensor_model_parallel_size, rollout.get("pipeline_model_parallel_size") or 1)
         if self.settings.state:
             raise ConfigError(
                 "rl_accel.speculator.state is for rl_accel.speculator.serve; under verl the checkpoints hold the head"
@@ -39,6 +47,22 @@ class SpeculatorDriver(Driver):
                 f"rl_accel.speculator.trainer_tap=true serves {ACTOR}.strategy=fsdp2 and deepspeed; it is {actor}; "
                 "leave it out"
             )
+
+    def check_run(self, config: DictConfig) -> None:
+        if self.settings.enabled and self.settings.head == "eagle3":
+            from rl_accel.speculator.hosts import draft_folder  # brings torch
+
+            draft_folder.shape_for(model_files.text_config(model_files.policy_config(config)), self.settings)
+
+    def engine_files(self, policy: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Where vLLM itself drafts with the head: the folder of a draft, and vLLM's settings for it."""
+        if self.settings.head != "eagle3":
+            return {}
+        from rl_accel.speculator.hosts import draft_folder
+
+        shape = draft_folder.shape_for(policy, self.settings)
+        length = self.accel.settings["draft"].num_speculative_tokens
+        return {"speculative_config": draft_folder.speculative_config(folder, shape, self.settings.seed, length)}
 
     def rank_settings(self, config: DictConfig, role: str) -> dict[str, Any]:
         """Return what `SpeculatorRank` needs; Ulysses cuts sequences over ranks, so that none has all layers of one."""

@@ -5,24 +5,31 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from rl_accel.feature import Engine
-from rl_accel.speculator.hosts.head_source import HeadSource
+from rl_accel.feature import Engine, load
+from rl_accel.speculator.hosts.source import Source
+
+SOURCES = {
+    "recurrent": "rl_accel.speculator.hosts.head_source:HeadSource",
+    "eagle3": "rl_accel.speculator.hosts.eagle_source:EagleSource",
+}
+"""Kind of the head -> how it comes to draft."""
 
 
 class SpeculatorEngine(Engine):
     """Acts on the rank whose drafts vLLM uses."""
 
-    source: HeadSource | None = None
+    source: Source | None = None
 
     def install(self, runner: Any) -> None:
         from rl_accel.hosts.vllm.ranks import is_output_rank
 
         if hasattr(runner, "rejection_sampler"):  # the last pipeline rank
-            self.source = HeadSource(self.settings, self.vllm_config, runner.rl_accel_faults)
+            source = load(SOURCES[self.settings.head])
+            self.source = source(self.settings, self.vllm_config, runner.rl_accel_faults)
             self.source.attach(runner, acts=is_output_rank(self.vllm_config))
 
-    def draft_source(self) -> HeadSource | None:
-        return self.source
+    def draft_source(self) -> Source | None:
+        return self.source if self.source is not None and self.source.gives_candidates else None
 
     def live(self) -> str:
         return "learning" if self.settings.learn else "serving"

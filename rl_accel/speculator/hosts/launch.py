@@ -10,10 +10,12 @@ unless they say otherwise. Guide: docs/speculator.md.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,12 @@ from rl_accel.config import AccelConfig
 from rl_accel.draft.config import HEAD_METHODS
 from rl_accel.errors import ConfigError, RLAccelError
 from rl_accel.hosts import versions
-from rl_accel.hosts.verl.model_files import is_local
+from rl_accel.hosts.verl import model_files
 from rl_accel.hosts.verl.prepare import engine_args, engine_settings
+from rl_accel.speculator.config import refuse_history, refuse_parallel
 from rl_accel.speculator.hosts.serving import EXTENSION, MIDDLEWARE
 
-DEFAULTS = {"sampling": {"exact": True}, "draft": {"method": "auto"}}
+DEFAULTS = {"sampling": {"exact": True}, "speculator": {"enable": True}}
 ON = "rl_accel.sampling.exact=true and rl_accel.draft.method=auto"
 TAKEN = {
     "speculative_config": "rl_accel.draft.* says how to draft",
@@ -60,8 +63,18 @@ def main(argv: list[str]) -> int:
         ours, model, theirs = split(argv)
         accel = settings(ours)
         check(accel, model, theirs)
-        _set_environment()
-        args = vllm_args(accel, model, theirs)
+    except RLAccelError as error:
+        print(f"rl_accel: {error}", file=sys.stderr)
+        return 1
+    _set_environment()
+    with tempfile.TemporaryDirectory(prefix="rl_accel-") as folder:
+        return _serve(accel, model, theirs, Path(folder))
+
+
+def _serve(accel: AccelConfig, model: str, theirs: list[str], folder: Path) -> int:
+    """Serve with settings that were checked; `folder` is for what the engine has to find when it starts."""
+    try:
+        args = vllm_args(accel, model, theirs, folder)
     except RLAccelError as error:
         print(f"rl_accel: {error}", file=sys.stderr)
         return 1
@@ -120,6 +133,8 @@ def settings(values: dict[str, Any]) -> AccelConfig:
             f"rl_accel.draft.method={method}, rl_accel.speculator.enable={accel.settings['speculator'].enabled}: "
             f"nothing here would learn; leave them out, or use vllm serve. Methods that do: {', '.join(HEAD_METHODS)}"
         )
+    if accel.settings["speculator"].head == "eagle3":
+        refuse_history(method)
     return accel
 
 
@@ -134,10 +149,12 @@ def check(accel: AccelConfig, model: str, theirs: list[str]) -> None:
         model = theirs[0] if theirs and not theirs[0].startswith("-") else ""
         if not model:
             raise ConfigError("--model is missing: a folder, or the name of a model")
-    if model and is_local(model) and not (Path(model).expanduser() / "config.json").is_file():
+    if model and model_files.is_local(model) and not (Path(model).expanduser() / "config.json").is_file():
         raise ConfigError(f"--model={model}: no model there (config.json is missing)")
     words = [word.partition("=")[0] for word in theirs]
     refuse(SHORT.get(w, w.lstrip("-").partition(".")[0].replace("-", "_")) for w in words if w.startswith("-"))
+    if accel.settings["speculator"].head == "eagle3":
+        refuse_parallel(*_parallel_sizes(theirs))
     if os.environ.get(RUNNER_ENV, "0") != "0":
         raise ConfigError(f"{RUNNER_ENV}={os.environ[RUNNER_ENV]}: the speculator needs the V1 model runner; unset it")
     if state := accel.settings["speculator"].state:
@@ -149,6 +166,18 @@ def check(accel: AccelConfig, model: str, theirs: list[str]) -> None:
             raise ConfigError(f"--state={state}: the folder cannot be written to")
 
 
+def _parallel_sizes(theirs: list[str]) -> tuple[int, int]:
+    """Return the sizes of tensor and pipeline parallel that options of vLLM ask for."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-tp", "--tensor-parallel-size", type=int, default=1, dest="tensor")
+    parser.add_argument("-pp", "--pipeline-parallel-size", type=int, default=1, dest="pipeline")
+    try:
+        found, _ = parser.parse_known_args(theirs)
+    except argparse.ArgumentError:
+        return 1, 1  # vLLM says what is wrong
+    return found.tensor, found.pipeline
+
+
 def refuse(names: Iterable[str]) -> None:
     """Raise ConfigError for an option of vLLM that is not free."""
     for name in names:
@@ -156,7 +185,7 @@ def refuse(names: Iterable[str]) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} cannot be set here: {TAKEN[name]}")
 
 
-def vllm_args(accel: AccelConfig, model: str, theirs: list[str]) -> Any:
+def vllm_args(accel: AccelConfig, model: str, theirs: list[str], folder: Path) -> Any:
     """Return what vLLM makes of its options, with ours among them. vLLM itself exits on options that it does not know.
 
     Raises:
@@ -178,7 +207,10 @@ def vllm_args(accel: AccelConfig, model: str, theirs: list[str]) -> Any:
         raise ConfigError(f"--api-server-count={args.api_server_count}: one server can tell the metrics, not several")
     args.api_server_count = 1
     args.additional_config = {**additional, "rl_accel": engine_settings(accel)}
-    for name, (value, _) in engine_args(accel).items():
+    if accel.settings["speculator"].head == "eagle3":  # a file of options may name them
+        refuse_parallel(args.tensor_parallel_size, args.pipeline_parallel_size)
+    policy = model_files.text_config(model_files.read(args.model_tag or args.model))
+    for name, (value, _) in engine_args(accel, policy, folder).items():
         setattr(args, name, value)
     args.worker_extension_cls = EXTENSION
     args.middleware = [*args.middleware, MIDDLEWARE]

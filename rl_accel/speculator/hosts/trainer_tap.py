@@ -33,7 +33,7 @@ from verl.utils import tensordict_utils as tu
 
 from rl_accel.hosts.verl.identity import OCCURRENCE, PROBLEM_ID
 from rl_accel.identity import RolloutIdentity, hash64
-from rl_accel.speculator.head import normalized
+from rl_accel.speculator.flat import normalized
 from rl_accel.speculator.tap_rings import MAX_PUT, make_ring
 from rl_accel.speculator.traces import TOP_K, RowLayout, aux_layers, trace_name
 

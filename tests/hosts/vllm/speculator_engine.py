@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -37,7 +38,8 @@ def params(problem: int, sample: int, step: int):
     )
 
 
-def engine(model: str, mode: str):
+def engine(model: str, mode: str, **speculator):
+    """The engine of a mode; `speculator`: settings of the feature on top."""
     from rl_accel.config import AccelConfig
     from rl_accel.hosts.verl.prepare import engine_args, engine_settings
 
@@ -45,13 +47,15 @@ def engine(model: str, mode: str):
     if mode == "model":
         values["draft"] = {"method": "model", "model": model, "num_speculative_tokens": 4}
     elif mode != "plain":
-        values["draft"] = {"method": "head", "num_speculative_tokens": 6, "policy": "fixed"}
+        values["draft"] = {"method": "head", "policy": "fixed"}
+        values["draft"] |= {} if "head" in speculator else {"num_speculative_tokens": 6}
         values["speculator"] = {
             "learn": mode in ("learns", "stock"), "publish_s": 0.3, "history": 2, "rejected_weight": 0.0,
-            "max_trace_share": 1.0, "advance_s": 600.0,
+            "max_trace_share": 1.0, "advance_s": 600.0, **speculator,
         }  # fmt: skip
     accel = AccelConfig.from_mapping(values)
-    args = {name: value for name, (value, _) in engine_args(accel).items()}
+    policy = json.loads((Path(model) / "config.json").read_text())
+    args = {name: value for name, (value, _) in engine_args(accel, policy, Path(f"{model}-{mode}-files")).items()}
     return LLM(
         model,
         skip_tokenizer_init=True,
