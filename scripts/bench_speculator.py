@@ -2,7 +2,7 @@
 
 Every arm is an engine in a process of its own; only one runs at a time, all get the same requests step by step, in a
 rotating order, and have to generate the same tokens. Problems do not repeat. Training, traces and swaps happen inside
-the timed steps. Arms: none, vLLM's ngram, das, head and auto. The policy is that of recipe size `cpu_deep`
+the timed steps. Arms: none, vLLM's ngram, das, head, auto, and eagle3, the other kind of head. The policy is that of recipe size `cpu_deep`
 (`--layers`); it does not move.
 
 Rows: `speculator.rollout_ratio` (seconds of auto / none), `.rollout_ratio_to_best` (/ best of ngram and das),
@@ -19,11 +19,13 @@ import json
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 import zlib
+from pathlib import Path
 from typing import Any
 
-ARMS = ("none", "ngram", "das", "head", "auto")
+ARMS = ("none", "ngram", "das", "head", "auto", "eagle3")
 PROBLEMS, SAMPLES = 16, 8
 
 
@@ -43,14 +45,16 @@ def engine_of(arm: str, model: str, seed: int, draft: dict[str, Any] | None = No
     from rl_accel.hosts.verl.prepare import engine_args, engine_settings
 
     values: dict[str, Any] = {"sampling": {"exact": True, "seed": seed}, "sync": {}, "fast_path": {}}
-    values["draft"] = {"method": arm, **(draft or {})}
-    if arm in ("head", "auto"):
-        values["speculator"] = {"seed": seed, **speculator}
+    values["draft"] = {"method": "head" if arm == "eagle3" else arm, **(draft or {})}
+    if arm in ("head", "auto", "eagle3"):
+        values["speculator"] = {"seed": seed, "head": "eagle3" if arm == "eagle3" else "recurrent", **speculator}
     accel = AccelConfig.from_mapping(values)
+    policy, folder = json.loads((Path(model) / "config.json").read_text()), Path(tempfile.mkdtemp())
+    args = engine_args(accel, policy, folder)
     return LLM(
         model, dtype="float32", enforce_eager=True, max_model_len=656, max_num_seqs=128, block_size=32, seed=0,
         additional_config={"rl_accel": engine_settings(accel)},
-        **{name: value for name, (value, _) in engine_args(accel).items()},
+        **{name: value for name, (value, _) in args.items()},
     )  # fmt: skip
 
 
@@ -221,7 +225,7 @@ def main() -> None:
     for seed in args.seeds:
         results = run(args.arms, model, args.steps, seed, args.problems, args.samples)
         total = {arm: sum(r["seconds"] for r in results[arm]) for arm in args.arms}
-        best = min((arm for arm in args.arms if arm not in ("none", "head", "auto")), key=total.__getitem__)
+        best = min((arm for arm in args.arms if arm not in ("none", "head", "auto", "eagle3")), key=total.__getitem__)
         ratios.append(total["auto"] / total["none"])
         best_ratios.append(total["auto"] / total[best])
         half = {arm: sum(r["seconds"] for r in results[arm][args.steps // 2 :]) for arm in args.arms}
