@@ -2,8 +2,8 @@
 
 Every arm is an engine in a process of its own; only one runs at a time, all get the same requests step by step, in a
 rotating order, and have to generate the same tokens. Problems do not repeat. Training, traces and swaps happen inside
-the timed steps. Arms: none, vLLM's ngram, das, head, auto, and eagle3, the other kind of head. The policy is that of recipe size `cpu_deep`
-(`--layers`); it does not move.
+the timed steps. Arms: none, vLLM's ngram, das, head, auto, and eagle3, the other kind of head. The policy is that of
+recipe size `cpu_deep` (`--layers`); it does not move.
 
 Rows: `speculator.rollout_ratio` (seconds of auto / none), `.rollout_ratio_to_best` (/ best of ngram and das),
 `.later_ratio`, `.later_ratio_to_best` (the same of the second half of the steps, when the head has learned),
