@@ -13,12 +13,13 @@ Source: ours.
 
 from __future__ import annotations
 
-PAYBACK_STEPS, MIN_SAVING = 4000, 0.25
+PAYBACK_STEPS, MIN_SAVING = 4000, 0.3
 """Engine steps within which learning has to pay, and the least share of a step that a head has to promise. What it is
-promised by is rough: with 128 requests a promise of 0.1 to 0.15 became a loss."""
+promised by is rough, and history will know more: with 128 requests promises of 0.1 to 0.25 became a loss; with 8
+they are 0.4 to 0.5."""
 LEARNING_STEPS = 400
 """Training steps after which a head has nine tenths of its later acceptance."""
-MIN_STEPS = 96
+MIN_STEPS = 128
 """Engine steps that are seen before an advance is granted: the costs that it follows from are fitted."""
 PERIOD_S = 20.0
 """Seconds of engine steps in a period."""

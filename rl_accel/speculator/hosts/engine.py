@@ -53,5 +53,5 @@ class SpeculatorEngine(Engine):
         if self.source is None or self.source.client is None:
             return {}
         answer = self.source.client.ask("open", path=os.path.abspath(path))
-        self.source.poll()
+        self.source.go_on()
         return answer

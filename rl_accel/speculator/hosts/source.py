@@ -119,8 +119,8 @@ class Source:
         def propose(*args: Any, **kwargs: Any) -> Any:
             with self._contained():
                 self._aux = self._checked(kwargs[AUX_ARGUMENT] if AUX_ARGUMENT in kwargs else args[position])
+                self._see_accepted(args[1])  # of drafts that the version before a swap made
                 self.poll()
-                self._see_accepted(args[1])
             try:
                 return self._propose(inner_propose, *args, **kwargs)
             finally:
@@ -151,6 +151,12 @@ class Source:
             self.client.tell("follow", run=run)
         if os.path.exists(self.config.state) and self.client.wait_ready():
             self.poll()  # the first requests get the head of the last run
+
+    def go_on(self) -> None:
+        """Serve what the trainer has opened in a run that goes on, and count from there."""
+        self.poll()
+        if self.client is not None:
+            self._drained = self.client.slots.read_report()
 
     # Every step.
 
