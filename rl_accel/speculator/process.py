@@ -111,6 +111,8 @@ class TrainerProcess:
         self._seen, rows, lost = self.ring.take(self._seen)
         self._lost += lost
         if len(rows["request"]):
+            if not self._rested_from:
+                self._rested_from = time.monotonic()  # who may train little does not begin with that
             self.replay.add(rows)
             self._last_rows = time.monotonic()
         if self.taps is not None and self._share() > 0.0:
