@@ -153,13 +153,12 @@ class CombinedDrafter(SuffixDrafter):
         if not len(request_ids):
             return []
         drafts = self._propose(request_ids, token_ids, rows, num_tokens)
-        if self._probes and not any(drafts):
+        if self._may_probe() and not any(drafts):
             self._probe_into(drafts, self._slots_of(request_ids), token_ids, rows, num_tokens)
         return drafts
 
-    @property
-    def _probes(self) -> bool:
-        """Whether the price of a draft token is not known yet, and this step may draft anything to learn it."""
+    def _may_probe(self) -> bool:
+        """Count a step; return whether the price of a draft token is not known yet, and it may draft to learn it."""
         self._to_probe -= 1
         wanted = self._to_probe < 0 and self.planner.timed and not self.planner.cost_is_known
         return wanted and self._num_probes < MAX_PROBES and self.source.present
