@@ -34,8 +34,10 @@ def serve(arm: str, model: str, seed: int, head: str, pipe: Any) -> None:
     """Answer blocks of requests until None comes; `learn` writes `head` at the end."""
     if arm == NONE:
         llm = engine_of("none", model, seed)
-    elif arm in (BY_COST, "learn"):
-        llm = engine_of("head", model, seed, learn=arm == "learn")
+    elif arm == "learn":
+        llm = engine_of("head", model, seed, advance_s=600.0)  # with so many requests it would not be worth it
+    elif arm == BY_COST:
+        llm = engine_of("head", model, seed, learn=False)
     else:
         llm = engine_of("head", model, seed, {"policy": "fixed", "num_speculative_tokens": int(arm)}, learn=False)
     role = llm.llm_engine.model_executor.driver_worker.worker.model_runner.rl_accel.get("speculator")

@@ -317,7 +317,9 @@ class Source:
     def _traces(self) -> bool:
         """Whether this step leaves traces."""
         client, tap = self.client, self.tap
-        return client is not None and tap is not None and tap.on and client.slots.allowed_share > 0.0 and client.alive
+        if client is None or tap is None or not tap.bursts.on:
+            return False
+        return client.slots.allowed_share > 0.0 and client.alive
 
     def _count(self, what: str, started: float, calls: int) -> None:
         self._seconds[what] += time.perf_counter() - started

@@ -1,7 +1,4 @@
-"""Traces of an engine's steps: which steps leave them, and what a row says.
-
-A step leaves traces of all its requests, or none: a few rows take as much of its time as many, 0.3 to 0.6 ms. Chains
-need adjacent rows, so steps with traces come in bursts, as many as their share of the engine's time allows.
+"""Traces of an engine's steps: what a row says. Which steps leave them: `bursts.py`.
 
 Host symbols (vLLM 0.28.0): `GPUModelRunner.{requests, input_batch}`, `InputBatch.{req_ids, num_tokens_no_spec,
 token_ids_cpu, temperature_cpu}`.
@@ -20,13 +17,8 @@ import torch
 
 from rl_accel.hosts.vllm.request_identity import identity_of
 from rl_accel.identity import hash64
+from rl_accel.speculator.bursts import Bursts
 from rl_accel.speculator.traces import TOP_K, RowLayout, TraceRing, trace_name
-
-BURST_S, MAX_CREDIT_S = 0.05, 0.5
-"""Seconds of leaving traces that a burst begins with, and that are saved for later at most."""
-LITTLE = 0.1
-LITTLE_ROWS, LITTLE_EVERY_S = 4096, 60.0
-"""Share of the time for training below which no more than so many rows are left in so many seconds."""
 
 
 @dataclass
@@ -49,17 +41,13 @@ class Tap:
     """Writes the rows of one engine."""
 
     def __init__(self, runner: Any, layout: RowLayout, ring: TraceRing, max_share: float):
-        self.runner, self.layout, self.ring, self.max_share = runner, layout, ring, max_share
+        self.runner, self.layout, self.ring, self.bursts = runner, layout, ring, Bursts(max_share)
         self.policy_version = 0
-        self.on = True
-        """Whether the next step leaves traces."""
-        self._credit_s = 2.0 * BURST_S
-        self._little_from, self._little_s = 0, 0.0
         self._seconds, self._steps, self._traced_steps, self._drained_rows = 0.0, 0, 0, 0
 
     def see_logits(self, step: Step, logits: torch.Tensor, started: float) -> None:
         """Keep the distributions of traced requests, before the sampler changes them; `started`: when that began."""
-        if self.on:
+        if self.bursts.on:
             step.traced = np.arange(len(step.num_draft_tokens))
         if len(step.traced):
             rows = ranges(step.first_row[step.traced], step.first_row[step.traced + 1])
@@ -92,16 +80,8 @@ class Tap:
         self._traced_steps += len(step.traced) > 0
 
     def observe_step(self, seconds: float, train_share: float) -> None:
-        """Take the time of an engine step, and the share of the time that the trainer may train.
-
-        Pauses between rollouts are no time of the engine.
-        """
-        self._credit_s = min(self._credit_s + self.max_share * seconds, MAX_CREDIT_S)
-        self._little_s += seconds
-        if self._little_s >= LITTLE_EVERY_S:
-            self._little_from, self._little_s = self.ring.num_written, 0.0
-        useful = train_share >= LITTLE or self.ring.num_written - self._little_from < LITTLE_ROWS
-        self.on = useful and self._credit_s > (0.0 if self.on else BURST_S)
+        """As `Bursts.observe_step`."""
+        self.bursts.observe_step(seconds, train_share, self.ring.num_written)
 
     def drain(self) -> dict[str, float]:
         """Return metrics since the last call."""
@@ -117,7 +97,7 @@ class Tap:
     def _count(self, started: float) -> None:
         spent = time.perf_counter() - started
         self._seconds += spent
-        self._credit_s -= spent
+        self.bursts.spend(spent)
 
     def _write(
         self,
