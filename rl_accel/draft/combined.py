@@ -158,7 +158,7 @@ class CombinedDrafter(SuffixDrafter):
         return drafts
 
     def _may_probe(self) -> bool:
-        """Count a step; return whether the price of a draft token is not known yet, and it may draft to learn it."""
+        """Count a step; return whether the cost of a draft token is not known yet, and it may draft to learn it."""
         self._to_probe -= 1
         wanted = self._to_probe < 0 and self.planner.timed and not self.planner.cost_is_known
         return wanted and self._num_probes < MAX_PROBES and self.source.present

@@ -4,7 +4,7 @@ Credit: the engine's time that accepted tokens of the head saved, less what draf
 engine steps were longer because the trainer trained. A head brings nothing before it has learned, so the trainer gets
 an advance: what a learned head would save in `PAYBACK_STEPS` engine steps such as these, beyond what history saves
 already. Where learning costs more than that, because steps are cheap, or where a head would save little, because
-tokens are dear or history drafts well, it trains for a share of the time that costs no more than 1 %. Later it has to
+tokens are expensive or history drafts well, it trains for a share of the time that costs no more than 1 %. Later it has to
 earn its share, which is halved while the balance of the last period is negative, to nothing in the end, and tried again
 now and then.
 
@@ -14,7 +14,7 @@ Source: ours.
 from __future__ import annotations
 
 PAYBACK_STEPS, MIN_SAVING = 4000, 0.3
-"""Engine steps within which learning has to pay, and the least share of a step that a head has to promise. What it is
+"""Engine steps within which learning has to pay, and the minimum share of a step that a head has to promise. What it is
 promised by is rough, and history will know more: with 128 requests promises of 0.1 to 0.25 became a loss; with 8
 they are 0.4 to 0.5."""
 LEARNING_STEPS = 400
@@ -107,8 +107,8 @@ class Ledger:
         """Decide whether learning is paid for in advance."""
         if self._num_known >= MIN_STEPS and self._train_step_s > 0.0:
             gain_s = PAYBACK_STEPS * self._potential_s
-            price_s = LEARNING_STEPS * self._train_step_s * self.slowdown
-            pays = gain_s > price_s and self._potential_s > MIN_SAVING * self._step_s
+            cost_s = LEARNING_STEPS * self._train_step_s * self.slowdown
+            pays = gain_s > cost_s and self._potential_s > MIN_SAVING * self._step_s
             self._set_advance(gain_s if pays else 0.0)
 
     def _set_advance(self, seconds: float) -> None:

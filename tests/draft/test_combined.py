@@ -170,7 +170,7 @@ def test_a_source_is_not_judged_before_costs_are_known() -> None:
 
 
 @pytest.mark.parametrize("method", ["head", "auto"])
-def test_the_price_of_a_draft_is_learned_though_nobody_has_one(method: str) -> None:
+def test_the_cost_of_a_draft_token_is_learned_though_nobody_has_a_draft(method: str) -> None:
     """A source that has learned nothing is not asked, and history is silent: a few drafts are made all the same."""
     texts, wrong = texts_of(12, length=200), texts_of(12, length=240, seed=1)
     source = Oracle(wrong)

@@ -25,7 +25,7 @@ def test_cheap_traces_are_always_left() -> None:
     assert all(steps_of(Bursts(0.015), 2000, 0.065, 0.9e-3, 128, 1.0))
 
 
-def test_dear_ones_keep_to_their_share_in_long_bursts() -> None:
+def test_expensive_ones_keep_to_their_share_in_long_bursts() -> None:
     """Eight requests in steps of 12 ms: 0.5 ms is 4 % of each."""
     found = steps_of(Bursts(0.015), 20_000, 0.012, 0.5e-3, 8, 1.0)
     assert 0.9 * 0.015 < sum(found[2000:]) * 0.5e-3 / (18_000 * 0.012) < 1.05 * 0.015
