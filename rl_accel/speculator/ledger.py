@@ -4,9 +4,9 @@ Credit: the engine's time that accepted tokens of the head saved, less what draf
 engine steps were longer because the trainer trained. A head brings nothing before it has learned, so the trainer gets
 an advance: what a learned head would save in `PAYBACK_STEPS` engine steps such as these, beyond what history saves
 already. Where learning costs more than that, because steps are cheap, or where a head would save little, because
-tokens are expensive or history drafts well, it trains for a share of the time that costs no more than 1 %. Later it has to
-earn its share, which is halved while the balance of the last period is negative, to nothing in the end, and tried again
-now and then.
+tokens are expensive or history drafts well, it trains for a share of the time that costs no more than 1 %. Later it has
+to earn its share, which is halved while the balance of the last period is negative, to nothing in the end, and tried
+again now and then.
 
 Source: ours.
 """
