@@ -6,10 +6,11 @@ with the rounded scale and offset, so that a code is right for what is read. A v
 and offset NaN, and with them every result that sees the token.
 
 Attention: everything is read from pages, the step's own tokens too. Queries are rotated likewise and rounded to
-integers below 2^14 (two int8 factors of a dot product with unsigned codes), probabilities times the scale of V to 15 bits of the
-largest one of the tile, and both products are summed exactly in int32. Tiles are the tokens [128 k, 128 k + 128) of the
-text, whatever is asked, so a row depends on nothing but its query and the pages that it sees: not on other rows, the
-number of them, or where a step begins. Sums of floats run in 16 lanes, token i in lane i % 16, then pairwise.
+integers below 2^14 (two int8 factors of a dot product with unsigned codes), probabilities times the scale of V to 15
+bits of the largest one of the tile, and both products are summed exactly in int32. Tiles are the tokens
+[128 k, 128 k + 128) of the text, whatever is asked, so a row depends on nothing but its query and the pages that it
+sees: not on other rows, the number of them, or where a step begins. Sums of floats run in 16 lanes, token i in lane
+i % 16, then pairwise.
 
 Left out: sliding windows, ALiBi, softcap, sinks, attention that is not causal. Cost: slow; others are compared with it.
 
