@@ -86,7 +86,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Unpack bytes, uint8 [..., 4], to codes uint8 [..., codes per word]."""
-    words = sum(packed[..., i].long() << (8 * i) for i in range(4))
+    words = torch.stack([packed[..., i].long() << (8 * i) for i in range(4)]).sum(0)
     shifts = torch.arange(32 // bits, dtype=torch.int64) * bits
     return ((words[..., None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8)
 
