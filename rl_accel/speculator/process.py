@@ -213,6 +213,7 @@ class TrainerProcess:
             "shape": shape_values(self.shape),
             "served": self.gate.served.flat.clone(),
             "version": self.slots.version,
+            "steps_before": self._steps_before,
         }
         with open(unfinished, "wb") as file:
             torch.save(state, file)
@@ -224,6 +225,7 @@ class TrainerProcess:
     def _open(self, order: dict[str, Any]) -> dict[str, Any]:
         state = torch.load(order["path"], map_location="cpu", weights_only=True)
         self.learner.load_state_dict({**state, "shape": shape_of(state["shape"])})
+        self._steps_before = int(state.get("steps_before", 0))
         served = state["served"]
         self.gate.serve(served)
         self.slots.memory.words[0] = max(int(state["version"]) - 1, 0)  # versions go on where they were

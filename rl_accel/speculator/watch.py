@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 MIN_DRAFTS = 256
 """Before anything is said of a version."""
-WORSE = 0.5
-"""A version that has less than this share of the calibration of the one before is taken back."""
+WORSE, FEWER = 0.5, 0.7
+"""A version is taken back that has less than these shares of the calibration and of the accepted tokens a draft of the
+one before: a head that has learned may promise more than it keeps, and keep more than before."""
 RATE, HALF_RATE_TOKENS = 0.5, 32.0
 """How fast a temperature moves, by the relative error of a step; half as fast where the step says so little of it."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.7, 8.0
@@ -36,7 +37,7 @@ class ServedWatch:
     def __init__(self, max_draft: int) -> None:
         self._num_drafts = self._num_drafted = self._num_accepted = 0
         self._expected = 0.0
-        self._before: float | None = None
+        self._before: tuple[float, float] | None = None  # calibration, accepted tokens a draft
         self.silent = False
         self.temperatures_K = np.ones(max_draft)
         """Of the probabilities that the head gives the token at each depth."""
@@ -44,7 +45,7 @@ class ServedWatch:
     def begin(self) -> None:
         """Another version is served from now on."""
         if self._num_drafts >= MIN_DRAFTS and not self.silent:
-            self._before = self.calibration
+            self._before = self.calibration, self._num_accepted / self._num_drafts
         self._num_drafts = self._num_drafted = self._num_accepted = 0
         self._expected, self.silent = 0.0, False
         self.temperatures_K += RENEWED * (1.0 - self.temperatures_K)
@@ -71,7 +72,7 @@ class ServedWatch:
         self._calibrate(paths_RK, inside_RK & (depth_K <= num_accepted_R[:, None]), depth_K < num_accepted_R[:, None])
         if self._num_drafts < MIN_DRAFTS or self.silent:
             return ""
-        if self._before is not None and self.calibration < WORSE * self._before:
+        if self._before is not None and self._is_worse(*self._before):
             self._before = None
             return "worse"
         if self._num_accepted < SILENT * self._num_drafted:
@@ -82,6 +83,9 @@ class ServedWatch:
                 setattr(self, name, getattr(self, name) // 2)
             self._expected /= 2.0
         return ""
+
+    def _is_worse(self, calibration: float, accepted: float) -> bool:
+        return self.calibration < WORSE * calibration and self._num_accepted < FEWER * accepted * self._num_drafts
 
     def _calibrate(
         self,

@@ -214,6 +214,10 @@ def test_a_version_that_does_worse_is_told_and_one_that_is_never_accepted_is_sil
     assert watch.observe(*drafts_of(MIN_DRAFTS, 2.4, 0.4)) == "worse"
     watch.begin()
     assert watch.observe(*drafts_of(MIN_DRAFTS, 2.4, 0.02)) == "worse"
+    watch.begin()
+    watch.observe(*drafts_of(MIN_DRAFTS, 1.0, 0.9))
+    watch.begin()
+    assert watch.observe(*drafts_of(MIN_DRAFTS, 3.2, 1.2)) == "", "it promises too much, and keeps more than before"
     silent = ServedWatch(4)
     assert silent.observe(*drafts_of(MIN_DRAFTS, 2.4, 0.02)) == "silent" and silent.silent
     silent.begin()

@@ -86,7 +86,7 @@ def test_the_head_learns_while_the_engine_generates(engines, learned) -> None:
     assert last["num_accepted_tokens"] > 0.8 * last["num_drafts"] > 100
     assert random["num_accepted_tokens"] < 0.1 * random["num_drafts"]
     metrics = learned["states"][-2]["metrics"]
-    assert metrics["version"] > 2 and metrics["served_accept"] > 0.5 and metrics["heads_off"] == 0.0
+    assert metrics["version"] > 2 and metrics["held_out_accept"] > 0.5 and metrics["heads_off"] == 0.0
 
 
 def test_the_head_begins_with_the_policys_embeddings(learned) -> None:
