@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,8 @@ class Step:
     indices: torch.Tensor
     """Where the rows of logits lie among the step's tokens, int64 [R]."""
     num_draft_tokens: list[int]
-    traced: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Requests that leave traces."""
     target: torch.Tensor | None = None
-    """Logits of their rows, all of the first, then of the second; of a large vocabulary the best ones."""
+    """Logits of all rows, of a large vocabulary the best ones; None: the step leaves no traces."""
     target_ids: torch.Tensor | None = None
 
 
@@ -46,17 +44,12 @@ class Tap:
         self._seconds, self._steps, self._traced_steps, self._drained_rows = 0.0, 0, 0, 0
 
     def see_logits(self, step: Step, logits: torch.Tensor, started: float) -> None:
-        """Keep the distributions of traced requests, before the sampler changes them; `started`: when that began."""
-        if self.bursts.on:
-            step.traced = np.arange(len(step.num_draft_tokens))
-        if len(step.traced):
-            rows = ranges(step.first_row[step.traced], step.first_row[step.traced + 1])
-            picked = logits if len(rows) == len(logits) else logits[torch.from_numpy(rows).to(logits.device)]
-            if self.layout.dense:
-                step.target = picked.half()
-            else:
-                best, step.target_ids = picked.float().topk(TOP_K, -1)
-                step.target = (best - best[:, :1]).half()
+        """Keep the distributions before the sampler changes them; `started`: when that began."""
+        if self.layout.dense:
+            step.target = logits.half()
+        else:
+            best, step.target_ids = logits.float().topk(TOP_K, -1)
+            step.target = (best - best[:, :1]).half()
         self._count(started)
 
     def see_accepted(
@@ -67,17 +60,17 @@ class Tap:
         draft_version: int,
         started: float,
     ) -> None:
-        """Write a row for each token that traced requests have gained.
+        """Write a row for each token that requests have gained, where the step leaves traces.
 
         Args:
             num_sampled: tokens that each request has gained.
             hidden: hidden states of tokens of the step, by their indices.
         """
-        if len(step.traced) and num_sampled[step.traced].any():
-            self._write(step, num_sampled, hidden, draft_version)
+        if step.target is not None and num_sampled.any():
+            self._write(step, step.target, num_sampled, hidden, draft_version)
         self._count(started)
         self._steps += 1
-        self._traced_steps += len(step.traced) > 0
+        self._traced_steps += step.target is not None
 
     def observe_step(self, seconds: float, train_share: float) -> None:
         """As `Bursts.observe_step`."""
@@ -102,19 +95,15 @@ class Tap:
     def _write(
         self,
         step: Step,
+        target: torch.Tensor,
         num_sampled: npt.NDArray[np.int64],
         hidden: Callable[[torch.Tensor], torch.Tensor],
         draft_version: int,
     ) -> None:
-        assert step.target is not None
-        seen = step.traced
-        batch, gained = self.runner.input_batch, num_sampled[seen] > 0
-        sizes = step.first_row[seen + 1] - step.first_row[seen]
-        starts = (np.cumsum(sizes) - sizes)[gained]
-        traced = seen[gained]
+        batch, traced = self.runner.input_batch, np.flatnonzero(num_sampled)
         counts = num_sampled[traced]
         rows = ranges(step.first_row[traced], step.first_row[traced] + counts)
-        in_target = torch.from_numpy(ranges(starts, starts + counts)).to(step.target.device)
+        in_target = torch.from_numpy(rows).to(target.device)
         ends = batch.num_tokens_no_spec[traced].astype(np.int64)
         position = ranges(ends - counts - 1, ends - 1)
         where = position[:, None] + 1 - np.arange(self.layout.num_tokens)[None]
@@ -133,7 +122,7 @@ class Tap:
             "temperature": np.repeat(batch.temperature_cpu[traced], counts).astype(np.float16),
             "tokens": batch.token_ids_cpu[np.repeat(traced, counts)[:, None], np.maximum(where, 0)],
             "aux": hidden(step.indices[torch.from_numpy(rows)]).half().cpu().numpy(),
-            "target": step.target[in_target].cpu().numpy(),
+            "target": target[in_target].cpu().numpy(),
         }
         if step.target_ids is not None:
             values["target_ids"] = step.target_ids[in_target].int().cpu().numpy()
