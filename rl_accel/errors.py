@@ -43,3 +43,7 @@ class DraftError(RLAccelError):
 
 class CommError(RLAccelError):
     """Quantized communication was used wrongly, cannot serve this engine, or its ranks do not agree."""
+
+
+class KVCacheError(RLAccelError):
+    """Pages, queries or tables that do not fit together."""

@@ -23,6 +23,8 @@ tile.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from rl_accel.kernels.common.hadamard import hadamard
@@ -30,6 +32,8 @@ from rl_accel.kernels.kv_int4.layout import LANES, PageLayout
 
 TILE = 128
 """Tokens between two looks at the largest score."""
+SPLIT = 4 * TILE
+"""Tokens whose sums begin anew, to be merged with those before them."""
 MAX_QUERY = 127 * 128
 """Largest integer of a rounded query: 128 * high + low, high within an int8 and low within -64 .. 63."""
 MAX_WEIGHT = 32767
@@ -124,8 +128,9 @@ def read_page(page: torch.Tensor, layout: PageLayout) -> list[tuple[torch.Tensor
 
 
 def store(
-    pages: torch.Tensor, layout: PageLayout, slots_N: torch.Tensor, k_NKC: torch.Tensor, v_NKC: torch.Tensor, order: int
-) -> None:
+    pages: torch.Tensor, layout: PageLayout, slots_N: torch.Tensor, k_NKC: torch.Tensor, v_NKC: torch.Tensor,
+    order: int, shift_KC: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """Write K and V of tokens to their slots; the rest of a page stays.
 
     Args:
@@ -133,7 +138,9 @@ def store(
         slots_N: int64, block * block_size + position in it; negative: nothing is stored.
         k_NKC, v_NKC: floats, before rotation.
         order: of the rotation of K.
+        shift_KC: float32, subtracted from every K before rotation, which adds the same to all scores of a query.
     """
+    k_NKC = k_NKC.float() if shift_KC is None else k_NKC.float() - shift_KC
     k, v = quantize(rotate(k_NKC, order), layout.max_code), quantize(v_NKC.float(), layout.max_code)
     for n, slot in enumerate(slots_N.tolist()):
         if slot < 0:
@@ -182,6 +189,20 @@ def attend(
     return out
 
 
+def attend_batch(
+    out: torch.Tensor, query_NHC: torch.Tensor, pages: torch.Tensor, layout: PageLayout, block_table_SM: torch.Tensor,
+    query_start_S1: torch.Tensor, seq_lens_S: torch.Tensor, scale: float, order: int,
+) -> None:  # fmt: skip
+    """Write `attend` of each request to its rows of `out`, as `api.attend`."""
+    starts = query_start_S1.tolist()
+    for blocks, start, end, seq_len in zip(
+        block_table_SM.tolist(), starts[:-1], starts[1:], seq_lens_S.tolist(), strict=True
+    ):
+        if end > start:
+            used = blocks[: -(-seq_len // layout.block_size)]
+            out[start:end] = attend(pages, layout, used, query_NHC[start:end], seq_len, scale, order)
+
+
 def round_query(query_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a query as integers, int64 [C], and what one of them stands for, float32."""
     largest = query_C.abs().amax()
@@ -194,14 +215,24 @@ def round_query(query_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _attend_row(query_C: torch.Tensor, k: tuple, v: tuple, scale: float) -> torch.Tensor:
     q_C, q_unit = round_query(query_C)
     unit, q_sum = q_unit * torch.tensor(scale, dtype=torch.float32), q_C.sum().float()
+    parts = []
+    for start in range(0, len(k[0]), SPLIT):
+        split = slice(start, start + SPLIT)
+        parts.append(_attend_split(q_C, q_sum, unit, tuple(x[split] for x in k), tuple(x[split] for x in v)))
+    _, total, offset, acc_C = functools.reduce(_merge, parts)
+    return (acc_C + offset) / total
+
+
+def _attend_split(q_C: torch.Tensor, q_sum: torch.Tensor, unit: torch.Tensor, k: tuple, v: tuple) -> tuple:
+    """Return the largest score, the sum of weights, of weights times offsets, and of weights times codes [C]."""
     largest, total, offset = torch.tensor(-torch.inf), torch.zeros(()), torch.zeros(())
-    acc_C = torch.zeros(query_C.shape[0])
+    acc_C = torch.zeros(q_C.shape[0])
     for start in range(0, len(k[0]), TILE):
         tile = slice(start, start + TILE)
         dots_T = (k[0][tile].long() * q_C).sum(-1).float()
         scores_T = (k[1][tile] * dots_T + k[2][tile] * q_sum) * unit
         new = torch.maximum(largest, scores_T.amax())
-        keep = torch.zeros(()) if torch.isneginf(largest) else exp_neg((largest - new)[None])[0]
+        keep = _decay(largest, new)
         p_T = exp_neg(scores_T - new)
         weights_T = p_T * v[1][tile]
         w_max = weights_T.amax()
@@ -215,7 +246,17 @@ def _attend_row(query_C: torch.Tensor, k: tuple, v: tuple, scale: float) -> torc
         offset = offset * keep + _lane_sum(p_T * v[2][tile])
         total = total * keep + _lane_sum(p_T)
         largest = new
-    return (acc_C + offset) / total
+    return largest, total, offset, acc_C
+
+
+def _merge(first: tuple, second: tuple) -> tuple:
+    largest = torch.maximum(first[0], second[0])
+    keep, take = _decay(first[0], largest), _decay(second[0], largest)
+    return (largest, *(a * keep + b * take for a, b in zip(first[1:], second[1:], strict=True)))
+
+
+def _decay(largest: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(()) if torch.isneginf(largest) else exp_neg((largest - new)[None])[0]
 
 
 def _lane_sum(x_T: torch.Tensor) -> torch.Tensor:

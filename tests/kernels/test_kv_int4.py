@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from rl_accel.kernels.kv_int4 import reference
+from rl_accel.errors import KVCacheError
+from rl_accel.kernels.kv_int4 import api, reference
 from rl_accel.kernels.kv_int4.layout import PageLayout
 
 LAYOUTS = [PageLayout(16, 16), PageLayout(32, 64), PageLayout(16, 80, 8), PageLayout(128, 32, 8)]
@@ -93,7 +94,7 @@ def test_exp_is_that_of_float64_within_two_units() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 37, 300])
+@pytest.mark.parametrize("num_tokens", [1, 37, 300, 1100])
 def test_attention_is_that_of_the_values_read(layout: PageLayout, num_tokens: int) -> None:
     """Against float64 over dequantized pages: only the rounding of query, weights and sums is left."""
     pages, blocks, _, _ = filled(layout, num_tokens)
@@ -133,6 +134,22 @@ def test_rotation_helps_where_a_dim_stands_out() -> None:
         found = reference.attend(pages, layout, [0, 1], query, 64, 0.125, order)
         errors[order] = float((found - naive(query, k, v, 0.125)).norm())
     assert errors[16] < 0.7 * errors[1]
+
+
+def test_a_shift_of_k_changes_nothing_but_its_rounding() -> None:
+    layout = PageLayout(32, 64)
+    generator = torch.Generator().manual_seed(8)
+    k, v = torch.randn(2, 96, 2, 64, generator=generator)
+    shift = 8.0 * torch.randn(2, 64, generator=generator)
+    query = torch.randn(2, 4, 64, generator=generator)
+    exact = naive(query, k + shift, v, 0.125)
+    errors = []
+    for used in (None, shift):
+        pages = torch.zeros(3, 2, layout.page_bytes, dtype=torch.uint8)
+        reference.store(pages, layout, torch.arange(96), k + shift, v, 16, used)
+        found = reference.attend(pages, layout, [0, 1, 2], query, 96, 0.125, 16)
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert errors[1] < 0.12 < errors[0]
 
 
 def test_a_row_depends_on_nothing_but_what_it_sees() -> None:
@@ -175,3 +192,37 @@ def test_negative_slots_are_left_out_and_shapes_are_checked() -> None:
     for block, head, bits in ((8, 16, 4), (16, 24, 4), (16, 16, 3)):
         with pytest.raises(ValueError, match=r"must be a multiple of 16|4 or 8 bits"):
             PageLayout(block, head, bits)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    layout = PageLayout(16, 32)
+    pages = torch.zeros(4, 2, layout.page_bytes, dtype=torch.uint8)
+    k = torch.randn(3, 2, 32)
+    slots, table = torch.arange(3), torch.zeros(1, 1, dtype=torch.int32)
+    start, lens = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+
+    def store(pages=pages, slots=slots, k=k, v=k, order=16, shift=None):
+        return lambda: api.store(pages, layout, slots, k, v, order, shift)
+
+    def attend(query=k, table=table, start=start, lens=lens, order=16, **more):
+        return lambda: api.attend(query, pages, layout, table, start, lens, 0.2, order, **more)
+
+    for call, words in (
+        (store(pages=pages[:, :, 1:]), "pages must be uint8"),
+        (store(pages=pages[::2]), "must be contiguous"),
+        (store(slots=slots.int()), "slots must be"),
+        (store(k=k[:2]), "k must be"),
+        (store(k=k.double()), "k must be"),
+        (store(v=k.bfloat16()), "one dtype"),
+        (store(k=k.transpose(1, 2).contiguous().transpose(1, 2)), "must be contiguous"),
+        (store(order=24), "power of two"),
+        (store(order=64), "power of two"),
+        (store(shift=torch.zeros(2, 16)), "shift must be"),
+        (attend(query=torch.randn(3, 3, 32)), "a multiple of 2 KV heads"),
+        (attend(table=table.long()), "block_table must be"),
+        (attend(lens=lens[:0]), "are of 1, 0 and 1 requests"),
+        (attend(out=torch.zeros(3, 2, 32).half()), "as the queries"),
+        (attend(backend="cuda"), "is unknown"),
+    ):
+        with pytest.raises(KVCacheError, match=words):
+            call()
