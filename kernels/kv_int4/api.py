@@ -98,8 +98,8 @@ def attend(
         query_NHC: float32, bfloat16 or float16, before rotation; a token's [H, C] contiguous, tokens at any stride.
         pages: uint8 [blocks, K, layout.page_bytes]; H is a multiple of K.
         block_table_SM: int32, contiguous in its last dimension.
-        query_start_S1: int32; request s has the queries query_start[s] .. query_start[s + 1] - 1, which are those of its
-            last tokens.
+        query_start_S1: int32; request s has the queries query_start[s] .. query_start[s + 1] - 1, those of its last
+            tokens.
         seq_lens_S: int32, tokens of each request, its queries included.
         scale: of the scores.
         order: of the rotation of K in these pages.
