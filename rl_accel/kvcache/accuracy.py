@@ -19,8 +19,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,25 +56,27 @@ class Divergence:
     """Nats: |log p' - log p| of the token taken."""
     moved: float = 0.0
     """Total variation: the probability that moved."""
-    texts: list[tuple[int, float]] = field(default_factory=list)
-    """Tokens and KL of each text."""
 
     def add(self, base_TV: torch.Tensor, other_TV: torch.Tensor, taken_T: torch.Tensor) -> None:
-        """Count the tokens of a text in; log-probs are float64."""
-        kl = float((base_TV.exp() * (base_TV - other_TV)).sum())
-        self.texts.append((len(taken_T), kl))
+        """Count tokens in; log-probs are float64."""
         self.tokens += len(taken_T)
-        self.kl += kl
+        self.kl += float((base_TV.exp() * (base_TV - other_TV)).sum())
         self.same_top1 += int((base_TV.argmax(-1) == other_TV.argmax(-1)).sum())
         self.log_prob += float((base_TV - other_TV).gather(1, taken_T[:, None]).abs().sum())
         self.moved += float(0.5 * (base_TV.exp() - other_TV.exp()).abs().sum())
 
     def means(self) -> dict[str, float]:
-        """Return the means over tokens, and the standard error of that of `kl`, texts being independent."""
+        """Return the means over tokens."""
         sums = {"kl": self.kl, "top1": self.same_top1, "log_prob": self.log_prob, "total_variation": self.moved}
-        means = {name: value / max(self.tokens, 1) for name, value in sums.items()}
-        squares = sum((kl - means["kl"] * tokens) ** 2 for tokens, kl in self.texts)
-        return means | {"kl_error": math.sqrt(squares) / max(self.tokens, 1)}
+        return {name: value / max(self.tokens, 1) for name, value in sums.items()}
+
+
+def summarize(draws: Sequence[Divergence]) -> dict[str, Any]:
+    """Return means over draws of outliers, and `kl_error`, the standard error of that of `kl`; None of one draw."""
+    means = [draw.means() for draw in draws]
+    found: dict[str, Any] = {name: statistics.fmean(mean[name] for mean in means) for name in means[0]}
+    spread = statistics.stdev(mean["kl"] for mean in means) if len(means) > 1 else None
+    return found | {"kl_error": None if spread is None else spread / math.sqrt(len(means))}
 
 
 def make_cache(kv_format: KVFormat) -> Any:
@@ -89,7 +92,7 @@ def make_cache(kv_format: KVFormat) -> Any:
 
 @torch.no_grad()
 def log_probs(model: Any, sample: Sample, kv_format: KVFormat | None = None) -> torch.Tensor:
-    """Return the log-probs of the response, float64 [T, V]; None: no cache is used."""
+    """Return the log-probs of the response, float64 [T, V]; without a format no cache is used."""
     tokens = torch.tensor([sample.prompt + sample.response], device=model.device)
     cache = None if kv_format is None else make_cache(kv_format)
     logits = model(tokens, past_key_values=cache, use_cache=cache is not None).logits
@@ -134,7 +137,7 @@ def draw_samples(
 
 @contextlib.contextmanager
 def outliers(model: Any, num_pairs: int, exponent: int, seed: int = 0) -> Iterator[None]:
-    """Multiply K of `num_pairs` RoPE pairs of every KV head by 2^exponent, divide those of its query heads, undo at exit.
+    """Multiply K of `num_pairs` RoPE pairs of every KV head by 2^exponent, divide those of its queries, undo at exit.
 
     RoPE turns dim i with dim i + C / 2, so both are scaled alike and their products with queries stay what they were,
     bit for bit. A norm over a head (Qwen3's `k_norm`) would take the factor away, so there it goes into the norm's
@@ -197,48 +200,44 @@ def measure(
     model: Any,
     samples: Sequence[Sample],
     calibration: Sequence[Sample],
-    columns: Sequence[str],
+    column: str,
     rows: Sequence[str] | None = None,
-    seed: int = 0,
-    report: Callable[[str, str, dict[str, float]], None] = lambda column, row, means: None,
-) -> dict[str, dict[str, Divergence]]:
-    """Return how far each format moves the policy, by column and row.
+    draws: int = 1,
+) -> dict[str, list[Divergence]]:
+    """Return how far each format moves the policy, by row: one divergence for each draw of outliers.
 
     Args:
         model: a causal language model of transformers, float32, in eval mode.
         calibration: other samples, for shifts and orders.
-        columns: of `COLUMNS`.
+        column: of `COLUMNS`.
         rows: of `formats.standard_formats`; None: all.
-        seed: of the pairs that become outliers.
-        report: is called with each result.
+        draws: of the pairs that become outliers, seeds 0, 1, ...; one is enough where there are none.
 
     Raises:
         KVCacheError: for an unknown column or row, a model whose attention left the cache unused, or outliers that
             changed the policy.
     """
+    if column not in COLUMNS:
+        raise KVCacheError(f"column {column!r} is unknown; known: {', '.join(COLUMNS)}")
     originals = [_digest(log_probs(model, sample)) for sample in samples]
-    results: dict[str, dict[str, Divergence]] = {}
-    for column in columns:
-        if column not in COLUMNS:
-            raise KVCacheError(f"column {column!r} is unknown; known: {', '.join(COLUMNS)}")
+    results: dict[str, list[Divergence]] = {}
+    for seed in range(draws if COLUMNS[column][0] else 1):
         with outliers(model, *COLUMNS[column], seed):
             known = standard_formats(collect_keys(model, calibration))
             if unknown := set(rows or ()) - known.keys():
                 raise KVCacheError(f"rows {sorted(unknown)} are unknown; known: {', '.join(known)}")
-            formats = {name: known[name] for name in rows or known}
-            found = {name: Divergence() for name in formats}
+            found = {name: Divergence() for name in rows or known}
             for sample, original in zip(samples, originals, strict=True):
                 base_TV = log_probs(model, sample)
                 if _digest(base_TV) != original:
                     raise KVCacheError(f"outliers {column} changed the policy, so they are not exact for this model")
                 taken_T = torch.tensor(sample.response, device=model.device)
-                for name, kv_format in formats.items():
-                    found[name].add(base_TV, log_probs(model, sample, kv_format), taken_T)
-        results[column] = found
+                for name, divergence in found.items():
+                    divergence.add(base_TV, log_probs(model, sample, known[name]), taken_T)
         for name, divergence in found.items():
             if name != "none" and divergence.kl == 0.0:
                 raise KVCacheError(f"{name} changed nothing: does this model's attention use the cache?")
-            report(column, name, divergence.means())
+            results.setdefault(name, []).append(divergence)
     return results
 
 
@@ -248,7 +247,7 @@ def _digest(x: torch.Tensor) -> bytes:
 
 @torch.no_grad()
 def paged_log_probs(model: Any, sample: Sample, order: int, layer_bits: Sequence[int], backend: str) -> torch.Tensor:
-    """Return `log_probs` with attention over real pages, every rounding of the kernels included.
+    """Return the log-probs of a response with attention over real pages, every rounding of the kernels included.
 
     Args:
         model: its attention implementation is replaced for the call.

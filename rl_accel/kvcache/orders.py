@@ -2,8 +2,8 @@
 
 A code's rounding error is step^2 / 12 in the mean, and a token of a head has one step for all its dims: its range over
 the largest code. So whatever the order, the error of K is about the same in every dim of a token, and how strongly
-queries weigh a dim multiplies the error of scores by the same factor for all orders. The order with the least error of K
-is therefore the one with the least error of scores, and queries need not be looked at.
+queries weigh a dim multiplies the error of scores by the same factor for all orders. The order with the least error of
+K is therefore the one with the least error of scores, and queries need not be looked at.
 
 Left out: an order per head (pages of a layer have one), V (rotating it mostly hurts), and what is not linear in the
 softmax. Cost: one store's arithmetic per order and token; a few thousand tokens are plenty.
