@@ -22,9 +22,9 @@ def measured_k(runner: Any, impls: list[QuantizedPages]) -> list[torch.Tensor]:
     """Return K of every layer, float32 [N, K, C], in the order of `impls`; of drafters' layers nothing, [0, K, C]."""
     from vllm.forward_context import set_forward_context
 
-    config = runner.vllm_config
-    limits = (NUM_TOKENS, config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens)
-    length, generator = min(limits), torch.Generator().manual_seed(SEED)
+    config, generator = runner.vllm_config, torch.Generator().manual_seed(SEED)
+    # By the policy alone: engines of other limits must find the same.
+    length = min(NUM_TOKENS, getattr(config.model_config.hf_text_config, "max_position_embeddings", NUM_TOKENS))
     ids = torch.randint(0, config.model_config.get_vocab_size(), (length,), generator=generator).to(runner.device)
     positions = torch.arange(length, device=runner.device)
     if getattr(runner, "uses_mrope", False):
@@ -32,7 +32,8 @@ def measured_k(runner: Any, impls: list[QuantizedPages]) -> list[torch.Tensor]:
     for impl in impls:
         impl.measured_k = []
     try:
-        with torch.inference_mode(), set_forward_context(None, config, num_tokens=length, slot_mapping={}):
+        context = set_forward_context(None, config, num_tokens=length, slot_mapping={}, skip_compiled=True)
+        with torch.inference_mode(), context:
             runner.model(input_ids=ids, positions=positions)
         return [torch.cat(impl.measured_k) if impl.measured_k else torch.empty(0, 1, 1) for impl in impls]
     finally:

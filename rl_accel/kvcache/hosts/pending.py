@@ -26,10 +26,11 @@ class PendingRotations:
         watching, self._found = bool(self._found), found
         if watching:
             return
+        block_size = runner.vllm_config.cache_config.block_size
         own, execute = vars(runner).get("execute_model"), runner.execute_model
 
         def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            if scheduler_output.total_num_scheduled_tokens and all_begin(scheduler_output):
+            if scheduler_output.total_num_scheduled_tokens and all_begin(scheduler_output, block_size):
                 if own is None:
                     del runner.execute_model  # the class's is found again
                 else:
@@ -42,7 +43,18 @@ class PendingRotations:
         runner.execute_model = execute_model
 
 
-def all_begin(scheduler_output: Any) -> bool:
-    """Whether no request of a step has tokens in the KV cache."""
-    fresh = all(request.num_computed_tokens == 0 for request in scheduler_output.scheduled_new_reqs)
-    return fresh and not scheduler_output.scheduled_cached_reqs.req_ids
+def all_begin(scheduler_output: Any, block_size: int) -> bool:
+    """Whether a step reads nothing from the KV cache but what it writes itself.
+
+    A request may begin with blocks of another one that begins in the same step.
+    """
+    if scheduler_output.scheduled_cached_reqs.req_ids:
+        return False
+    written: set[tuple[int, int]] = set()
+    read: set[tuple[int, int]] = set()
+    for request in scheduler_output.scheduled_new_reqs:
+        for group, blocks in enumerate(request.block_ids):
+            num_found = request.num_computed_tokens // block_size
+            read.update((group, block) for block in blocks[:num_found])
+            written.update((group, block) for block in blocks[num_found:])
+    return read <= written

@@ -73,6 +73,9 @@ class KVInt8Backend(KVInt4Backend):
 class KVInt4MetadataBuilder(AttentionMetadataBuilder[CPUAttentionMetadata]):
     """Hands on what the kernels need; there is nothing to schedule ahead."""
 
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         common = common_attn_metadata
         return CPUAttentionMetadata(

@@ -19,12 +19,11 @@ def build_model(folder: Path, seed: int = 0, head_dim: int = 32, outlier: float 
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
-        hidden_size=64,
+        hidden_size=2 * head_dim,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        head_dim=head_dim,
         max_position_embeddings=512,
         initializer_range=0.2,
         tie_word_embeddings=False,
