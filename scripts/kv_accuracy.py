@@ -161,7 +161,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(POLICY), help="a causal language model of transformers")
     parser.add_argument("--data", type=Path, help="JSONL or parquet with `question` or `prompt`; default: generated")
-    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--samples", type=int, default=1, help="of a prompt")
     parser.add_argument("--calibration", type=int, default=8, help="further prompts, for shifts and orders")
     parser.add_argument("--max-tokens", type=int, default=256)
