@@ -5,12 +5,16 @@
 The policy (default: the quickstart's) answers problems at temperature 1, and its answers go through it again with K and
 V as each format keeps them; reported is the mean over tokens of KL to the policy with K and V in float32, over the
 vocabulary. vLLM's formats are emulated (rl_accel/kvcache/formats.py). Columns: outliers injected into K, named
-`pairs`x`factor`, that leave the policy as it is to the last bit (checked); ours, not a model's. Which RoPE pairs they
-hit is drawn, and KL has a long tail, so columns are means over `--draws`, with standard errors.
+`pairs`x`factor`, that leave the policy as it is to the last bit (checked); ours, not a model's. KL depends much on
+which RoPE pairs they hit and has a long tail over tokens, so columns are means over `--draws` of pairs, each with texts
+of its own, with standard errors.
 
 Rows: `kv.kl.<column>`, the default setting against `int4_per_token_head`; `.int4`, without INT8 in layer 0; `.fp8` and
 `.same_layer0`, the default setting against fp8 and against `int4_per_token_head` with layer 0 not quantized;
-`kv.table.<column>.<format>`, everything, against `int4_per_token_head`. `draws_won`: of how many draws.
+`.auto`, INT4 with learned orders against the best order for all layers; `kv.order.<column>`, the error of K with
+learned orders over that with the best ones, for other texts, in the worst layer and draw; `kv.pages`, the rounding that
+the comparison leaves out against that of 4-bit pages; `kv.table.<column>.<format>`, everything, against
+`int4_per_token_head`. `draws_won`: in how many draws ours is lower.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,7 @@ from rl_accel import machine
 from rl_accel.errors import KVCacheError
 from rl_accel.hosts import versions
 from rl_accel.kvcache import accuracy, formats
+from rl_accel.kvcache.orders import allowed_orders, choose_order, order_errors
 from rl_accel.quickstart import problems
 
 POLICY = Path(rl_accel.__file__).parent / "quickstart" / "policy"
@@ -114,7 +120,27 @@ def headlines(column: str, results: dict[str, list[accuracy.Divergence]]) -> lis
                 f"kv.kl.{column}{suffix}", found["kl"], others["kl"], error=found["kl_error"],
                 incumbent_error=others["kl_error"], draws=len(draws), draws_won=won,
             ))  # fmt: skip
+    fixed = {name: draws for name, draws in results.items() if re.fullmatch(r"int4\.k\d+", name)}
+    if "int4.auto" in results and fixed:
+        best = min(accuracy.summarize(draws)["kl"] for draws in fixed.values())
+        rows.append(row(f"kv.kl.{column}.auto", accuracy.summarize(results["int4.auto"])["kl"], best))
     return rows
+
+
+def order_regret(
+    model: Any, samples: list[accuracy.Sample], calibration: list[accuracy.Sample], column: str, draws: int
+) -> dict[str, Any]:
+    """Compare the error of K in texts with orders chosen by other texts with the least error, layer by layer."""
+    worst = 0.0
+    for seed in range(draws):
+        with accuracy.outliers(model, *accuracy.COLUMNS[column], seed):
+            keys = accuracy.collect_keys(model, calibration), accuracy.collect_keys(model, samples[seed::draws])
+        for calibrated_NKC, k_NKC in zip(*keys, strict=True):
+            orders = allowed_orders(k_NKC.shape[-1])
+            errors = order_errors(k_NKC, orders)
+            worst = max(worst, errors[choose_order(calibrated_NKC, orders)] / min(errors.values()))
+    found = row(f"kv.order.{column}", worst, 1.0)
+    return found | {"unit": "error of K / least error"}
 
 
 def table(results: dict[str, dict[str, list[accuracy.Divergence]]]) -> str:
@@ -135,11 +161,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(POLICY), help="a causal language model of transformers")
     parser.add_argument("--data", type=Path, help="JSONL or parquet with `question` or `prompt`; default: generated")
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--samples", type=int, default=1, help="of a prompt")
     parser.add_argument("--calibration", type=int, default=8, help="further prompts, for shifts and orders")
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--draws", type=int, default=8, help="of the RoPE pairs that become outliers")
+    parser.add_argument("--draws", type=int, default=8, help="of texts and RoPE pairs; the prompts are dealt out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=5, help="of problems and answers")
     parser.add_argument("--columns", default=",".join(accuracy.COLUMNS))
@@ -167,6 +193,7 @@ def main() -> None:
     for column in possible_columns(model, options.columns.split(",")):
         found = accuracy.measure(model, samples, calibration, column, chosen, options.draws)
         results[column] = found
+        rows.append(order_regret(model, samples, calibration, column, options.draws))
         rows += headlines(column, found)
         theirs = accuracy.summarize(found[formats.INCUMBENT])["kl"] if formats.INCUMBENT in found else None
         for name, draws in found.items():

@@ -72,7 +72,7 @@ class Divergence:
 
 
 def summarize(draws: Sequence[Divergence]) -> dict[str, Any]:
-    """Return means over draws of outliers, and `kl_error`, the standard error of that of `kl`; None of one draw."""
+    """Return means over draws, and `kl_error`, the standard error of that of `kl`; None of one draw."""
     means = [draw.means() for draw in draws]
     found: dict[str, Any] = {name: statistics.fmean(mean[name] for mean in means) for name in means[0]}
     spread = statistics.stdev(mean["kl"] for mean in means) if len(means) > 1 else None
@@ -204,30 +204,34 @@ def measure(
     rows: Sequence[str] | None = None,
     draws: int = 1,
 ) -> dict[str, list[Divergence]]:
-    """Return how far each format moves the policy, by row: one divergence for each draw of outliers.
+    """Return how far each format moves the policy, by row: a divergence for each draw of texts and outliers.
 
     Args:
         model: a causal language model of transformers, float32, in eval mode.
+        samples: are dealt out to draws.
         calibration: other samples, for shifts and orders.
         column: of `COLUMNS`.
         rows: of `formats.standard_formats`; None: all.
-        draws: of the pairs that become outliers, seeds 0, 1, ...; one is enough where there are none.
+        draws: of the pairs that become outliers, with seeds 0, 1, ..., as KL depends much on which they are.
 
     Raises:
-        KVCacheError: for an unknown column or row, a model whose attention left the cache unused, or outliers that
-            changed the policy.
+        KVCacheError: for an unknown column or row, fewer texts than draws, a model whose attention left the cache
+            unused, or outliers that changed the policy.
     """
     if column not in COLUMNS:
         raise KVCacheError(f"column {column!r} is unknown; known: {', '.join(COLUMNS)}")
-    originals = [_digest(log_probs(model, sample)) for sample in samples]
+    if not 1 <= draws <= len(samples):
+        raise KVCacheError(f"each draw needs a text: got {draws} draws and {len(samples)} texts")
     results: dict[str, list[Divergence]] = {}
-    for seed in range(draws if COLUMNS[column][0] else 1):
+    for seed in range(draws):
+        dealt = samples[seed::draws]
+        originals = [_digest(log_probs(model, sample)) for sample in dealt]
         with outliers(model, *COLUMNS[column], seed):
             known = standard_formats(collect_keys(model, calibration))
             if unknown := set(rows or ()) - known.keys():
                 raise KVCacheError(f"rows {sorted(unknown)} are unknown; known: {', '.join(known)}")
             found = {name: Divergence() for name in rows or known}
-            for sample, original in zip(samples, originals, strict=True):
+            for sample, original in zip(dealt, originals, strict=True):
                 base_TV = log_probs(model, sample)
                 if _digest(base_TV) != original:
                     raise KVCacheError(f"outliers {column} changed the policy, so they are not exact for this model")
