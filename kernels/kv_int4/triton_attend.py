@@ -180,7 +180,7 @@ def _store_rows(out_ptr, stride, token, head, live, total, offset, acc, C: tl.co
     tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=live[:, None] & (dim < C))
 
 
-@triton.jit(do_not_specialize=["order", "num_requests", "num_rows", "num_splits"])
+@triton.jit(do_not_specialize=["order", "num_requests", "num_rows", "num_splits", "table_stride"])
 def attend_kernel(
     out_ptr,  # [N, H, C]
     parts_ptr,  # float32 [splits, N * H, C] and [splits, N * H, 3], or None
