@@ -5,9 +5,9 @@ Nothing is read back by the host and no grid depends on lengths that only the de
 in a CUDA graph; programs without work return at once. A tensor in place of the integer `order` lets a captured graph
 follow a change. Runs on CUDA on the current stream, and on CPU under `TRITON_INTERPRET=1`.
 
-The GPU needs no other order of bytes than the page of `layout.py`: 16 lanes of a word are 64 bytes in a row, K's words of
-16 tokens one run of 8 C bytes, and the codes of a word go to one thread, as an MMA's operand wants neighbors along its
-inner dimension: dims for K, tokens for V.
+The GPU needs no other order of bytes than the page of `layout.py`: 16 lanes of a word are 64 bytes in a row, K's words
+of 16 tokens one run of 8 C bytes, and the codes of a word go to one thread, as an MMA's operand wants neighbors along
+its inner dimension: dims for K, tokens for V.
 
 Left out: what `reference.py` leaves out; tuning per GPU, which nobody has timed. Kernels and cost: `triton_store.py`,
 `triton_attend.py`.
@@ -43,6 +43,7 @@ def store(
     """Write K and V of tokens to their slots; arguments as `api.store`, slots that are not negative all different.
 
     Args:
+        pages: the blocks may lie at any stride that is a multiple of 64 bytes.
         order: also as an int32 tensor [1], read when the kernel runs.
     """
     if not len(slots_N):
@@ -57,13 +58,14 @@ def store(
             order,
             k_NKC.stride(0),
             v_NKC.stride(0),
+            pages.stride(0) // 4,
             ORDER_IN_MEMORY=isinstance(order, torch.Tensor),
             C=layout.head_size,
             CP=max(16, triton.next_power_of_2(layout.head_size)),
             STAGES=_stages(layout.head_size),
             B=layout.block_size,
             BITS=layout.bits,
-            PAGE_WORDS=layout.page_bytes // 4,
+            PAGE=layout.page_bytes // 4,
             num_warps=1,
             enable_fp_fusion=False,
         )
@@ -100,6 +102,7 @@ def attend_batch(
     """Write attention of the last tokens of each request to its rows of `out`; arguments as `api.attend`.
 
     Args:
+        pages: as in `store`.
         order: also as an int32 tensor [1], read when the kernels run.
         max_seq_len: an upper bound of `seq_lens`, known on the host; of a captured graph, for all its replays. None: as
             many tokens as the block table has room for.
@@ -146,6 +149,7 @@ def attend_batch(
             out.stride(0),
             query_NHC.stride(0),
             block_table_SM.stride(0),
+            pages.stride(0) // 4,
             ORDER_IN_MEMORY=isinstance(order, torch.Tensor),
             STAGES=_stages(layout.head_size),
             B=layout.block_size,
@@ -168,7 +172,7 @@ def attend_batch(
 
 
 def _block_m(num_tokens: int, num_requests: int, groups: int) -> int:
-    """Rows of a program, by what the host knows: a longer tile where requests have more queries than a short one takes."""
+    """Rows of a program, by what the host knows: a longer tile where requests have more queries than a short one."""
     smallest = max(DECODE_M, triton.next_power_of_2(groups))
     return smallest if num_tokens <= num_requests * (smallest // groups) else max(smallest, PREFILL_M)
 

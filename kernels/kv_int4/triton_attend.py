@@ -1,12 +1,12 @@
 """Triton kernels of attention over quantized pages: the rows of `reference.attend`, bit for bit.
 
-A program holds BLOCK_M rows, all query heads of a KV head for BLOCK_Q tokens of a request, and goes through one split of
-512 tokens, or through all of them in order; the first way needs `merge_kernel`, which merges splits in the same order,
-so both give the same bits. It rotates and rounds the queries itself.
+A program holds BLOCK_M rows, all query heads of a KV head for BLOCK_Q tokens of a request, and goes through one split
+of 512 tokens, or through all of them in order; the first way needs `merge_kernel`, which merges splits in the same
+order, so both give the same bits. It rotates and rounds the queries itself.
 
-Products are exact whatever the tile, so a row's bits do not depend on what shares it: K's codes and the two factors of a
-query as int8 with sums in int32; V's codes and the two bytes of a weight as float16 with sums in float32 that stay whole
-numbers below 2^23 (128 tokens * 255 * 255). Sums of floats have their order written out (`triton_math.py`).
+Products are exact whatever the tile, so a row's bits do not depend on what shares it: K's codes and the two factors of
+a query as int8 with sums in int32; V's codes and the two bytes of a weight as float16 with sums in float32 that stay
+whole numbers below 2^23 (128 tokens * 255 * 255). Sums of floats have their order written out (`triton_math.py`).
 
 Cost: C + 8 bytes a token and KV head with 4 bits, once per program that sees it; 16 tokens or dims of a word are 64
 bytes in a row, and those of all words of 16 tokens of K one run of 8 C bytes: loads of 16 bytes a thread.
@@ -69,12 +69,13 @@ def _round_query(x):  # float32 [M, C]
 
 
 @triton.jit
-def _pages(table_ptr, first, last, head, COUNT: tl.constexpr, SIZE: tl.constexpr, B: tl.constexpr, K: tl.constexpr):
-    """Of the COUNT runs of SIZE tokens from token `first`: page of each, number within it, whether it is before `last`."""
+def _pages(table_ptr, block_stride, first, last, COUNT: tl.constexpr, SIZE: tl.constexpr, B: tl.constexpr):
+    """Of the COUNT runs of SIZE tokens from token `first`: word at which the page of each begins, its number within the
+    page, whether it is before `last`."""
     run = first // SIZE + tl.arange(0, COUNT)
     live = run * SIZE < last
     block = tl.load(table_ptr + run // (B // SIZE), mask=live, other=0)
-    return block.to(tl.int64) * K + head, run % (B // SIZE), live
+    return block.to(tl.int64) * block_stride, run % (B // SIZE), live
 
 
 @triton.jit
@@ -84,11 +85,11 @@ def _unpack(words, BITS: tl.constexpr):  # [A, B, 16] -> [A, B, 16, D]
 
 
 @triton.jit
-def _load_k(pages_ptr, page, group, live, C: tl.constexpr, CP: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr):
+def _load_k(pages_ptr, page, group, live, C: tl.constexpr, CP: tl.constexpr, BITS: tl.constexpr):
     """Codes of K, less 128 with 8 bits, int8 [T, C]."""
     D: tl.constexpr = 32 // BITS
     word = tl.arange(0, CP // D)[None, :, None]
-    first = page * PAGE + group * (C // D * 16)
+    first = page + group * (C // D * 16)
     offsets = first[:, None, None] + (word * 16 + tl.arange(0, 16)[None, None, :])
     words = tl.load(pages_ptr + offsets, mask=live[:, None, None] & (word < C // D), other=0)
     codes = tl.reshape(tl.permute(_unpack(words, BITS), (0, 2, 1, 3)), (TILE, CP))
@@ -96,14 +97,11 @@ def _load_k(pages_ptr, page, group, live, C: tl.constexpr, CP: tl.constexpr, BIT
 
 
 @triton.jit
-def _load_v(
-    codes_ptr, page, group, live, C: tl.constexpr, CP: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr,
-    PAGE: tl.constexpr,
-):  # fmt: skip
+def _load_v(codes_ptr, page, group, live, C: tl.constexpr, CP: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr):
     """Codes of V, float16 [T, C]."""
     D: tl.constexpr = 32 // BITS
     dims = tl.arange(0, CP // 16)[:, None, None]
-    first = page * PAGE + group * 16
+    first = page + group * 16
     offsets = first[None, :, None] + (dims * (B // D * 16) + tl.arange(0, 16)[None, None, :])
     words = tl.load(codes_ptr + offsets, mask=live[None, :, None] & (dims < C // 16), other=0)
     codes = tl.reshape(tl.permute(_unpack(words, BITS), (1, 3, 0, 2)), (TILE, CP))
@@ -112,11 +110,9 @@ def _load_v(
 
 
 @triton.jit
-def _load_scales(scales_ptr, page, group, live, B: tl.constexpr, PAGE: tl.constexpr):
+def _load_scales(scales_ptr, page, group, live, B: tl.constexpr):
     """Scales and offsets of a tile, float32 [T]."""
-    ptrs = scales_ptr.to(tl.pointer_type(tl.float16)) + (
-        (page * (2 * PAGE) + group * 16)[:, None] + tl.arange(0, 16)[None, :]
-    )
+    ptrs = scales_ptr.to(tl.pointer_type(tl.float16)) + ((page * 2 + group * 16)[:, None] + tl.arange(0, 16)[None, :])
     scale = tl.load(ptrs, mask=live[:, None], other=0.0)
     offset = tl.load(ptrs + B, mask=live[:, None], other=0.0)
     return tl.reshape(scale, (TILE,)).to(tl.float32), tl.reshape(offset, (TILE,)).to(tl.float32)
@@ -124,19 +120,19 @@ def _load_scales(scales_ptr, page, group, live, B: tl.constexpr, PAGE: tl.conste
 
 @triton.jit
 def _attend_tile(
-    largest, total, offset, acc, query_high, query_low, query_sum, unit, visible, pages_ptr, table_ptr, head, start,
-    last, K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr,
+    largest, total, offset, acc, query_high, query_low, query_sum, unit, visible, pages_ptr, table_ptr, block_stride,
+    start, last, C: tl.constexpr, CP: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Add the tokens from `start` to the state of the rows: largest score, sums of weights, of weights times offsets
     ([M] each) and of weights times codes [M, C]."""
     CODE_WORDS: tl.constexpr = B * C * BITS // 32
     D: tl.constexpr = 32 // BITS
-    page, group, live = _pages(table_ptr, start, last, head, TILE // 16, 16, B, K)
-    codes = tl.trans(_load_k(pages_ptr, page, group, live, C, CP, BITS, PAGE))
+    page, group, live = _pages(table_ptr, block_stride, start, last, TILE // 16, 16, B)
+    codes = tl.trans(_load_k(pages_ptr, page, group, live, C, CP, BITS))
     dots = (tl.dot(query_high, codes) << 7) + tl.dot(query_low, codes)
     if BITS == 8:
         dots += (query_sum << 7)[:, None]
-    k_scale, k_offset = _load_scales(pages_ptr + CODE_WORDS, page, group, live, B, PAGE)
+    k_scale, k_offset = _load_scales(pages_ptr + CODE_WORDS, page, group, live, B)
     scores = (k_scale[None, :] * dots.to(tl.float32) + k_offset[None, :] * query_sum.to(tl.float32)[:, None]) * unit
     # What a row does not see may be anything, NaN too, so it is replaced and not multiplied by 0.
     seen = (start + tl.arange(0, TILE))[None, :] < visible[:, None]
@@ -146,14 +142,16 @@ def _attend_tile(
     keep = decay(largest, top)
     p = exp_neg(scores - top[:, None])
 
-    v_scale, v_offset = _load_scales(pages_ptr + (2 * CODE_WORDS + B), page, group, live, B, PAGE)
+    v_scale, v_offset = _load_scales(pages_ptr + (2 * CODE_WORDS + B), page, group, live, B)
     weights = tl.where(seen, p * v_scale[None, :], 0.0)
     w_max = tl.max(weights, axis=1)
-    heavy = w_max >= 7.888609052210118e-31  # 2^-100; lighter ones weigh nothing beside the largest, and 1 / w_max may be inf
+    heavy = (
+        w_max >= 7.888609052210118e-31
+    )  # 2^-100; lighter ones weigh nothing beside the largest, and 1 / w_max may be inf
     inverse = tl.div_rn(1.0, tl.where(heavy, w_max, 1.0)) * 32767.0
     integers = round_even(tl.where(weights == weights, weights, 0.0) * inverse[:, None])
-    page, group, live = _pages(table_ptr, start, last, head, TILE // D, D, B, K)
-    values = _load_v(pages_ptr + (CODE_WORDS + B), page, group, live, C, CP, B, BITS, PAGE)
+    page, group, live = _pages(table_ptr, block_stride, start, last, TILE // D, D, B)
+    values = _load_v(pages_ptr + (CODE_WORDS + B), page, group, live, C, CP, B, BITS)
     high = tl.dot((integers >> 8).to(tl.float16), values).to(tl.int32)
     low = tl.dot((integers & 255).to(tl.float16), values).to(tl.int32)
     sums = ((high << 8) + low).to(tl.float32)
@@ -185,7 +183,7 @@ def attend_kernel(
     out_ptr,  # [N, H, C]
     parts_ptr,  # float32 [splits, N * H, C] and [splits, N * H, 3], or None
     query_ptr,  # [N, H, C]
-    pages_ptr,  # int32 [blocks, K, PAGE]
+    pages_ptr,  # int32 [blocks, K, PAGE], blocks at any stride
     table_ptr,  # int32 [S, blocks of a request]
     query_start_ptr,  # int32 [S + 1]
     seq_lens_ptr,  # int32 [S]
@@ -197,6 +195,7 @@ def attend_kernel(
     out_stride,
     query_stride,
     table_stride,
+    block_stride,  # words
     ORDER_IN_MEMORY: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
@@ -229,6 +228,7 @@ def attend_kernel(
     query_high = ((integers + 64) >> 7).to(tl.int8)
     query_low = (((integers + 64) & 127) - 64).to(tl.int8)
     table_ptr += request.to(tl.int64) * table_stride
+    pages_ptr += kv_head * PAGE
 
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total, offset = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
@@ -240,7 +240,7 @@ def attend_kernel(
         for start in range(split * SPLIT, tl.minimum(last, (split + 1) * SPLIT), TILE):
             largest_s, total_s, offset_s, acc_s = _attend_tile(
                 largest_s, total_s, offset_s, acc_s, query_high, query_low, query_sum, unit, visible, pages_ptr,
-                table_ptr, kv_head, start, last, K, C, CP, B, BITS, PAGE,
+                table_ptr, block_stride, start, last, C, CP, B, BITS,
             )  # fmt: skip
         largest, total, offset, acc = _merge(largest, total, offset, acc, largest_s, total_s, offset_s, acc_s)
 
@@ -272,7 +272,7 @@ def merge_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """Merge what `attend_kernel` wrote of each split, in order; arguments as there."""
-    request, token, head, live, visible = _rows(query_start_ptr, seq_lens_ptr, num_requests, G, BLOCK_M)
+    _, token, head, live, visible = _rows(query_start_ptr, seq_lens_ptr, num_requests, G, BLOCK_M)
     last = tl.max(visible, axis=0)
     if last <= 0:
         return

@@ -36,7 +36,7 @@ def _quantize(x, valid, MAX_CODE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["order"])
 def store_kernel(
-    pages_ptr,  # int32 [blocks, K, PAGE_WORDS]
+    pages_ptr,  # int32 [blocks, K, PAGE], blocks at any stride
     slots_ptr,  # int64 [N]
     k_ptr,  # [N, K, C]
     v_ptr,
@@ -44,13 +44,14 @@ def store_kernel(
     order,  # int32, or a pointer to one
     k_stride,  # of tokens
     v_stride,
+    block_stride,  # words
     ORDER_IN_MEMORY: tl.constexpr,
     C: tl.constexpr,
     CP: tl.constexpr,  # C up to a power of two
     STAGES: tl.constexpr,
     B: tl.constexpr,
     BITS: tl.constexpr,
-    PAGE_WORDS: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     D: tl.constexpr = 32 // BITS
     MAX_CODE: tl.constexpr = (1 << BITS) - 1
@@ -63,7 +64,7 @@ def store_kernel(
     if ORDER_IN_MEMORY:
         order = tl.load(order)
     position = (slot % B).to(tl.int32)
-    page_ptr = pages_ptr + (slot // B * tl.num_programs(1) + head) * PAGE_WORDS
+    page_ptr = pages_ptr + slot // B * block_stride + head * PAGE
     half_ptr = page_ptr + CODE_WORDS + B
     dim = tl.arange(0, CP)
     valid = dim < C
