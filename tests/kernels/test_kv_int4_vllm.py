@@ -1,6 +1,7 @@
-"""Ours against vLLM's `int4_per_token_head`, both as Triton kernels in the interpreter, on the same inputs: how far each
-is from attention in float64 over K and V that were never quantized. In a process of its own, because vLLM takes Triton
-only if it is told before the import that a backend is there.
+"""Ours against vLLM's `int4_per_token_head`, both as Triton kernels in the interpreter, on the same inputs.
+
+How far is each from attention in float64 over K and V that were never quantized? In a process of its own, because vLLM
+takes Triton only if it is told before the import that a backend is there.
 
 Ours rotates the whole head, as vLLM does, and takes off the mean of K. Both then have the same error where channels
 stand out, up to the signs that vLLM drew: a draw moves it by some percent. With blocks of 16 ours would be worse there.
