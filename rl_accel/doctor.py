@@ -1,8 +1,9 @@
-"""python -m rl_accel.doctor [--json] [--model PATH] [rl_accel.* setting ...]
+"""python -m rl_accel.doctor [--json] [--model PATH] [--engine NAME=VALUE ...] [rl_accel.* setting ...]
 
 Says whether rl_accel works here: versions, machine, and what is live, proved by importing verl and starting an engine
 in processes of their own. Settings choose what is asked for; the default asks for exact sampling and ngram drafts.
-Exit status 1 if something asked for is not live.
+`--engine` gives arguments of vLLM's engine, such as those of a command of your own. Exit status 1 if something that was
+asked for is not live.
 """
 
 from __future__ import annotations
@@ -31,9 +32,13 @@ from rl_accel.probing import run_probe
 POLICY = Path(__file__).parent / "quickstart" / "policy"
 
 
-def diagnose(accel: AccelConfig, model: str) -> dict[str, Any]:
-    """Return versions, machine, features and a list of checks, each `{"name", "ok", "detail"}`."""
-    of_features = _check_features(accel, model)
+def diagnose(accel: AccelConfig, model: str, engine: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return versions, machine, features and a list of checks, each `{"name", "ok", "detail"}`.
+
+    Args:
+        engine: arguments of vLLM's engine beside those that features ask for.
+    """
+    of_features = _check_features(accel, model, engine or {})
     checks = [_check_versions(), *_check_verl(accel), *(check for found in of_features.values() for check in found)]
     return {
         "versions": versions.report(),
@@ -70,15 +75,20 @@ def _check_verl(accel: AccelConfig) -> list[Check]:
     return [Check(f"verl: {name}", ok) for name, ok in live.items()]
 
 
-def _check_features(accel: AccelConfig, model: str) -> dict[str, list[Check]]:
+def _check_features(accel: AccelConfig, model: str, engine: Mapping[str, Any]) -> dict[str, list[Check]]:
     """Return feature -> checks; under "" what concerns all that act in a rollout engine."""
+    try:
+        for driver in prepare.drivers(accel):
+            driver.check_engine_args(engine, machine.has_gpu())
+    except ConfigError as refused:
+        return {"": [Check("engine arguments", False, str(refused))]}
     probes = [(feature, feature.role("probe")(accel.settings[feature.name])) for feature in accel.enabled()]
     checks = {feature.name: _named(feature, probe.checks()) for feature, probe in probes}
     arguments = [model, json.dumps(prepare.engine_settings(accel))]
     with tempfile.TemporaryDirectory(prefix="rl_accel-") as folder:
         policy = model_files.text_config(model_files.read(model))
         asked = prepare.engine_args(accel, policy, Path(folder))
-        arguments.append(json.dumps({name: value for name, (value, _) in asked.items()}))
+        arguments.append(json.dumps({**engine, **{name: value for name, (value, _) in asked.items()}}))
         found, error = run_probe("rl_accel.hosts.vllm.probe", arguments)
     if found is None:
         return {**checks, "": [Check("vLLM engine", False, error)]}
@@ -110,6 +120,13 @@ def _default_settings() -> list[str]:
     return [f"rl_accel.{name}.{setting}" for name, feature in features().items() for setting in feature.try_out]
 
 
+def _engine_args(given: list[str]) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(given))
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+        raise ConfigError(f"--engine {' '.join(given)} cannot be read: {str(error).splitlines()[0]}") from error
+
+
 def _chosen(settings: list[str]) -> Any:
     """Read `rl_accel.group.name=value` and return the block rl_accel.
 
@@ -132,15 +149,17 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m rl_accel.doctor", description=__doc__.split("\n\n")[1])
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--model", default=str(POLICY), help="policy to start the engine with")
+    parser.add_argument("--engine", action="append", default=[], metavar="NAME=VALUE", help="argument of vLLM's engine")
     parser.add_argument("settings", nargs="*", metavar="rl_accel.*=VALUE", default=_default_settings())
     arguments = parser.parse_args(argv)
     try:
         accel = AccelConfig.from_mapping(_chosen(arguments.settings))
         accel.check()
+        engine = _engine_args(arguments.engine)
     except RLAccelError as error:
         print(f"rl_accel: {error}", file=sys.stderr)
         return 1
-    report = diagnose(accel, arguments.model)
+    report = diagnose(accel, arguments.model, engine)
     if arguments.json:
         print(json.dumps(report, indent=1))
     else:

@@ -31,6 +31,7 @@ BUILT_IN = (
     "rl_accel.sampling.feature:FEATURE",
     "rl_accel.draft.feature:FEATURE",
     "rl_accel.speculator.feature:FEATURE",
+    "rl_accel.kvcache.feature:FEATURE",
     "rl_accel.weight_sync.feature:FEATURE",
     "rl_accel.trace.feature:FEATURE",
     "rl_accel.deepspeed.feature:FEATURE",
@@ -127,6 +128,10 @@ class Driver:
     def check(self, config: Any) -> None:
         """Raise ConfigError for what the configuration tells cannot work. Called for features that are off, too."""
 
+    def check_engine_args(self, args: Mapping[str, Any], on_gpu: bool) -> None:
+        """Raise ConfigError for arguments of vLLM's engine that the user gave and that cannot work here. Called for
+        features that are off, too."""
+
     def check_run(self, config: Any) -> None:
         """The same for files, folders and devices, once the run folder is known."""
 
@@ -181,8 +186,11 @@ class Engine:
     def installed(self, runner: Any) -> None:
         """Called when every feature is set up and sampling has passed its self-test."""
 
+    def loaded(self, runner: Any) -> None:
+        """The model is built and loaded, with first weights or none; its KV cache is not there yet."""
+
     def live(self) -> Any:
-        """Return what came up; false if what was asked for did not."""
+        """Return what came up, asked again when the model is loaded; false if what was asked for did not."""
         return True
 
     def on_bucket(self, weights: list[tuple[str, Any]]) -> None:

@@ -79,11 +79,12 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def set_environment(on_cpu: bool) -> None:
+def set_environment(on_cpu: bool, kv_cache_bytes: int | None = None) -> None:
     """Set what the hosts read from the environment, before they are imported. What the user set stays.
 
     Args:
         on_cpu: the run will use the CPU platform of rl_accel.
+        kv_cache_bytes: vLLM's `kv_cache_memory_bytes`, which its environment variable would overrule.
     """
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -95,7 +96,7 @@ def set_environment(on_cpu: bool) -> None:
     if on_cpu:
         defaults |= {
             "VERL_PLATFORM": "cpu",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
+            **({} if kv_cache_bytes else {"VLLM_CPU_KVCACHE_SPACE": "1"}),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM's CPU platform turns the executor `uni` back without it
             "OMP_NUM_THREADS": str(os.cpu_count() or 1),
         }

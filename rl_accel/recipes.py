@@ -3,7 +3,8 @@
 `recipe=NAME` picks the file of the folder `recipes/NAME` that fits the machine, `recipe=NAME/SIZE` a file by name
 (`cpu`, `gpu1`, `gpu8`, `nodes`), `recipe=PATH.yaml` a recipe of the user's own, which may build on the shipped ones.
 `trainer=NAME` puts the training engine of `recipes/trainers/NAME` on top of any recipe, `trainer=PATH.yaml` one of the
-user's own.
+user's own. `recipe=NAME+OVERLAY` puts a file of `recipes/overlays` on top, which switches a feature on and sets what
+belongs to it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rl_accel.errors import ConfigError, VersionError
 
 ROOT_CONFIG = "rl_accel_run"
-"""Name under which Hydra is handed the list of recipe and trainer."""
+"""Name under which Hydra is handed the list of recipe, overlays and trainer."""
+OVERLAYS = "overlays"
 
 
 def recipes_dir() -> Path:
@@ -42,7 +44,13 @@ def verl_config_dir() -> Path:
 def names() -> list[str]:
     """Names for `recipe=`, with sizes."""
     root = recipes_dir()
-    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.glob("*/*.yaml") if path.stem != "base")
+    files = [path for path in root.glob("*/*.yaml") if path.stem != "base" and path.parent.name != OVERLAYS]
+    return sorted(str(path.relative_to(root).with_suffix("")) for path in files)
+
+
+def overlay_names() -> list[str]:
+    """Names that may follow the recipe's, each after a `+`."""
+    return sorted(path.stem for path in (recipes_dir() / OVERLAYS).glob("*.yaml"))
 
 
 def resolve(recipe: str, has_gpu: bool) -> tuple[Path, str]:
@@ -95,6 +103,23 @@ def resolve_trainer(trainer: str, on_cpu: bool) -> tuple[Path, str]:
     return recipes_dir(), f"trainers/{trainer}/{'cpu' if on_cpu else 'gpu'}"
 
 
+def split_overlays(recipe: str) -> tuple[str, list[str]]:
+    """Return the recipe and the names of its overlays.
+
+    Raises:
+        ConfigError: for an unknown overlay; names the nearest one.
+    """
+    if Path(recipe).expanduser().is_file():
+        return recipe, []
+    recipe, *overlays = recipe.split("+")
+    for overlay in overlays:
+        if overlay not in overlay_names():
+            near = difflib.get_close_matches(overlay, overlay_names(), n=1, cutoff=0.4)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"recipe={recipe}+{overlay}: no such overlay.{hint} Known: {', '.join(overlay_names())}")
+    return recipe, overlays
+
+
 def compose(recipe: str, overrides: list[str], has_gpu: bool) -> DictConfig:
     """Compose a configuration.
 
@@ -109,8 +134,9 @@ def compose(recipe: str, overrides: list[str], has_gpu: bool) -> DictConfig:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    recipe, overlays = split_overlays(recipe)
     folder, name = resolve(recipe, has_gpu)
-    folders, parts = [verl_config_dir(), recipes_dir()], [f"/{name}"]
+    folders, parts = [verl_config_dir(), recipes_dir()], [f"/{name}", *(f"/{OVERLAYS}/{part}" for part in overlays)]
     trainers = [text.partition("=")[2] for text in overrides if text.startswith("trainer=")]
     overrides = [text for text in overrides if not text.startswith("trainer=")]
     for trainer in trainers[-1:]:

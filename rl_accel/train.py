@@ -1,4 +1,4 @@
-"""python -m rl_accel.train recipe=gsm8k_grpo [trainer=deepspeed] [any verl override] [rl_accel.* override]
+"""python -m rl_accel.train recipe=gsm8k_grpo[+kvcache] [trainer=deepspeed] [any verl override] [rl_accel.* override]
 
 Composes the recipe on top of verl's own configuration, checks it, says what is on, and hands it to verl's `main_ppo`.
 From there on verl runs; rl_accel is in it through the hooks of `hosts/verl/plugin.py`.
@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__.splitlines()[0]}\n\nrecipes: {', '.join(recipes.names())}")
+        print(f"overlays: {', '.join(recipes.overlay_names())}")
         print(f"trainers: {', '.join(recipes.trainer_names())}")
         print(f"settings of rl_accel and their defaults (recipes set some):\n{flags.page()}" if argv else "")
         return 0 if argv else 2
@@ -56,7 +57,8 @@ def train(overrides: list[str]) -> int:
     config = recipes.compose(recipe, overrides, gpu)
     accel = prepare.preflight(config)
     drivers = prepare.drivers(accel)
-    machine.set_environment(on_cpu=config.trainer.device == "cpu")
+    engine = config.actor_rollout_ref.rollout.engine_kwargs.vllm
+    machine.set_environment(config.trainer.device == "cpu", engine.get("kv_cache_memory_bytes"))
     folder = RunFolder(accel.run_dir or default_path(recipe))
     folder.open(resume=config.trainer.resume_mode != "disable" and bool(accel.run_dir))
     try:

@@ -38,6 +38,8 @@ MAX_QUERY = 127 * 128
 """Largest integer of a rounded query: 128 * high + low, high within an int8 and low within -64 .. 63."""
 MAX_WEIGHT = 32767
 """Largest integer of a rounded weight, an int16."""
+TINY = 1e-30
+"""A query or the weights of a tile whose largest magnitude is below count as 0: their reciprocals could overflow."""
 
 # exp by 2^n * polynomial, float32, one rounding an operation; n * ln 2 is taken off in two steps.
 LOG2E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4
@@ -67,7 +69,7 @@ def quantize(x: torch.Tensor, max_code: int) -> tuple[torch.Tensor, torch.Tensor
     Returns:
         Codes uint8 [..., C], scales and offsets float16 [...].
     """
-    low, high = x.amin(-1), x.amax(-1)
+    low, high = x.amin(-1) + 0.0, x.amax(-1) + 0.0  # which zero is the smallest is left open: no negative ones
     offset, scale = low.half(), ((high - low) / max_code).half()
     bad = ~(torch.isfinite(x).all(-1) & torch.isfinite(offset) & torch.isfinite(scale))
     divisor = scale.float().masked_fill(bad | (scale == 0), 1.0)
@@ -206,9 +208,9 @@ def attend_batch(
 def round_query(query_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a query as integers, int64 [C], and what one of them stands for, float32."""
     largest = query_C.abs().amax()
-    if largest == 0:
+    if largest < TINY:
         return torch.zeros_like(query_C, dtype=torch.int64), torch.zeros(())
-    integers = torch.round(query_C * (MAX_QUERY / largest)).nan_to_num(0.0)
+    integers = torch.round(query_C * (largest.reciprocal() * MAX_QUERY)).nan_to_num(0.0)
     return integers.long(), largest * torch.tensor(1.0 / MAX_QUERY)
 
 
@@ -236,12 +238,12 @@ def _attend_split(q_C: torch.Tensor, q_sum: torch.Tensor, unit: torch.Tensor, k:
         p_T = exp_neg(scores_T - new)
         weights_T = p_T * v[1][tile]
         w_max = weights_T.amax()
-        if w_max > 0:
-            integers_T = torch.round(weights_T * (MAX_WEIGHT / w_max))
+        if w_max >= TINY:
+            integers_T = torch.round(weights_T * (w_max.reciprocal() * MAX_WEIGHT))
             sums_C = (integers_T.long()[:, None] * v[0][tile].long()).sum(0).float()
             added_C = sums_C * (w_max * torch.tensor(1.0 / MAX_WEIGHT))
         else:
-            added_C = w_max.expand_as(acc_C)  # 0, or NaN
+            added_C = (w_max * 0.0).expand_as(acc_C)  # 0, or NaN
         acc_C = acc_C * keep + added_C
         offset = offset * keep + _lane_sum(p_T * v[2][tile])
         total = total * keep + _lane_sum(p_T)

@@ -58,7 +58,9 @@ def check_settings(config: DictConfig, drivers: Sequence[Driver]) -> None:
         _check_groups(config)
         ranges.check(config, recipes.verl_config_dir())
         _check_hosts(config)
+        engine = OmegaConf.select(config, "actor_rollout_ref.rollout.engine_kwargs.vllm") or {}
         for driver in drivers:
+            driver.check_engine_args(engine, on_gpu=config.trainer.device != "cpu")
             driver.check(config)
         _check_algorithm(config)
         _check_engines(config)

@@ -53,6 +53,20 @@ METRICS = (
     ),
     Metric("rl_accel/rollout/logprob_abs_diff_max", "nat", "max", "the same"),
     Metric(
+        "rl_accel/rollout/mismatch_kl",
+        "nat",
+        "mean",
+        "over tokens: KL of the trainer's policy from the one that the engine samples from, by exp(d) - 1 - d, d the "
+        "trainer's log-prob less the engine's",
+    ),
+    Metric(
+        "rl_accel/rollout/changed_share",
+        "1",
+        "mean",
+        "share of tokens that a rejection test against the trainer's policy would change (total variation), by "
+        "max(0, 1 - exp(d))",
+    ),
+    Metric(
         "rl_accel/rollout/malformed_identities",
         "requests",
         "sum",
@@ -93,9 +107,11 @@ def rollout_metrics(rollouts, spec_counts: Mapping[str, int]) -> dict[str, float
     metrics["rl_accel/rollout/malformed_identities"] = float(spec_counts.get(faults.MALFORMED, 0))
     if "rollout_log_probs" in rollouts and "old_log_probs" in rollouts:
         mask = rollouts["response_mask"].values().bool()
-        difference = (rollouts["rollout_log_probs"].values() - rollouts["old_log_probs"].values()).abs()[mask]
-        metrics["rl_accel/rollout/logprob_abs_diff_mean"] = float(difference.mean())
-        metrics["rl_accel/rollout/logprob_abs_diff_max"] = float(difference.max())
+        gain = (rollouts["old_log_probs"].values() - rollouts["rollout_log_probs"].values())[mask].double()
+        metrics["rl_accel/rollout/logprob_abs_diff_mean"] = float(gain.abs().mean())
+        metrics["rl_accel/rollout/logprob_abs_diff_max"] = float(gain.abs().max())
+        metrics["rl_accel/rollout/mismatch_kl"] = float((gain.expm1() - gain).mean())
+        metrics["rl_accel/rollout/changed_share"] = float((-gain.expm1()).clamp(min=0.0).mean())
     return metrics
 
 

@@ -128,6 +128,8 @@ def prepare(config: DictConfig) -> AccelConfig | None:
     if block is None:
         for driver in drivers(AccelConfig()):
             if driver.always:
+                engine = OmegaConf.select(config, "actor_rollout_ref.rollout.engine_kwargs.vllm") or {}
+                driver.check_engine_args(engine, on_gpu=config.trainer.get("device") != "cpu")
                 driver.check(config)
                 driver.prepare(config)
         return None

@@ -91,8 +91,19 @@ def install(runner: Any, config: Mapping[str, Any], model_runner: str = "V1") ->
         runner.rl_accel_spec_stats = spec_stats.install(runner)
     for role in runner.rl_accel.values():
         role.installed(runner)
-    live["features"] = {name: role.live() for name, role in runner.rl_accel.items()}
     runner.rl_accel_live = live
+
+
+def loaded(runner: Any) -> None:
+    """Let features look at the loaded model, and write down what is live.
+
+    Raises:
+        NotLiveError: if what was asked for is not in force.
+    """
+    live = runner.rl_accel_live
+    for role in runner.rl_accel.values():
+        role.loaded(runner)
+    live["features"] = {name: role.live() for name, role in runner.rl_accel.items()}
     logger.info("rl_accel on %s: %s", type(runner).__name__, live)
 
 
@@ -146,8 +157,11 @@ def _install_then_load(model_runner: str) -> Callable[..., Any]:
         config = settings(runner.vllm_config)
         if config is None and _implied(runner.vllm_config):
             config = {}  # `vllm serve --speculative-config`: a drafter of ours without any other setting
-        if config is not None and not hasattr(runner, "rl_accel_live"):
-            install(runner, config, model_runner)
-        return load_model(*args, **kwargs)
+        if config is None or hasattr(runner, "rl_accel_live"):
+            return load_model(*args, **kwargs)
+        install(runner, config, model_runner)
+        result = load_model(*args, **kwargs)
+        loaded(runner)
+        return result
 
     return wrapper

@@ -48,6 +48,31 @@ def values(difference, correlation):
     }
 
 
+def test_mismatch_is_the_divergence_of_two_policies():
+    """Both estimates are unbiased under tokens of the engine: against KL and total variation of known policies."""
+    engine, trainer = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.5, 0.3, 0.2])
+    tokens = torch.repeat_interleave(torch.arange(3), torch.tensor([600, 300, 100]))
+    masked = torch.cat([torch.ones(1000), torch.zeros(5)])
+    rollouts = TensorDict(
+        {
+            "responses": torch.nested.as_nested_tensor([torch.zeros(1005, dtype=torch.long)], layout=torch.jagged),
+            "response_mask": torch.nested.as_nested_tensor([masked], layout=torch.jagged),
+            **{
+                name: torch.nested.as_nested_tensor(
+                    [torch.cat([probs.log()[tokens], torch.full((5,), -99.0 * i)])], layout=torch.jagged
+                )
+                for i, (name, probs) in enumerate((("rollout_log_probs", engine), ("old_log_probs", trainer)))
+            },
+            "metrics": NonTensorStack({}),
+        },
+        batch_size=[1],
+    )
+    metrics = rollout_metrics(rollouts, {})
+    assert metrics["rl_accel/rollout/mismatch_kl"] == pytest.approx(float((engine * (engine / trainer).log()).sum()))
+    assert metrics["rl_accel/rollout/changed_share"] == pytest.approx(0.1)
+    assert metrics["rl_accel/rollout/logprob_abs_diff_max"] == pytest.approx(math.log(2.0))
+
+
 @pytest.mark.parametrize(("difference", "correlation"), [(math.nan, 1.0), (0.5, 0.1), (0.5, math.nan)])
 def test_the_wrong_policy_stops_the_run(difference, correlation):
     with pytest.raises(MismatchError, match="step 3"):

@@ -1,0 +1,1 @@
+"""INT4 paged KV cache with block-diagonal Hadamard rotation."""

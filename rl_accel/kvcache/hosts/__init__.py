@@ -1,0 +1,1 @@
+"""The INT4 KV cache in vLLM and verl."""

@@ -1,0 +1,127 @@
+"""What an attention layer with quantized pages does, whatever backend of vLLM it stands in.
+
+Keys and values are stored first and everything is read back from pages, the step's own tokens too, by one kernel for
+all query lengths: a page is a function of the text alone. Layers named in vLLM's `kv_cache_dtype_skip_layers` hold 8
+bits, all others 4.
+
+Host symbols: `AttentionImpl.__init__`'s arguments (v1/attention/backend.py); `Attention` and its `impl`,
+`attn_backend` (model_executor/layers/attention/attention.py).
+
+Shape suffixes: N tokens, H query heads, K KV heads, C head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from rl_accel.errors import NotLiveError
+from rl_accel.kernels.kv_int4 import api
+from rl_accel.kernels.kv_int4.layout import LANES, PageLayout
+from rl_accel.kernels.kv_int4.reference import rotate
+
+START_ORDER = 16
+"""Of the rotation of K until the policy's weights have been measured."""
+
+
+def token_bytes(head_size: int, bits: int) -> int:
+    """Return the bytes of K and V of a token of one head."""
+    return PageLayout(LANES, head_size, bits).token_bytes
+
+
+class QuantizedPages:
+    """Mixed into an `AttentionImpl`: reads and writes the pages of one layer."""
+
+    def set_up_pages(self, num_kv_heads: int, head_size: int, scale: float, bits: int, settings: Any) -> None:
+        """
+        Raises:
+            NotLiveError: for a head size that pages cannot hold.
+        """
+        if head_size % LANES:
+            raise NotLiveError(f"rl_accel.kvcache needs a head size that is a multiple of {LANES}; got {head_size}")
+        self.bits, self.rotate_v = bits, settings.rotate_v
+        self.order = 1 if head_size % START_ORDER else START_ORDER
+        if settings.order:
+            api.check_order(settings.order, head_size)
+            self.order = settings.order
+        self.shift_KC: torch.Tensor | None = None
+        self.measured_k: list[torch.Tensor] | None = None
+        """Where K of a forward without metadata goes, while it is measured."""
+        self._scale, self.head_size, self._num_kv_heads = scale, head_size, num_kv_heads
+        self._pages: tuple[int, torch.Tensor, PageLayout] | None = None
+
+    def set_rotation(self, order: int, shift_KC: torch.Tensor | None) -> None:
+        """What K is stored with from now on; pages that hold K already must be given up."""
+        self.order, self.shift_KC = order, shift_KC
+
+    def pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, PageLayout]:
+        """Return a layer's cache, uint8 [blocks, K, block size, bytes of a token], as pages, and what is in them."""
+        if self._pages is None or self._pages[0] != kv_cache.data_ptr():
+            num_blocks, num_heads, block_size, _ = kv_cache.shape
+            layout = PageLayout(block_size, self.head_size, self.bits)
+            self._pages = kv_cache.data_ptr(), kv_cache.view(num_blocks, num_heads, -1), layout
+        return self._pages[1:]
+
+    def store_pages(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+        """Write K and V, [N, K, C], to their slots."""
+        pages, layout = self.pages(kv_cache)
+        key, value = key[: len(slots)], value[: len(slots)]
+        if self.rotate_v:
+            value = rotate(value, self.order).to(value.dtype)
+        api.store(pages, layout, slots, key, value, self.order, self.shift_KC)
+
+    def attend_pages(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any, output: torch.Tensor) -> None:
+        """Write causal attention of the queries [N, H, C] over everything in the pages to `output` [N, H, C]."""
+        pages, layout = self.pages(kv_cache)
+        num_tokens = metadata.num_actual_tokens
+        query, output = query[:num_tokens], output[:num_tokens]
+        api.attend(
+            query,
+            pages,
+            layout,
+            metadata.block_table,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            self._scale,
+            self.order,
+            out=output,
+        )
+        if self.rotate_v:
+            output.copy_(rotate(output, self.order))
+
+    def measure(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> None:
+        """Keep K of one text, and write exact attention over it."""
+        assert self.measured_k is not None
+        self.measured_k.append(key.detach().float().clone())
+        q, k, v = [x.transpose(0, 1)[None] for x in (query, key, value)]
+        found = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self._scale, enable_gqa=True
+        )
+        output.copy_(found[0].transpose(0, 1))
+
+
+def refuse(
+    head_size: int, alibi_slopes: Any, sliding_window: Any, logits_soft_cap: Any, attn_type: str, sinks: Any,
+    kv_sharing_target_layer_name: Any,
+) -> None:  # fmt: skip
+    """Raise NotLiveError, by name, for attention that quantized pages do not serve."""
+    for present, what in (
+        (alibi_slopes is not None, "ALiBi"),
+        (sliding_window not in (None, -1), "sliding windows"),
+        (bool(logits_soft_cap), "soft-capped attention scores"),
+        (sinks is not None, "attention sinks"),
+        (attn_type != "decoder", f"{attn_type} attention, which is not causal"),
+        (kv_sharing_target_layer_name is not None, "layers that share K and V"),
+        (head_size % LANES != 0, f"a head size of {head_size}, which is no multiple of {LANES}"),
+    ):
+        if present:
+            raise NotLiveError(f"rl_accel.kvcache does not cover {what}, which this policy has; set enable=false")
+
+
+def attention_layers(vllm_config: Any) -> Iterator[tuple[str, Any]]:
+    """Every attention layer with a KV cache that has been built for this engine, drafters' included, by name."""
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if hasattr(layer, "impl") and hasattr(layer, "get_attn_backend"):
+            yield name, layer
