@@ -29,6 +29,8 @@ DECODE_M, PREFILL_M = 16, 64
 """Rows of a program: the smallest MMA tile, and one that uses a page for more rows."""
 ENOUGH_PROGRAMS = 264
 """Two for each multiprocessor of an H100 or H200. Fewer are multiplied by the splits."""
+MAX_WORKSPACE = 1 << 24
+"""float32, 64 MiB."""
 
 
 def store(
@@ -71,17 +73,21 @@ def store(
         )
 
 
-def num_splits(num_tokens: int, num_requests: int, num_heads: int, num_kv_heads: int, max_seq_len: int) -> int:
+def num_splits(
+    num_tokens: int, num_requests: int, num_heads: int, num_kv_heads: int, head_size: int, max_seq_len: int
+) -> int:
     """Return over how many programs the splits of a request are spread; 1: a program goes through all of them."""
     programs = _num_blocks(num_tokens, num_requests, num_heads // num_kv_heads) * num_kv_heads
-    return 1 if programs >= ENOUGH_PROGRAMS else max(1, triton.cdiv(max_seq_len, SPLIT))
+    splits = triton.cdiv(max_seq_len, SPLIT)
+    too_large = splits * num_tokens * num_heads * (head_size + 3) > MAX_WORKSPACE
+    return 1 if programs >= ENOUGH_PROGRAMS or too_large or not splits else splits
 
 
 def workspace_numel(
     num_tokens: int, num_requests: int, num_heads: int, num_kv_heads: int, head_size: int, max_seq_len: int
 ) -> int:
     """Return how many float32 `attend_batch` needs as a workspace, 0 if none."""
-    splits = num_splits(num_tokens, num_requests, num_heads, num_kv_heads, max_seq_len)
+    splits = num_splits(num_tokens, num_requests, num_heads, num_kv_heads, head_size, max_seq_len)
     return splits * num_tokens * num_heads * (head_size + 3) if splits > 1 else 0
 
 
@@ -114,7 +120,7 @@ def attend_batch(
         return
     groups = num_heads // num_kv_heads
     max_seq_len = block_table_SM.shape[1] * layout.block_size if max_seq_len is None else max_seq_len
-    splits = num_splits(num_tokens, num_requests, num_heads, num_kv_heads, max_seq_len)
+    splits = num_splits(num_tokens, num_requests, num_heads, num_kv_heads, layout.head_size, max_seq_len)
     needed = workspace_numel(num_tokens, num_requests, num_heads, num_kv_heads, layout.head_size, max_seq_len)
     if workspace is None and needed:
         workspace = torch.empty(needed, dtype=torch.float32, device=pages.device)

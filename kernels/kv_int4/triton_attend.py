@@ -23,6 +23,7 @@ from rl_accel.kernels.kv_int4.triton_math import decay, exp_neg, lane_sum, large
 
 TILE = tl.constexpr(128)
 SPLIT = tl.constexpr(512)
+TINY = tl.constexpr(1e-30)
 
 
 @triton.jit
@@ -59,13 +60,13 @@ def _rows(query_start_ptr, seq_lens_ptr, num_requests, G: tl.constexpr, BLOCK_M:
 @triton.jit
 def _round_query(x):  # float32 [M, C]
     """Return integers int32 [M, C] and what one stands for, float32 [M]."""
-    bits = largest_magnitude(x, 1)
-    largest = bits.to(tl.float32, bitcast=True)
-    inverse = tl.div_rn(1.0, tl.where(bits == 0, 1.0, largest)) * 16256.0
+    largest = largest_magnitude(x, 1).to(tl.float32, bitcast=True)
+    tiny = largest < TINY
+    inverse = tl.where(tiny, 0.0, tl.div_rn(1.0, tl.where(tiny, 1.0, largest)) * 16256.0)
     scaled = x * inverse[:, None]
     finite = scaled == scaled
     integers = round_even(tl.minimum(tl.maximum(tl.where(finite, scaled, 0.0), -16256.0), 16256.0))
-    return integers, largest * (1.0 / 16256.0)
+    return integers, tl.where(tiny, 0.0, largest * (1.0 / 16256.0))
 
 
 @triton.jit
@@ -145,9 +146,7 @@ def _attend_tile(
     v_scale, v_offset = _load_scales(pages_ptr + (2 * CODE_WORDS + B), page, group, live, B)
     weights = tl.where(seen, p * v_scale[None, :], 0.0)
     w_max = tl.max(weights, axis=1)
-    heavy = (
-        w_max >= 7.888609052210118e-31
-    )  # 2^-100; lighter ones weigh nothing beside the largest, and 1 / w_max may be inf
+    heavy = w_max >= TINY
     inverse = tl.div_rn(1.0, tl.where(heavy, w_max, 1.0)) * 32767.0
     integers = round_even(tl.where(weights == weights, weights, 0.0) * inverse[:, None])
     page, group, live = _pages(table_ptr, block_stride, start, last, TILE // D, D, B)

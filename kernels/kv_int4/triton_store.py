@@ -23,7 +23,7 @@ def _quantize(x, valid, MAX_CODE: tl.constexpr):
     """Return codes int32 [C], and scale and offset as bits of float16, of float32 [C] where `valid`."""
     low, high = tl.min(tl.where(valid, x, float("inf")), axis=0), tl.max(tl.where(valid, x, float("-inf")), axis=0)
     finite = largest_magnitude(tl.where(valid, x, 0.0), 0) < 0x7F800000
-    low, high = tl.where(finite, low, 0.0), tl.where(finite, high, 0.0)
+    low, high = tl.where(finite, low, 0.0) + 0.0, tl.where(finite, high, 0.0) + 0.0  # no negative zeros
     offset, scale = low.to(tl.float16), tl.div_rn(high - low, MAX_CODE * 1.0).to(tl.float16)
     offset_bits, scale_bits = offset.to(tl.int16, bitcast=True), scale.to(tl.int16, bitcast=True)
     finite = finite & ((offset_bits & 0x7C00) != 0x7C00) & ((scale_bits & 0x7C00) != 0x7C00)
