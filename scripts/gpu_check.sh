@@ -11,7 +11,7 @@ result=docs/results/gpu-$name-$(date +%Y-%m-%d).json
 parts=$(mktemp -d)
 trap 'rm -rf "$parts"' EXIT
 
-python -m pytest tests/kernels tests/sampling
+python -m pytest tests/kernels tests/sampling tests/kvcache
 for op in gumbel_argmax codec suffix propose_overlap; do
   bench=scripts/bench_$op.py
   python "$bench" --json "$parts/$(basename "$bench" .py).json"
