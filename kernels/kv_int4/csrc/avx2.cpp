@@ -163,6 +163,8 @@ struct Avx2 {
       const __m256i pair = _mm256_set1_epi32(pairs[row * kRowStep]);
       acc[row].at[0] = _mm256_add_epi32(acc[row].at[0], _mm256_madd_epi16(first, pair));
       acc[row].at[1] = _mm256_add_epi32(acc[row].at[1], _mm256_madd_epi16(second, pair));
+      // Compilers reorder sums of integers into trees, whose leaves do not fit the registers.
+      __asm__("" : "+x"(acc[row].at[0]), "+x"(acc[row].at[1]));
     }
   }
   // acc[row] += products of `count` words of 16 lanes with the pairs of the row, kStep apart.
