@@ -12,6 +12,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # of two ranks on one node
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 
 import torch
@@ -20,14 +21,13 @@ from vllm import LLM, SamplingParams
 NUM_REQUESTS, MAX_TOKENS = 24, 40
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 OURS = {"kv_cache_dtype": "int4_per_token_head", "kv_cache_dtype_skip_layers": ["0"]}
+DAS = {"model": "rl_accel.draft.hosts.proposer.DASProposer", "num_speculative_tokens": 8}
 ENGINES: dict[str, dict] = {
-    "ngram": {"speculative_config": NGRAM},
-    "chunks": {"max_num_batched_tokens": 16, "max_num_seqs": 8},
-    "uncached": {"enable_prefix_caching": False},
+    "das": {"speculative_config": DAS},
+    "chunks": {"max_num_batched_tokens": 16, "max_num_seqs": 8, "enable_prefix_caching": False, "block_size": 64},
     "preempt": {"num_gpu_blocks_override": 40},
     "bf16": {"dtype": "bfloat16"},
     "bf16_ngram": {"dtype": "bfloat16", "speculative_config": NGRAM},
-    "blocks16": {"block_size": 64},
     "tp2": {"tensor_parallel_size": 2},
 }
 """Mode -> arguments of the engine that differ."""
@@ -133,13 +133,14 @@ def run_engine(model: str, mode: str) -> dict:
 
     from rl_accel.errors import RLAccelError
 
-    torch.set_num_threads(1 if mode == "one_thread" else 2)
+    torch.set_num_threads(1 if mode == "preempt" else 2)
     try:
         llm = engine(model, mode)
     except (RLAccelError, RuntimeError) as error:
         cleanup_dist_env_and_memory()
         return {"refused": str(error)}
-    result = {"state": llm.collective_rpc(_state)[0]}
+    states = llm.collective_rpc(_state)
+    result = {"state": states[0], "states": states}
     if "wide" not in mode:
         result |= generate(llm)
         result["after"] = llm.collective_rpc(_state)[0]

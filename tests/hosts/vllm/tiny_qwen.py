@@ -10,11 +10,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 VOCAB_SIZE = 300
 
 
-def build_model(folder: Path, seed: int = 0, head_dim: int = 32, outlier: float = 1.0) -> None:
+def build_model(folder: Path, seed: int = 0, head_dim: int = 32, outlier: float = 0.0) -> None:
     """Write the model to a folder; its cold samples repeat themselves, so that drafts are accepted.
 
     Args:
-        outlier: factor of a pair of K's dims that RoPE turns together, in all heads of the last layer.
+        outlier: added to a dim of K that RoPE hardly turns, in all heads of the last layer.
     """
     torch.manual_seed(seed)
     config = Qwen2Config(
@@ -33,6 +33,5 @@ def build_model(folder: Path, seed: int = 0, head_dim: int = 32, outlier: float 
     model = Qwen2ForCausalLM(config).to(torch.float32)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data *= 0.02
-    for row in (3, 3 + head_dim // 2) if outlier != 1.0 else ():
-        layer.self_attn.k_proj.weight.data[row::head_dim] *= outlier
+    model.model.layers[-1].self_attn.k_proj.bias.data[12::head_dim] += outlier
     model.save_pretrained(folder)
