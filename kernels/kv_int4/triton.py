@@ -129,6 +129,7 @@ def attend_batch(
     parts = workspace if needed else None
     block_m = _block_m(num_tokens, num_requests, groups)
     grid = (_num_blocks(num_tokens, num_requests, groups), num_kv_heads)
+    split_grid = (*grid, splits)
     shared = {
         "K": num_kv_heads,
         "G": groups,
@@ -139,7 +140,7 @@ def attend_batch(
         "enable_fp_fusion": False,
     }
     with _device(pages):
-        attend_kernel[(*grid, splits)](
+        attend_kernel[split_grid](
             out,
             parts,
             query_NHC,

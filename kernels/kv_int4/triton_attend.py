@@ -209,9 +209,8 @@ def attend_kernel(
     request, token, head, live, visible = _rows(query_start_ptr, seq_lens_ptr, num_requests, G, BLOCK_M)
     kv_head = tl.program_id(1)
     last = tl.max(visible, axis=0)
-    first_split, end_split = 0, tl.cdiv(last, SPLIT)
+    first_split, end_split = tl.program_id(2), tl.cdiv(last, SPLIT)
     if parts_ptr is not None:
-        first_split = tl.program_id(2)
         end_split = tl.minimum(end_split, first_split + 1)
     if first_split >= end_split:
         return
