@@ -25,8 +25,8 @@ from rl_accel.kernels.kv_int4.reference import SPLIT
 from rl_accel.kernels.kv_int4.triton_attend import attend_kernel, merge_kernel
 from rl_accel.kernels.kv_int4.triton_store import store_kernel
 
-DECODE_M, PREFILL_M = 16, 64
-"""Rows of a program: the smallest MMA tile, and one that uses a page for more rows."""
+DECODE_M, PREFILL_M = 8, 32
+"""Rows of a program: the fewest that an MMA takes as its columns, and the most whose state stays in registers."""
 ENOUGH_PROGRAMS = 264
 """Two for each multiprocessor of an H100 or H200. Fewer are multiplied by the splits."""
 MAX_WORKSPACE = 1 << 24
@@ -129,17 +129,18 @@ def attend_batch(
     parts = workspace if needed else None
     block_m = _block_m(num_tokens, num_requests, groups)
     grid = (_num_blocks(num_tokens, num_requests, groups), num_kv_heads)
+    split_grid = (*grid, splits)
     shared = {
         "K": num_kv_heads,
         "G": groups,
         "C": layout.head_size,
         "CP": max(32, triton.next_power_of_2(layout.head_size)),  # an MMA of int8 has an inner dimension of 32
         "BLOCK_M": block_m,
-        "num_warps": 4 if block_m <= DECODE_M else 8,
+        "num_warps": 4 if block_m < PREFILL_M else 8,
         "enable_fp_fusion": False,
     }
     with _device(pages):
-        attend_kernel[(*grid, splits)](
+        attend_kernel[split_grid](
             out,
             parts,
             query_NHC,

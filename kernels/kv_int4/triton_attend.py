@@ -2,7 +2,9 @@
 
 A program holds BLOCK_M rows, all query heads of a KV head for BLOCK_Q tokens of a request, and goes through one split
 of 512 tokens, or through all of them in order; the first way needs `merge_kernel`, which merges splits in the same
-order, so both give the same bits. It rotates and rounds the queries itself.
+order, so both give the same bits. It rotates and rounds the queries itself. Tokens and dims are the rows of the MMA and
+queries its columns, of which 8 are enough: a decoding step has few, and what is computed of a score costs more than the
+bytes.
 
 Products are exact whatever the tile, so a row's bits do not depend on what shares it: K's codes and the two factors of
 a query as int8 with sums in int32; V's codes and the two bytes of a weight as float16 with sums in float32 that stay
@@ -11,7 +13,7 @@ whole numbers below 2^23 (128 tokens * 255 * 255). Sums of floats have their ord
 Cost: C + 8 bytes a token and KV head with 4 bits, once per program that sees it; 16 tokens or dims of a word are 64
 bytes in a row, and those of all words of 16 tokens of K one run of 8 C bytes: loads of 16 bytes a thread.
 
-Shapes: M rows, T tokens of a tile (128), C dims up to a power of two, D codes of a word.
+Shapes: M rows, T tokens of a tile (128), C dims up to a power of two, D codes of a word. Scores are [T, M].
 """
 
 from __future__ import annotations
@@ -99,13 +101,13 @@ def _load_k(pages_ptr, page, group, live, C: tl.constexpr, CP: tl.constexpr, BIT
 
 @triton.jit
 def _load_v(codes_ptr, page, group, live, C: tl.constexpr, CP: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr):
-    """Codes of V, float16 [T, C]."""
+    """Codes of V, float16 [C, T]."""
     D: tl.constexpr = 32 // BITS
     dims = tl.arange(0, CP // 16)[:, None, None]
     first = page + group * 16
     offsets = first[None, :, None] + (dims * (B // D * 16) + tl.arange(0, 16)[None, None, :])
     words = tl.load(codes_ptr + offsets, mask=live[None, :, None] & (dims < C // 16), other=0)
-    codes = tl.reshape(tl.permute(_unpack(words, BITS), (1, 3, 0, 2)), (TILE, CP))
+    codes = tl.reshape(tl.permute(_unpack(words, BITS), (0, 2, 1, 3)), (CP, TILE))
     # 1024 + code by its bits, exact; a conversion of integers would take four times as long.
     return (codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1024.0
 
@@ -125,37 +127,37 @@ def _attend_tile(
     start, last, C: tl.constexpr, CP: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Add the tokens from `start` to the state of the rows: largest score, sums of weights, of weights times offsets
-    ([M] each) and of weights times codes [M, C]."""
+    ([M] each) and of weights times codes [C, M]."""
     CODE_WORDS: tl.constexpr = B * C * BITS // 32
     D: tl.constexpr = 32 // BITS
     page, group, live = _pages(table_ptr, block_stride, start, last, TILE // 16, 16, B)
-    codes = tl.trans(_load_k(pages_ptr, page, group, live, C, CP, BITS))
-    dots = (tl.dot(query_high, codes) << 7) + tl.dot(query_low, codes)
+    codes = _load_k(pages_ptr, page, group, live, C, CP, BITS)
+    dots = (tl.dot(codes, query_high) << 7) + tl.dot(codes, query_low)
     if BITS == 8:
-        dots += (query_sum << 7)[:, None]
+        dots += (query_sum << 7)[None, :]
     k_scale, k_offset = _load_scales(pages_ptr + CODE_WORDS, page, group, live, B)
-    scores = (k_scale[None, :] * dots.to(tl.float32) + k_offset[None, :] * query_sum.to(tl.float32)[:, None]) * unit
+    scores = (k_scale[:, None] * dots.to(tl.float32) + k_offset[:, None] * query_sum.to(tl.float32)[None, :]) * unit
     # What a row does not see may be anything, NaN too, so it is replaced and not multiplied by 0.
-    seen = (start + tl.arange(0, TILE))[None, :] < visible[:, None]
+    seen = (start + tl.arange(0, TILE))[:, None] < visible[None, :]
     scores = tl.where(seen, scores, float("-inf"))
-    new = tl.maximum(largest, tl.max(scores, axis=1))
+    new = tl.maximum(largest, tl.max(scores, axis=0))
     top = tl.where(new == float("-inf"), 0.0, new)  # no token of this split so far
     keep = decay(largest, top)
-    p = exp_neg(scores - top[:, None])
+    p = exp_neg(scores - top[None, :])
 
     v_scale, v_offset = _load_scales(pages_ptr + (2 * CODE_WORDS + B), page, group, live, B)
-    weights = tl.where(seen, p * v_scale[None, :], 0.0)
-    w_max = tl.max(weights, axis=1)
+    weights = tl.where(seen, p * v_scale[:, None], 0.0)
+    w_max = tl.max(weights, axis=0)
     heavy = w_max >= TINY
     inverse = tl.div_rn(1.0, tl.where(heavy, w_max, 1.0)) * 32767.0
-    integers = round_even(tl.where(weights == weights, weights, 0.0) * inverse[:, None])
+    integers = round_even(tl.where(weights == weights, weights, 0.0) * inverse[None, :])
     page, group, live = _pages(table_ptr, block_stride, start, last, TILE // D, D, B)
     values = _load_v(pages_ptr + (CODE_WORDS + B), page, group, live, C, CP, B, BITS)
-    high = tl.dot((integers >> 8).to(tl.float16), values).to(tl.int32)
-    low = tl.dot((integers & 255).to(tl.float16), values).to(tl.int32)
+    high = tl.dot(values, (integers >> 8).to(tl.float16)).to(tl.int32)
+    low = tl.dot(values, (integers & 255).to(tl.float16)).to(tl.int32)
     sums = ((high << 8) + low).to(tl.float32)
-    acc = acc * keep[:, None] + sums * tl.where(heavy, w_max * (1.0 / 32767.0), 0.0)[:, None]
-    offset = offset * keep + lane_sum(tl.where(seen, p * v_offset[None, :], 0.0))
+    acc = acc * keep[None, :] + sums * tl.where(heavy, w_max * (1.0 / 32767.0), 0.0)[None, :]
+    offset = offset * keep + lane_sum(tl.where(seen, p * v_offset[:, None], 0.0))
     total = total * keep + lane_sum(p)
     return new, total, offset, acc
 
@@ -165,16 +167,16 @@ def _merge(largest, total, offset, acc, largest_b, total_b, offset_b, acc_b):
     """Merge the state of the next split; one of which a row sees nothing changes no bit."""
     new = tl.maximum(largest, largest_b)
     keep, take = decay(largest, new), decay(largest_b, new)
-    acc = acc * keep[:, None] + acc_b * take[:, None]
+    acc = acc * keep[None, :] + acc_b * take[None, :]
     return new, total * keep + total_b * take, offset * keep + offset_b * take, acc
 
 
 @triton.jit
 def _store_rows(out_ptr, stride, token, head, live, total, offset, acc, C: tl.constexpr, CP: tl.constexpr):
-    dim = tl.arange(0, CP)[None, :]
-    out = tl.div_rn(acc + offset[:, None], tl.where(live, total, 1.0)[:, None])
-    ptrs = out_ptr + token.to(tl.int64)[:, None] * stride + (head * C)[:, None] + dim
-    tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=live[:, None] & (dim < C))
+    dim = tl.arange(0, CP)[:, None]
+    out = tl.div_rn(acc + offset[None, :], tl.where(live, total, 1.0)[None, :])
+    ptrs = out_ptr + (token.to(tl.int64) * stride + head * C)[None, :] + dim
+    tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=live[None, :] & (dim < C))
 
 
 @triton.jit(do_not_specialize=["order", "num_requests", "num_rows", "num_splits", "table_stride"])
@@ -209,9 +211,8 @@ def attend_kernel(
     request, token, head, live, visible = _rows(query_start_ptr, seq_lens_ptr, num_requests, G, BLOCK_M)
     kv_head = tl.program_id(1)
     last = tl.max(visible, axis=0)
-    first_split, end_split = 0, tl.cdiv(last, SPLIT)
+    first_split, end_split = tl.program_id(2), tl.cdiv(last, SPLIT)
     if parts_ptr is not None:
-        first_split = tl.program_id(2)
         end_split = tl.minimum(end_split, first_split + 1)
     if first_split >= end_split:
         return
@@ -222,20 +223,20 @@ def attend_kernel(
     query_ptrs = query_ptr + token.to(tl.int64)[:, None] * query_stride + (head * C)[:, None] + dim
     query = tl.load(query_ptrs, mask=live[:, None] & (dim < C), other=0.0).to(tl.float32)
     integers, unit = _round_query(rotate(query, order, STAGES))
-    unit = (unit * scale)[:, None]
+    unit = (unit * scale)[None, :]
     query_sum = tl.sum(integers, axis=1)
-    query_high = ((integers + 64) >> 7).to(tl.int8)
-    query_low = (((integers + 64) & 127) - 64).to(tl.int8)
+    query_high = tl.trans(((integers + 64) >> 7).to(tl.int8))
+    query_low = tl.trans((((integers + 64) & 127) - 64).to(tl.int8))
     table_ptr += request.to(tl.int64) * table_stride
     pages_ptr += kv_head * PAGE
 
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total, offset = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, CP), tl.float32)
+    acc = tl.zeros((CP, BLOCK_M), tl.float32)
     for split in range(first_split, end_split):
         largest_s = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total_s, offset_s = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
-        acc_s = tl.zeros((BLOCK_M, CP), tl.float32)
+        acc_s = tl.zeros((CP, BLOCK_M), tl.float32)
         for start in range(split * SPLIT, tl.minimum(last, (split + 1) * SPLIT), TILE):
             largest_s, total_s, offset_s, acc_s = _attend_tile(
                 largest_s, total_s, offset_s, acc_s, query_high, query_low, query_sum, unit, visible, pages_ptr,
@@ -247,7 +248,8 @@ def attend_kernel(
         _store_rows(out_ptr, out_stride, token, head, live, total, offset, acc, C, CP)
     else:
         row = first_split.to(tl.int64) * num_rows + token * (K * G) + head
-        tl.store(parts_ptr + row[:, None] * C + dim, acc, mask=live[:, None] & (dim < C))
+        dim = tl.arange(0, CP)[:, None]
+        tl.store(parts_ptr + row[None, :] * C + dim, acc, mask=live[None, :] & (dim < C))
         state_ptrs = parts_ptr + num_splits.to(tl.int64) * num_rows * C + row * 3
         tl.store(state_ptrs, largest, mask=live)
         tl.store(state_ptrs + 1, total, mask=live)
@@ -276,13 +278,13 @@ def merge_kernel(
     if last <= 0:
         return
     head += tl.program_id(1) * G
-    dim = tl.arange(0, CP)[None, :]
+    dim = tl.arange(0, CP)[:, None]
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total, offset = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, CP), tl.float32)
+    acc = tl.zeros((CP, BLOCK_M), tl.float32)
     for split in range(0, tl.cdiv(last, SPLIT)):
         row = num_rows.to(tl.int64) * split + token * (K * G) + head
-        acc_s = tl.load(parts_ptr + row[:, None] * C + dim, mask=live[:, None] & (dim < C), other=0.0)
+        acc_s = tl.load(parts_ptr + row[None, :] * C + dim, mask=live[None, :] & (dim < C), other=0.0)
         state_ptrs = parts_ptr + num_splits.to(tl.int64) * num_rows * C + row * 3
         largest_s = tl.load(state_ptrs, mask=live, other=float("-inf"))
         total_s, offset_s = (

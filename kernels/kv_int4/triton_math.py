@@ -61,27 +61,25 @@ def decay(largest, new):
 
 
 @triton.jit
-def _split_pairs(x):  # [M, 16, N] -> two [M, 16, N / 2], the even and the odd of the last dimension
+def _split_pairs(x):  # [16, M, N] -> two [16, M, N / 2], the even and the odd of the last dimension
     return tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
 
 
 @triton.jit
-def _add_halves(x):  # [M, N] -> [M, N / 2]
-    first, second = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-    return first + second
+def _add_halves(x):  # [N, M] -> [N / 2, M]; a sum of two has no order
+    return tl.sum(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), axis=0)
 
 
 @triton.jit
-def lane_sum(x):  # float32 [M, 128] -> [M]
+def lane_sum(x):  # float32 [128, M] -> [M]
     """Sum in 16 lanes, token i in lane i % 16, then pairwise."""
-    M: tl.constexpr = x.shape[0]
-    even, odd = _split_pairs(tl.permute(tl.reshape(x, (M, 8, 16)), (0, 2, 1)))
+    M: tl.constexpr = x.shape[1]
+    even, odd = _split_pairs(tl.permute(tl.reshape(x, (8, 16, M)), (1, 2, 0)))
     x04, x26 = _split_pairs(even)
     x15, x37 = _split_pairs(odd)
     x0, x4 = tl.split(x04)
     x2, x6 = tl.split(x26)
     x1, x5 = tl.split(x15)
     x3, x7 = tl.split(x37)
-    lanes = (((((((0.0 + x0) + x1) + x2) + x3) + x4) + x5) + x6) + x7  # [M, 16]
-    first, second = tl.split(_add_halves(_add_halves(_add_halves(lanes))))
-    return first + second
+    lanes = (((((((0.0 + x0) + x1) + x2) + x3) + x4) + x5) + x6) + x7  # [16, M]
+    return tl.sum(_add_halves(_add_halves(_add_halves(lanes))), axis=0)
