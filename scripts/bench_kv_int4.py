@@ -4,19 +4,19 @@
         [--context 512 4096 16384] [--instructions auto] [--bits 4] [--threads 1] [--rounds 7] [--incumbent-avx2]
         [--json FILE]
 
-One process; arms take turns by rounds, and a figure is the median of the rounds. Queries are bfloat16 in all arms. The
-pages of an arm are several copies, 96 MiB in all, taken in turn, so that a call reads from memory. A decode call has 2
-KV heads and 8192 tokens of each, in one or more requests; a prefill call is one prompt, all of whose tokens are
-queries; a store call writes the K and V of as many tokens as there are in a batch. `--incumbent-avx2` has vLLM take its
-AVX2 build where it would take the one for AVX-512.
+One process; arms take turns by rounds, a round gives the median of its calls, and a figure is the median of the rounds;
+with one thread its CPU time is taken. Queries are bfloat16 in all arms. The pages of an arm are several copies, 96 MiB
+in all, taken in turn, so that a call reads from memory. A decode call has 2 KV heads and 8192 tokens of each, in one or
+more requests; a prefill call is one prompt, all of whose tokens are queries; a store call writes the K and V of the
+tokens of a step. `--incumbent-avx2` has vLLM take its AVX2 build where it would take the one for AVX-512.
 
     kv.decode_us.d<head size>.g<query heads per KV head>.<context>.<instructions>
     kv.prefill_ms.d<head size>.g<..>.<prompt>.<instructions>
     kv.store_ns.d<head size>.<tokens>.<instructions>       a token and head, K and V
     kv.blocks_ratio.d<head size>                           blocks in as much memory, from the layout
 
-`bound` is the time to read the pages, of queries the codes once a call, at the bandwidth of a sum over memory measured
-here. Runs the tests of the kernels first and stops if they fail.
+`bound` is the time to read the pages once (of a store: to read K and V and to write them), at the bandwidth of a sum
+over memory measured here. Runs the tests of the kernels first and stops if they fail.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -44,6 +45,8 @@ POOL_BYTES = 96 << 20
 BLOCK = 128
 KV_HEADS = 2
 DECODE_TOKENS = 8192
+ROUND_S = 0.02
+"""An arm's share of a round, at least."""
 ORDER = 16
 Call = Callable[[], object]
 
@@ -139,6 +142,11 @@ def load_incumbent(avx2: bool) -> None:
     current_platform.import_kernels()
 
 
+def clock() -> float:
+    """Seconds: of the calling thread where it is the only one, so that other programs count little; else wall time."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def measure(arms: dict[str, tuple[str | None, list[Call]]], rounds: int) -> dict[str, float]:
     """Seconds of a call by arm: medians of rounds. An arm is an instruction set (None: not ours) and its calls."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -146,14 +154,16 @@ def measure(arms: dict[str, tuple[str | None, list[Call]]], rounds: int) -> dict
         for name, (instructions, calls) in arms.items():
             if instructions:
                 cpp.set_instructions(instructions)
-            repeats = max(1, 20 // len(calls))
-            started = time.perf_counter()
-            for _ in range(repeats):
+            found: list[float] = []
+            deadline = clock() + ROUND_S
+            while not found or clock() < deadline:
                 for call in calls:
+                    started = clock()
                     call()
+                    found.append(clock() - started)
             if number >= 0:
-                seconds[name].append((time.perf_counter() - started) / len(calls) / repeats)
-    return {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
+                seconds[name].append(median(found))
+    return {name: median(values) for name, values in seconds.items()}
 
 
 def read_bandwidth(rounds: int = 9) -> float:
@@ -161,9 +171,9 @@ def read_bandwidth(rounds: int = 9) -> float:
     data = torch.zeros(64 << 18)
     best = 0.0
     for _ in range(rounds):
-        started = time.perf_counter()
+        started = clock()
         data.sum()
-        best = max(best, data.nbytes / (time.perf_counter() - started))
+        best = max(best, data.nbytes / (clock() - started))
     return best
 
 

@@ -53,9 +53,10 @@ void write(void* data, Dtype dtype, size_t offset, const float* from, size_t cou
   });
 }
 
-// exp of values <= 0; NaN stays. The polynomial and its order are those of the specification.
+// exp of values <= 0; NaN stays. The polynomial and its order are those of the specification. Called, it would pass
+// pairs of registers through memory.
 template <class Isa>
-Floats<Isa> exp_neg(Floats<Isa> x) {
+[[gnu::always_inline]] inline Floats<Isa> exp_neg(Floats<Isa> x) {
   const auto n = Isa::floor(Isa::add(Isa::mul(x, Isa::set(1.4426950408889634f)), Isa::set(0.5f)));
   const auto r = Isa::sub(Isa::sub(x, Isa::mul(n, Isa::set(0.693359375f))), Isa::mul(n, Isa::set(-2.12194440e-4f)));
   auto y = Isa::set(1.9875691500e-4f);
