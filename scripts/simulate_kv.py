@@ -6,10 +6,9 @@
 A decoding step reads all weights once and K and V of every request once, so its time is at least these bytes over the
 memory's bandwidth. `--share` says how much of the bandwidth bfloat16 and fp8 reach, `--kv-share` how much reading 4-bit
 pages reaches: nobody has measured it, and the kernel's instructions allow 0.26 to 0.50 (`kernels/kv_int4/TRITON.md`).
-Break-even is the kv-share below which a step with as many
-requests takes longer than with bfloat16. Requests are those that fit beside weights and a reserve, each of the full
-context in blocks of 16 tokens. Left out: arithmetic, which binds before thousands of requests do; launches, prompts,
-activations beyond the reserve, several GPUs.
+Break-even is the kv-share below which a step with as many requests takes longer than with bfloat16. Requests are those
+that fit beside weights and a reserve, each of the full context in blocks of 16 tokens. Left out: arithmetic, which
+binds before thousands of requests do; launches, prompts, activations beyond the reserve, several GPUs.
 
     kv_sim.<gpu>.<model>.<context>.<format>.requests         that fit
     kv_sim.<gpu>.<model>.<context>.<format>.step_ms          with as many requests as fit with bfloat16
