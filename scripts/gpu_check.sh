@@ -11,12 +11,14 @@ result=docs/results/gpu-$name-$(date +%Y-%m-%d).json
 parts=$(mktemp -d)
 trap 'rm -rf "$parts"' EXIT
 
-python -m pytest tests/kernels tests/sampling tests/kvcache
+python -m pytest tests/kernels tests/sampling
 for op in gumbel_argmax codec suffix propose_overlap; do
   bench=scripts/bench_$op.py
   python "$bench" --json "$parts/$(basename "$bench" .py).json"
 done
 failed=0
+python -m pytest tests/kvcache || failed=1
+python scripts/bench_kv_int4_gpu.py --no-tests --json "$parts/bench_kv_int4_gpu.json" || failed=1
 python -m pytest tests/speculator tests/hosts/vllm/test_speculator_engine.py || failed=1
 python scripts/bench_speculator.py --steps 12 --json "$parts/bench_speculator.json" || failed=1
 python - "$parts" "$result" <<'PYTHON'

@@ -1,14 +1,14 @@
 """What a quantized KV cache would give on an H100 or H200: a model by bytes, not a measurement.
 
     python scripts/simulate_kv.py [--gpu h100 h200] [--model 0.5b 7b 8b 32b] [--context 1024 8192 32768]
-        [--share 0.75] [--kv-share 0.75] [--utilization 0.9] [--reserve-gb 4] [--bench FILE] [--json FILE]
+        [--share 0.75] [--kv-share 0.35] [--utilization 0.9] [--reserve-gb 4] [--bench FILE] [--json FILE]
 
 A decoding step reads all weights once and K and V of every request once, so its time is at least these bytes over the
 memory's bandwidth. `--share` says how much of the bandwidth bfloat16 and fp8 reach, `--kv-share` how much reading 4-bit
-pages reaches; no figure of ours says what it is on a GPU. Break-even is the kv-share below which a step with as many
-requests takes longer than with bfloat16. Requests are those that fit beside weights and a reserve, each of the full
-context in blocks of 16 tokens. Left out: arithmetic, which binds before thousands of requests do; launches, prompts,
-activations beyond the reserve, several GPUs.
+pages reaches: nobody has measured it, and the kernel's instructions allow 0.26 to 0.50 (`kernels/kv_int4/TRITON.md`).
+Break-even is the kv-share below which a step with as many requests takes longer than with bfloat16. Requests are those
+that fit beside weights and a reserve, each of the full context in blocks of 16 tokens. Left out: arithmetic, which
+binds before thousands of requests do; launches, prompts, activations beyond the reserve, several GPUs.
 
     kv_sim.<gpu>.<model>.<context>.<format>.requests         that fit
     kv_sim.<gpu>.<model>.<context>.<format>.step_ms          with as many requests as fit with bfloat16
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--context", nargs="*", type=int, default=[1024, 2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--share", type=float, default=0.75, help="of the bandwidth, reading weights and bf16 or fp8")
-    parser.add_argument("--kv-share", type=float, default=0.75, help="of the bandwidth, reading 4-bit pages")
+    parser.add_argument("--kv-share", type=float, default=0.35, help="of the bandwidth, reading 4-bit pages")
     parser.add_argument("--utilization", type=float, default=0.9, help="vLLM's gpu_memory_utilization")
     parser.add_argument("--reserve-gb", type=float, default=4.0, help="activations, graphs and workspaces, 10^9 bytes")
     parser.add_argument("--bench", type=Path, help="results of bench_kv_int4.py to check the method on")

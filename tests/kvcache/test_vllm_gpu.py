@@ -131,7 +131,7 @@ def check_layers() -> None:
         query = torch.randn(35, HEADS, SIZE, generator=generator)
         shift = torch.randn(KV_HEADS, SIZE, generator=generator)
         held = None
-        for rotation in ((8, None), (16, shift), (1, None)):
+        for rotation in ((8, None), (16, shift), (1, None))[: 3 if bits == 4 else 2]:
             impl.set_rotation(*rotation)
             for start, end in ((0, 20), (20, 34), (34, 35)):
                 position = torch.arange(start, end)

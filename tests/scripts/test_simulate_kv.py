@@ -43,7 +43,8 @@ def test_a_step_by_hand(simulate_kv) -> None:
 
 def test_rows_and_what_they_are_compared_with(tmp_path: Path) -> None:
     result = tmp_path / "rows.json"
-    command = [sys.executable, SCRIPT, "--gpu", "h100", "--model", "8b", "32b", "--context", "32768", "--json", result]
+    options = ["--gpu", "h100", "--model", "8b", "32b", "--context", "32768", "--kv-share", "0.75"]
+    command = [sys.executable, SCRIPT, *options, "--json", result]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(result.read_text())}
