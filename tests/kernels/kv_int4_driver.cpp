@@ -97,7 +97,11 @@ class Step {
         slots_.push_back(static_cast<std::int64_t>((i * most + n / layout_.block_size) * layout_.block_size +
                                                    n % layout_.block_size));
     std::shuffle(slots_.begin(), slots_.end(), random);
-    if (below(random, 2)) slots_[0] = -1;
+    if (below(random,
+              2)) {  // a token more that is not stored: those of a request are, since a page may not hold any bits
+      slots_.push_back(-1);
+      ++num_tokens;
+    }
     pages_.resize(num_blocks * num_kv_heads_ * layout_.page_bytes());
     for (std::uint8_t& byte : pages_) byte = static_cast<std::uint8_t>(random());
     const std::size_t d = layout_.head_size;

@@ -148,7 +148,8 @@ def any_step(seed: int) -> Step:
         case 3:
             step.k[token], step.v[token] = 0.0, -0.0
         case 4:
-            step.slots[token] = -1
+            step.slots = torch.cat([step.slots, torch.tensor([-1])])
+            step.k, step.v = (torch.cat([x, x[:1] + 1]) for x in (step.k, step.v))
         case 5:
             step.query[:1, :1, :1] = odd
     return step

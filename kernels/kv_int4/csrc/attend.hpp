@@ -41,13 +41,16 @@ class Attention {
         v_stride_(task.layout.block_size / kCodes * kLanes) {}
 
   void run() {
-    read_rows();
-    const size_t longest = s_.rows[num_rows_ - 1].visible;
+    const size_t longest = visible(num_rows_ - 1);
     size_t last = item_.split_end * kSplit;
     if (last > longest) last = longest;
     Tile tiles[2];
     size_t start = item_.split_begin * kSplit;
-    if (start < last) find(tiles[0], start, last);
+    if (start < last) {
+      find(tiles[0], start, last);
+      for (size_t group = 0; group < tiles[0].num_groups; ++group) fetch_k(tiles[0], group);
+    }
+    read_rows();
     for (size_t number = 0; start < last; ++number, start += kTile) {
       const Tile& tile = tiles[number % 2];
       Tile* next = start + kTile < last ? &tiles[(number + 1) % 2] : nullptr;
@@ -75,12 +78,28 @@ class Attention {
     if (row + 1 == num_rows) f.template operator()<1>(row);
   }
 
+  // Tokens that a row sees.
+  size_t visible(size_t row) const {
+    const size_t token = (item_.row_begin + row) / (task_.num_heads / task_.num_kv_heads);
+    const size_t later = item_.num_queries - 1 - token;
+    return item_.seq_len > later ? item_.seq_len - later : 0;
+  }
+
+  // Inline always: GCC takes a function that only prefetches for one without effect and drops its calls.
+  [[gnu::always_inline]] void fetch_k(const Tile& tile, size_t group) const {
+    for (size_t i = 0; i < d_ / kCodes; ++i) __builtin_prefetch(tile.k_words[group] + i * kLanes);
+    const u16* const both[] = {tile.k_scales[group], tile.v_scales[group]};
+    for (const u16* scales : both) {
+      __builtin_prefetch(scales);
+      __builtin_prefetch(scales + task_.layout.block_size);
+    }
+  }
+
   void read_rows() {
     const size_t groups = task_.num_heads / task_.num_kv_heads;
     for (size_t i = 0; i < num_rows_; ++i) {
       const size_t token = (item_.row_begin + i) / groups, head = (item_.row_begin + i) % groups;
-      const size_t later = item_.num_queries - 1 - token;
-      s_.rows[i].visible = item_.seq_len > later ? item_.seq_len - later : 0;
+      s_.rows[i].visible = visible(i);
       s_.rows[i].acc = s_.acc + 2 * i * d_;
       s_.rows[i].merged = s_.acc + (2 * i + 1) * d_;
       read<Isa>(s_.acc + 2 * i * d_, task_.query.data, task_.dtype,
@@ -100,22 +119,19 @@ class Attention {
     const float largest = Isa::highest(highest), bad = not_finite<Isa>(x, d_);
     const bool zero = bad != 0.0f || largest < kTiny;
     const float inverse = zero ? 0.0f : 1.0f / largest * kMaxQuery;
-    i32 integers[kLanes];
-    i32 sum = 0;
+    auto sum = Isa::set(0.0f);  // of integers, below 2^24: exact
     for (size_t i = 0; i < d_; i += kLanes) {
-      if (zero) {
-        std::memset(integers, 0, sizeof integers);
-      } else {
-        Isa::store(integers, Isa::round(Isa::mul(Isa::load(x + i), Isa::set(inverse))));
+      const auto integers = zero ? Isa::no_ints() : Isa::round(Isa::mul(Isa::load(x + i), Isa::set(inverse)));
+      sum = Isa::add(sum, Isa::to_floats(integers));
+      i32 packed[kLanes / 2];
+      Isa::template store_pairs<kBits>(packed, integers);
+      for (const i32 pair : packed) {
+        *pairs = pair;
+        pairs += step;
       }
-      for (const i32 value : integers) sum += value;
-      for (size_t word = 0; word < kLanes; word += kCodes)
-        for (size_t k = 0; k < kPairs; ++k, pairs += step)
-          *pairs = static_cast<i32>((static_cast<u32>(integers[word + k]) & 0xFFFF) |
-                                    static_cast<u32>(integers[word + k + kPairs]) << 16);
     }
     row.unit = (zero ? bad : largest * (1.0f / kMaxQuery)) * task_.scale;
-    row.q_sum = static_cast<float>(sum);
+    row.q_sum = Isa::sum(sum);
   }
 
   void find(Tile& tile, size_t start, size_t last) {
@@ -173,13 +189,7 @@ class Attention {
     const i32* query = s_.query + first * d_ / 2;
     const size_t num_words = d_ / kCodes;
     for (size_t group = 0; group < num_groups; ++group) {
-      if (next && group < next->num_groups) {
-        for (size_t i = 0; i < num_words; ++i) __builtin_prefetch(next->k_words[group] + i * kLanes);
-        __builtin_prefetch(next->k_scales[group]);
-        __builtin_prefetch(next->k_scales[group] + task_.layout.block_size);
-        __builtin_prefetch(next->v_scales[group]);
-        __builtin_prefetch(next->v_scales[group] + task_.layout.block_size);
-      }
+      if (next && group < next->num_groups) fetch_k(*next, group);
       typename Isa::Ints acc[kRows];
       for (int row = 0; row < kRows; ++row) acc[row] = Isa::no_ints();
       Isa::template dot<kRows, kBits, kRows, 1>(tile.k_words[group], num_words, query, acc);

@@ -138,9 +138,11 @@ struct Avx2 {
     if constexpr (kBits == 4) {  // tokens i and i + 4 of 8
       const __m256i low = _mm256_permute2x128_si256(x.at[0], x.at[1], 0x20);
       const __m256i high = _mm256_permute2x128_si256(x.at[0], x.at[1], 0x31);
-      pairs = _mm256_or_si256(low, _mm256_slli_epi32(high, 16));
+      pairs = _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xAA);
     } else {  // tokens i and i + 2 of 4
-      const auto pair = [](__m256i a) { return _mm256_or_si256(a, _mm256_slli_epi32(_mm256_bsrli_epi128(a, 8), 16)); };
+      const auto pair = [](__m256i a) {
+        return _mm256_blend_epi16(a, _mm256_slli_epi32(_mm256_bsrli_epi128(a, 8), 16), 0xAA);
+      };
       pairs = _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(pair(x.at[0]), pair(x.at[1])), 0xD8);
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), pairs);

@@ -85,10 +85,12 @@ struct Avx512 {
     const __m256i low = _mm512_castsi512_si256(x), high = _mm512_extracti64x4_epi64(x, 1);
     __m256i pairs;
     if constexpr (kBits == 4) {  // tokens i and i + 4 of 8
-      pairs = _mm256_or_si256(_mm256_permute2x128_si256(low, high, 0x20),
-                              _mm256_slli_epi32(_mm256_permute2x128_si256(low, high, 0x31), 16));
+      pairs = _mm256_blend_epi16(_mm256_permute2x128_si256(low, high, 0x20),
+                                 _mm256_slli_epi32(_mm256_permute2x128_si256(low, high, 0x31), 16), 0xAA);
     } else {  // tokens i and i + 2 of 4
-      const auto pair = [](__m256i a) { return _mm256_or_si256(a, _mm256_slli_epi32(_mm256_bsrli_epi128(a, 8), 16)); };
+      const auto pair = [](__m256i a) {
+        return _mm256_blend_epi16(a, _mm256_slli_epi32(_mm256_bsrli_epi128(a, 8), 16), 0xAA);
+      };
       pairs = _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(pair(low), pair(high)), 0xD8);
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), pairs);
