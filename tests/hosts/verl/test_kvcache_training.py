@@ -26,7 +26,7 @@ def test_a_run_with_quantized_pages_corrects_and_shows_what_they_change(training
         assert metrics["rl_accel/sync/readback_max_abs_err"] < 1e-6
         assert 1e-8 < metrics["rl_accel/rollout/mismatch_kl"] < 1e-2
         assert 1e-5 < metrics["rl_accel/rollout/changed_share"] < 0.02
-        assert 1e-5 < metrics["training/rollout_probs_diff_max"]
+        assert metrics["training/rollout_probs_diff_max"] > 1e-5
         assert metrics["training/rollout_actor_probs_pearson_corr"] > 0.99
         # 4 layers of 4 heads of size 32, the first in 8 bits; 1 GiB of them in blocks of 32.
         assert metrics["rl_accel/kvcache/bytes_per_token"] == 4 * (72 + 3 * 40)
