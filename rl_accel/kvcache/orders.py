@@ -66,8 +66,8 @@ def order_errors(k_NKC: torch.Tensor, orders: Sequence[int], bits: int = 4) -> d
 def choose_order(k_NKC: torch.Tensor, orders: Sequence[int], bits: int = 4) -> int:
     """Return the smallest order whose `order_errors` is the least or within `TIE` of it. Args and raises: as there."""
     errors = order_errors(k_NKC, orders, bits)
-    least = min(errors.values())
-    return min(order for order, error in errors.items() if error <= least * (1 + TIE))
+    smallest = min(errors.values())
+    return min(order for order, error in errors.items() if error <= smallest * (1 + TIE))
 
 
 def choose_shift(k_NKC: torch.Tensor) -> torch.Tensor:

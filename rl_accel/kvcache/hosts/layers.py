@@ -21,9 +21,8 @@ from rl_accel.errors import NotLiveError
 from rl_accel.kernels.kv_int4 import api
 from rl_accel.kernels.kv_int4.layout import LANES, PageLayout
 from rl_accel.kernels.kv_int4.reference import rotate
+from rl_accel.kvcache.config import MAX_ORDER
 
-START_ORDER = 16
-"""Of the rotation of K until the policy's weights have been measured."""
 
 
 def token_bytes(head_size: int, bits: int) -> int:
@@ -42,7 +41,7 @@ class QuantizedPages:
         if head_size % LANES:
             raise NotLiveError(f"rl_accel.kvcache needs a head size that is a multiple of {LANES}; got {head_size}")
         self.bits, self.rotate_v = bits, settings.rotate_v
-        self.order = 1 if head_size % START_ORDER else START_ORDER
+        self.order = min(head_size & -head_size, MAX_ORDER)  # until the policy's weights have been measured
         if settings.order:
             api.check_order(settings.order, head_size)
             self.order = settings.order
