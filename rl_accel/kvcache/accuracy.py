@@ -33,7 +33,8 @@ from rl_accel.kvcache.formats import KVFormat, standard_formats
 
 COLUMNS = {"none": (0, 0), "1x16": (1, 4), "2x8": (2, 3), "4x8": (4, 3), "2x32": (2, 5)}
 """Outliers by name: RoPE pairs of every KV head, and the power of two that K of them is multiplied by."""
-PAGES = "rl_accel_pages"
+PAGES, QUERIES = "rl_accel_pages", "rl_accel_queries"
+"""Names of attention functions."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,28 @@ def collect_keys(model: Any, samples: Sequence[Sample]) -> list[torch.Tensor]:
         model(torch.tensor([sample.prompt + sample.response], device=model.device), past_key_values=cache)
         keys.append([layer.keys[0].transpose(0, 1) for layer in cache.layers])
     return [torch.cat(parts) for parts in zip(*keys, strict=True)]
+
+
+@torch.no_grad()
+def collect_queries(model: Any, samples: Sequence[Sample]) -> list[torch.Tensor]:
+    """Return Q of all tokens by layer, after RoPE, float32 [N, H, C]."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    found: dict[int, list[torch.Tensor]] = {}
+    before = model.config._attn_implementation
+
+    def attend(module, query, *args, **kwargs):
+        found.setdefault(module.layer_idx, []).append(query[0].transpose(0, 1).float())
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[QUERIES] = attend
+    model.config._attn_implementation = QUERIES
+    try:
+        for sample in samples:
+            model(torch.tensor([sample.prompt + sample.response], device=model.device), use_cache=False)
+    finally:
+        model.config._attn_implementation = before
+    return [torch.cat(found[layer]) for layer in sorted(found)]
 
 
 @torch.no_grad()
@@ -227,7 +250,7 @@ def measure(
         dealt = samples[seed::draws]
         originals = [_digest(log_probs(model, sample)) for sample in dealt]
         with outliers(model, *COLUMNS[column], seed):
-            known = standard_formats(collect_keys(model, calibration))
+            known = standard_formats(collect_keys(model, calibration), collect_queries(model, calibration))
             if unknown := set(rows or ()) - known.keys():
                 raise KVCacheError(f"rows {sorted(unknown)} are unknown; known: {', '.join(known)}")
             found = {name: Divergence() for name in rows or known}

@@ -20,6 +20,8 @@ class KVCacheConfig:
     order: int = AUTO
     """Values of K that are rotated together, a power of two up to the head size; 1: none. 0: for each layer the order
     with the smallest error of K, measured on the policy's weights whenever they change."""
+    balance: bool = True
+    """Divide dims of K that stand out, and multiply queries by as much: powers of two, measured as the order is."""
     rotate_v: bool = False
     """Rotate V, too."""
     int8_layers: int = 1
@@ -42,7 +44,7 @@ class KVCacheConfig:
     @property
     def measures(self) -> bool:
         """Whether anything depends on the policy's weights."""
-        return self.order == AUTO or self.shift
+        return self.order == AUTO or self.shift or self.balance
 
 
 def skip_layers(int8_layers: int) -> list[str]:

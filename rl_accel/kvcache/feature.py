@@ -13,6 +13,7 @@ FEATURE = Feature(
         Metric("tokens", "tokens", "sum", "that fit into the KV caches of the engines"),
         Metric("bytes_per_token", "bytes", "max", "of K and V of a token, all layers of a rank"),
         Metric("order", "values", "mean", "of the rotation of K, over layers"),
+        Metric("balanced_layers", "layers", "max", "whose dims of K are balanced against those of queries"),
         Metric("k_error", "1", "max", "error of K as measured when weights came, of its norm; over 4-bit layers"),
         Metric("measure_ms", "ms", "max", "measuring K, mean over weight syncs"),
     ),

@@ -18,13 +18,14 @@ import torch
 from rl_accel.kernels.common.hadamard import hadamard
 from rl_accel.kernels.kv_int4.reference import quantize, rotate
 from rl_accel.kvcache.orders import allowed_orders, choose_order, choose_shift
+from rl_accel.kvcache.rotation import choose_rotation
 
 KVFormat = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 """(K [B, K, T, C], V, layer) -> what is read of them, float32."""
 
-OURS = "int4.k16.layer0_int8"
-"""The default setting: K rotated by 16, V as it is, layer 0 with 8 bits."""
-OURS_INT4 = "int4.k16"
+OURS = "int4.auto.balance.layer0_int8"
+"""The default setting: dims of K balanced, orders measured, V as it is, layer 0 with 8 bits."""
+OURS_INT4 = "int4.auto.balance"
 """The same with 4 bits in all layers."""
 INCUMBENT = "int4_per_token_head"
 
@@ -41,6 +42,8 @@ class PagedFormat:
     v_order: int = 1
     shifts_KC: Sequence[torch.Tensor] | None = None
     """By layer."""
+    exponents_KC: Sequence[torch.Tensor | None] | None = None
+    """By layer: powers of two that K is divided by before (`rotation.py`)."""
     bits: int = 4
     first_layer_bits: int | None = 4
     """Of layer 0; None: it is not quantized."""
@@ -50,10 +53,11 @@ class PagedFormat:
         if bits is None:
             return k_BKTC, v_BKTC
         order = self.k_orders[min(layer, len(self.k_orders) - 1)]
-        if self.shifts_KC is None:
-            return read_back(k_BKTC, bits, order), read_back(v_BKTC, bits, self.v_order)
-        shift_K1C = self.shifts_KC[layer][:, None]
-        return read_back(k_BKTC - shift_K1C, bits, order) + shift_K1C, read_back(v_BKTC, bits, self.v_order)
+        exponents_KC = None if self.exponents_KC is None else self.exponents_KC[layer]
+        factor_K1C = 1.0 if exponents_KC is None else torch.exp2(exponents_KC.float())[:, None]
+        shift_K1C = 0.0 if self.shifts_KC is None else self.shifts_KC[layer][:, None]
+        k_BKTC = (read_back(k_BKTC / factor_K1C - shift_K1C, bits, order) + shift_K1C) * factor_K1C
+        return k_BKTC, read_back(v_BKTC, bits, self.v_order)
 
 
 def read_back(x: torch.Tensor, bits: int, order: int) -> torch.Tensor:
@@ -105,11 +109,24 @@ def both(read: Callable[[torch.Tensor], torch.Tensor], skip_first_layer: bool = 
     return lambda k, v, layer: (k, v) if skip_first_layer and layer == 0 else (read(k), read(v))
 
 
-def standard_formats(keys_NKC: Sequence[torch.Tensor]) -> dict[str, KVFormat]:
+def measured_format(
+    keys_NKC: Sequence[torch.Tensor], queries_NHC: Sequence[torch.Tensor], first_layer_bits: int | None, **choice: bool
+) -> PagedFormat:
+    """Return what the engine would choose by K and Q of a calibration batch, by layer."""
+    found = [choose_rotation(k, q, 4, **choice) for k, q in zip(keys_NKC, queries_NHC, strict=True)]
+    return PagedFormat(
+        [rotation.order for rotation in found],
+        shifts_KC=[r.shift_KC for r in found if r.shift_KC is not None] or None,
+        exponents_KC=[rotation.exponents_KC for rotation in found],
+        first_layer_bits=first_layer_bits,
+    )
+
+
+def standard_formats(keys_NKC: Sequence[torch.Tensor], queries_NHC: Sequence[torch.Tensor]) -> dict[str, KVFormat]:
     """Return the rows of the comparison by name.
 
     Args:
-        keys_NKC: K of a calibration batch by layer, floats, for shifts and orders that are learned.
+        keys_NKC, queries_NHC: K and Q of a calibration batch by layer, floats, for what is learned.
     """
     head_size = keys_NKC[0].shape[-1]
     orders = allowed_orders(head_size)
@@ -134,7 +151,10 @@ def standard_formats(keys_NKC: Sequence[torch.Tensor]) -> dict[str, KVFormat]:
     rows["int4.auto"] = PagedFormat(auto)
     rows["int4.auto.shift"] = PagedFormat(auto_shifted, shifts_KC=shifts_KC)
     rows["int4.k16.layer0_exact"] = PagedFormat([orders[0]], first_layer_bits=None)
-    rows[OURS] = PagedFormat([orders[0]], first_layer_bits=8)
+    rows["int4.k16.layer0_int8"] = PagedFormat([orders[0]], first_layer_bits=8)
+    rows["int4.auto.balance"] = measured_format(keys_NKC, queries_NHC, 4)
+    rows[OURS] = measured_format(keys_NKC, queries_NHC, 8)
+    rows["int4.auto.balance.shift.layer0_int8"] = measured_format(keys_NKC, queries_NHC, 8, shift=True)
     rows["int4.auto.shift.layer0_int8"] = PagedFormat(auto_shifted, shifts_KC=shifts_KC, first_layer_bits=8)
     rows["int8.k16"] = PagedFormat([orders[0]], bits=8, first_layer_bits=8)
     return rows

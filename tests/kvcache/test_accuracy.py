@@ -182,11 +182,11 @@ def test_rounding_of_queries_and_probabilities_is_small(policy, answers) -> None
 
 @pytest.mark.parametrize("column", COLUMNS)
 def test_ours_moves_the_policy_less_than_int4_per_token_head(column: str, policy, answers) -> None:
-    """By 2 and more where 22 to 90 times were measured; without INT8 in layer 0 the two are too near for few texts."""
-    rows = ["int8.k16", formats.OURS, "int4.plain", formats.INCUMBENT]
+    """By 2 and more where 50 to 10,000 times were measured, and less than fp8 where 5 and more were."""
+    rows = [formats.OURS, "fp8", "int4.plain", formats.INCUMBENT]
     found = accuracy.measure(policy, answers[2:], answers[:2], column, rows)
     kl = {name: accuracy.summarize(draws)["kl"] for name, draws in found.items()}
-    assert 0 < kl["int8.k16"] < kl[formats.OURS] < kl[formats.INCUMBENT] / 2
+    assert 0 < kl[formats.OURS] < min(kl[formats.INCUMBENT] / 2, kl["fp8"])
     if column != "none":
         assert kl[formats.INCUMBENT] < kl["int4.plain"]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from rl_accel.kvcache.hosts.pending import PendingRotations
+from rl_accel.kvcache.rotation import Rotation
 
 
 class Layer:
     order = 16
 
-    def set_rotation(self, order, shift) -> None:
-        self.order = order
+    def set_rotation(self, rotation) -> None:
+        self.order = rotation.order
 
 
 class Runner:
@@ -40,8 +41,8 @@ def test_they_wait_for_requests_with_pages_and_for_cached_prefixes() -> None:
     layer = Layer()
     runner, pending = Runner(layer), PendingRotations()
     runner.execute_model(step((0, [1])))
-    pending.offer(runner, [(layer, 32, None)])
-    pending.offer(runner, [(layer, 8, None)])  # weights came again before a step
+    pending.offer(runner, [(layer, Rotation(32))])
+    pending.offer(runner, [(layer, Rotation(8))])  # weights came again before a step
     waiting = (
         step(running=("a",)),
         step(),
@@ -53,6 +54,6 @@ def test_they_wait_for_requests_with_pages_and_for_cached_prefixes() -> None:
         assert runner.execute_model(scheduled) == "output"
     assert runner.seen == [16] * 6 + [8]
     assert "execute_model" not in vars(runner), "nothing is left that a step would go through"
-    pending.offer(runner, [(layer, 64, None)])
+    pending.offer(runner, [(layer, Rotation(64))])
     runner.execute_model(step((0, [1])))
     assert runner.seen[-1] == 64

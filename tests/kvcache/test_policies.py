@@ -81,6 +81,7 @@ def test_settings_out_of_range_are_refused(values) -> None:
 
 
 def test_settings_say_what_depends_on_weights() -> None:
-    assert KVCacheConfig().measures and KVCacheConfig(order=16, shift=True).measures
-    assert not KVCacheConfig(order=16).measures and not KVCacheConfig().enabled
+    assert KVCacheConfig().measures and KVCacheConfig(order=16).measures
+    assert KVCacheConfig(order=16, balance=False, shift=True).measures
+    assert not KVCacheConfig(order=16, balance=False).measures and not KVCacheConfig().enabled
     assert skip_layers(2) == ["0", "1"]

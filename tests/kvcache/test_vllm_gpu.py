@@ -17,6 +17,7 @@ import torch
 from rl_accel.errors import NotLiveError
 from rl_accel.kernels.kv_int4 import reference
 from rl_accel.kernels.kv_int4.layout import PageLayout
+from rl_accel.kvcache.rotation import Rotation
 
 HEADS, KV_HEADS, SIZE, BLOCK = 6, 2, 80, 16
 
@@ -131,8 +132,11 @@ def check_layers() -> None:
         query = torch.randn(35, HEADS, SIZE, generator=generator)
         shift = torch.randn(KV_HEADS, SIZE, generator=generator)
         held = None
-        for rotation in ((8, None), (16, shift), (1, None))[: 3 if bits == 4 else 2]:
-            impl.set_rotation(*rotation)
+        exponents = torch.randint(-3, 4, (KV_HEADS, SIZE), generator=generator).int()
+        for rotation in (Rotation(8), Rotation(16, shift, exponents), Rotation(1))[: 3 if bits == 4 else 2]:
+            impl.set_rotation(rotation)
+            factors = rotation.key_factors(k.dtype), rotation.query_factors(HEADS, k.dtype)
+            k_in, q_in = (x if f is None else x * f for x, f in zip((k, query), factors, strict=True))
             for start, end in ((0, 20), (20, 34), (34, 35)):
                 position = torch.arange(start, end)
                 slots = table[0, position // BLOCK].long() * BLOCK + position % BLOCK
@@ -140,7 +144,9 @@ def check_layers() -> None:
                 more = torch.full((2, KV_HEADS, SIZE), torch.nan)
                 keys, values = torch.cat([k[start:end], more]), torch.cat([v[start:end], more])
                 impl.do_kv_cache_update(None, keys, values, cache, padded)
-                reference.store(want_pages, layout, slots, k[start:end], v[start:end], *rotation)
+                reference.store(
+                    want_pages, layout, slots, k_in[start:end], v[start:end], rotation.order, rotation.shift_KC
+                )
                 assert torch.equal(cache.view(4, KV_HEADS, -1), want_pages)
                 count = end - start
                 metadata = GpuKVInt4Metadata(count, count, 64, torch.tensor([0, count, count]).int(),
@@ -148,7 +154,7 @@ def check_layers() -> None:
                 queries = torch.cat([query[start:end], torch.full((2, HEADS, SIZE), torch.nan)])
                 output = torch.full_like(queries, -1024.0)
                 assert impl.forward(None, queries, keys, values, cache, metadata, output) is output
-                want = reference.attend(want_pages, layout, [3, 1, 0], query[start:end], end, SIZE**-0.5, rotation[0])
+                want = reference.attend(want_pages, layout, [3, 1, 0], q_in[start:end], end, SIZE**-0.5, rotation.order)
                 assert torch.equal(output[:count], want) and (output[count:] == -1024.0).all()
             held = held or impl._on_device
             assert all(a is b for a, b in zip(held, impl._on_device, strict=True)), "a graph would read the old ones"

@@ -45,8 +45,8 @@ class KVCacheDriver(Driver):
         stages = config.actor_rollout_ref.rollout.get("pipeline_model_parallel_size", 1) or 1
         if self.settings.measures and stages > 1:
             raise ConfigError(
-                "rl_accel.kvcache.order=0 and shift=true measure K on the whole policy; with "
-                f"pipeline_model_parallel_size={stages} set an order, such as rl_accel.kvcache.order=16"
+                f"rl_accel.kvcache measures K on the whole policy; with pipeline_model_parallel_size={stages} set an "
+                "order, such as rl_accel.kvcache.order=64, rl_accel.kvcache.balance=false and shift=false"
             )
 
     def engine_args(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -10,12 +9,13 @@ import torch
 
 from rl_accel.errors import NotLiveError
 from rl_accel.feature import Engine
-from rl_accel.kvcache import orders, policies
+from rl_accel.kvcache import policies
 from rl_accel.kvcache.config import DTYPE, skip_layers
 from rl_accel.kvcache.hosts import measuring
 from rl_accel.kvcache.hosts.layers import QuantizedPages, attention_layers, token_bytes
 from rl_accel.kvcache.hosts.pending import PendingRotations
 from rl_accel.kvcache.hosts.register import CpuOverride
+from rl_accel.kvcache.rotation import Rotation, choose_rotation
 
 
 class KVCacheEngine(Engine):
@@ -38,13 +38,12 @@ class KVCacheEngine(Engine):
             raise NotLiveError(f"rl_accel.kvcache does not cover {found}, which this policy has; set enable=false")
         if settings.measures and vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise NotLiveError(
-                "rl_accel.kvcache.order=0 and shift=true measure K on the whole policy; with pipeline_parallel_size "
-                "> 1 set an order, such as rl_accel.kvcache.order=16 rl_accel.kvcache.shift=false"
+                "rl_accel.kvcache measures K on the whole policy; with pipeline_parallel_size > 1 set an order, as "
+                "order=64, and balance=false shift=false"
             )
         self._runner: Any = None
         self._override: CpuOverride | None = None
         self._layers: dict[str, Any] = {}
-        self._k_error = 0.0
         self._measured: list[float] = []
         self._rotations = PendingRotations()
 
@@ -66,8 +65,8 @@ class KVCacheEngine(Engine):
             self._check(name, layer)
         if not self._layers:
             raise NotLiveError("rl_accel.kvcache: this model has no attention layer whose KV cache vLLM manages")
-        for impl, order, shift_KC in self._measure():
-            impl.set_rotation(order, shift_KC)
+        for impl, rotation in self._measure():
+            impl.set_rotation(rotation)
 
     def _check(self, name: str, layer: Any) -> None:
         from vllm.v1.kv_cache_interface import AttentionSpec
@@ -90,23 +89,16 @@ class KVCacheEngine(Engine):
     def _impls(self) -> list[Any]:
         return [layer.impl for layer in self._layers.values()]
 
-    def _measure(self) -> list[tuple[Any, int, Any]]:
-        """Return layers with the orders and shifts that fit K of the weights that are loaded."""
+    def _measure(self) -> list[tuple[Any, Rotation]]:
+        """Return layers with what fits K and Q of the weights that are loaded."""
         if not self.settings.measures:
             return []
-        started, found, self._k_error = time.perf_counter(), [], 0.0
-        for impl, k_NKC in zip(self._impls, measuring.measured_k(self._runner, self._impls), strict=True):
-            if not k_NKC.numel() or not torch.isfinite(k_NKC).all():
+        started, found = time.perf_counter(), []
+        for impl, pair in zip(self._impls, measuring.measured(self._runner, self._impls), strict=True):
+            if pair is None or not all(torch.isfinite(x).all() for x in pair):
                 continue  # a drafter's layer; weights that have not come yet
-            shift_KC = orders.choose_shift(k_NKC) if self.settings.shift else None
-            if shift_KC is not None:
-                k_NKC = k_NKC - shift_KC
-            order = self.settings.order or orders.choose_order(k_NKC, orders.allowed_orders(impl.head_size), impl.bits)
-            found.append((impl, order, shift_KC))
-            if impl.bits == 4:
-                size = float(k_NKC.double().square().sum(-1).mean())
-                error = orders.order_errors(k_NKC, [order], impl.bits)[order]
-                self._k_error = max(self._k_error, math.sqrt(error / max(size, 1e-30)))
+            settings = self.settings
+            found.append((impl, choose_rotation(*pair, impl.bits, settings.order, settings.shift, settings.balance)))
         self._measured.append(1e3 * (time.perf_counter() - started))
         return found
 
@@ -123,7 +115,8 @@ class KVCacheEngine(Engine):
         return {
             "int4_layers": sum(impl.bits == 4 for impl in self._impls),
             "int8_layers": sum(impl.bits == 8 for impl in self._impls),
-            "orders": [impl.order for impl in self._impls],
+            "orders": [impl.rotation.order for impl in self._impls],
+            "balanced_layers": sum(impl.rotation.exponents_KC is not None for impl in self._impls),
         }
 
     def drain(self) -> dict[str, float]:
@@ -134,7 +127,8 @@ class KVCacheEngine(Engine):
         return {
             "tokens": float(blocks * self.vllm_config.cache_config.block_size),
             "bytes_per_token": float(sum(token_bytes(i.head_size, i.bits) * i.num_kv_heads for i in impls)),
-            "order": sum(impl.order for impl in impls) / max(len(impls), 1),
-            "k_error": self._k_error,
+            "order": sum(impl.rotation.order for impl in impls) / max(len(impls), 1),
+            "balanced_layers": float(sum(impl.rotation.exponents_KC is not None for impl in impls)),
+            "k_error": max((impl.rotation.k_error for impl in impls if impl.bits == 4), default=0.0),
             "measure_ms": sum(measured) / max(len(measured), 1),
         }

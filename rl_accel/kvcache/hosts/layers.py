@@ -22,7 +22,7 @@ from rl_accel.kernels.kv_int4 import api
 from rl_accel.kernels.kv_int4.layout import LANES, PageLayout
 from rl_accel.kernels.kv_int4.reference import rotate
 from rl_accel.kvcache.config import MAX_ORDER
-
+from rl_accel.kvcache.rotation import Rotation
 
 
 def token_bytes(head_size: int, bits: int) -> int:
@@ -33,7 +33,9 @@ def token_bytes(head_size: int, bits: int) -> int:
 class QuantizedPages:
     """Mixed into an `AttentionImpl`: reads and writes the pages of one layer."""
 
-    def set_up_pages(self, num_kv_heads: int, head_size: int, scale: float, bits: int, settings: Any) -> None:
+    def set_up_pages(
+        self, num_heads: int, num_kv_heads: int, head_size: int, scale: float, bits: int, settings: Any
+    ) -> None:
         """
         Raises:
             NotLiveError: for a head size that pages cannot hold.
@@ -41,19 +43,27 @@ class QuantizedPages:
         if head_size % LANES:
             raise NotLiveError(f"rl_accel.kvcache needs a head size that is a multiple of {LANES}; got {head_size}")
         self.bits, self.rotate_v = bits, settings.rotate_v
-        self.order = min(head_size & -head_size, MAX_ORDER)  # until the policy's weights have been measured
         if settings.order:
             api.check_order(settings.order, head_size)
-            self.order = settings.order
-        self.shift_KC: torch.Tensor | None = None
-        self.measured_k: list[torch.Tensor] | None = None
-        """Where K of a forward without metadata goes, while it is measured."""
+        # Until the policy's weights have been measured.
+        self.rotation = Rotation(settings.order or min(head_size & -head_size, MAX_ORDER))
+        self.measured: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        """Where K and Q of a forward without metadata go, while they are measured."""
         self._scale, self.head_size, self._num_kv_heads = scale, head_size, num_kv_heads
+        self._num_heads = num_heads
         self._pages: tuple[int, torch.Tensor, PageLayout] | None = None
+        self._factors: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
 
-    def set_rotation(self, order: int, shift_KC: torch.Tensor | None) -> None:
+    def set_rotation(self, rotation: Rotation) -> None:
         """What K is stored with from now on; pages that hold K already must be given up."""
-        self.order, self.shift_KC = order, shift_KC
+        self.rotation, self._factors = rotation, None
+
+    def factors(self, query: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return what K, [K, C], and queries, [H, C], are multiplied by, of the dtype and device of queries."""
+        if self._factors is None:
+            found = self.rotation.key_factors(query.dtype), self.rotation.query_factors(self._num_heads, query.dtype)
+            self._factors = tuple(None if x is None else x.to(query.device) for x in found)  # type: ignore[assignment]
+        return self._factors  # type: ignore[return-value]
 
     def pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, PageLayout]:
         """Return a layer's cache, uint8 [blocks, K, block size, bytes of a token], as pages, and what is in them."""
@@ -67,15 +77,19 @@ class QuantizedPages:
         """Write K and V, [N, K, C], to their slots."""
         pages, layout = self.pages(kv_cache)
         key, value = key[: len(slots)], value[: len(slots)]
+        if (factors_KC := self.factors(key)[0]) is not None:
+            key = key * factors_KC
         if self.rotate_v:
-            value = rotate(value, self.order).to(value.dtype)
-        api.store(pages, layout, slots, key, value, self.order, self.shift_KC)
+            value = rotate(value, self.rotation.order).to(value.dtype)
+        api.store(pages, layout, slots, key, value, self.rotation.order, self.rotation.shift_KC)
 
     def attend_pages(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any, output: torch.Tensor) -> None:
         """Write causal attention of the queries [N, H, C] over everything in the pages to `output` [N, H, C]."""
         pages, layout = self.pages(kv_cache)
         num_tokens = metadata.num_actual_tokens
         query, output = query[:num_tokens], output[:num_tokens]
+        if (factors_HC := self.factors(query)[1]) is not None:
+            query = query * factors_HC
         api.attend(
             query,
             pages,
@@ -84,16 +98,16 @@ class QuantizedPages:
             metadata.query_start_loc,
             metadata.seq_lens,
             self._scale,
-            self.order,
+            self.rotation.order,
             out=output,
         )
         if self.rotate_v:
-            output.copy_(rotate(output, self.order))
+            output.copy_(rotate(output, self.rotation.order))
 
     def measure(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> None:
-        """Keep K of one text, and write exact attention over it."""
-        assert self.measured_k is not None
-        self.measured_k.append(key.detach().float().clone())
+        """Keep K and Q of one text, and write exact attention over it."""
+        assert self.measured is not None
+        self.measured.append((key.detach().float().clone(), query.detach().float().clone()))
         q, k, v = [x.transpose(0, 1)[None] for x in (query, key, value)]
         found = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self._scale, enable_gqa=True

@@ -1,4 +1,4 @@
-"""Measures K of a policy: one forward over a text that is always the same, so engines and resumed runs agree.
+"""Measures K and Q of a policy: one forward over a text that is always the same, so engines and resumed runs agree.
 
 Costs a step of `NUM_TOKENS` tokens whenever weights come. The text is random token ids: K's outliers are rows of the
 weights that make it, whatever is said. Left out: pipeline ranks, which see no text of their own.
@@ -18,8 +18,8 @@ NUM_TOKENS = 256
 SEED = 20260419
 
 
-def measured_k(runner: Any, impls: list[QuantizedPages]) -> list[torch.Tensor]:
-    """Return K of every layer, float32 [N, K, C], in the order of `impls`; of drafters' layers nothing, [0, K, C]."""
+def measured(runner: Any, impls: list[QuantizedPages]) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """Return K [N, K, C] and Q [N, H, C] of every layer, float32, in the order of `impls`; None of drafters' layers."""
     from vllm.forward_context import set_forward_context
 
     config, generator = runner.vllm_config, torch.Generator().manual_seed(SEED)
@@ -30,12 +30,12 @@ def measured_k(runner: Any, impls: list[QuantizedPages]) -> list[torch.Tensor]:
     if getattr(runner, "uses_mrope", False):
         positions = positions.expand(3, -1).contiguous()
     for impl in impls:
-        impl.measured_k = []
+        impl.measured = []
     try:
         context = set_forward_context(None, config, num_tokens=length, slot_mapping={}, skip_compiled=True)
         with torch.inference_mode(), context:
             runner.model(input_ids=ids, positions=positions)
-        return [torch.cat(impl.measured_k) if impl.measured_k else torch.empty(0, 1, 1) for impl in impls]
+        return [impl.measured[0] if impl.measured else None for impl in impls]
     finally:
         for impl in impls:
-            impl.measured_k = None
+            impl.measured = None

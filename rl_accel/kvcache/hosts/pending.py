@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from rl_accel.kvcache.rotation import Rotation
 
 
 class PendingRotations:
     """Rotations of layers, put in force once; costs nothing when there are none."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[Any, int, torch.Tensor | None]] = []
+        self._found: list[tuple[Any, Rotation]] = []
 
-    def offer(self, runner: Any, found: list[tuple[Any, int, torch.Tensor | None]]) -> None:
+    def offer(self, runner: Any, found: list[tuple[Any, Rotation]]) -> None:
         """Put them in force before the first step of `runner` whose requests all begin; later ones replace them.
 
         Args:
-            found: layer's `QuantizedPages`, order, shift.
+            found: layer's `QuantizedPages` and what it is to do to K.
         """
         watching, self._found = bool(self._found), found
         if watching:
@@ -35,8 +35,8 @@ class PendingRotations:
                     del runner.execute_model  # the class's is found again
                 else:
                     runner.execute_model = own
-                for impl, order, shift_KC in self._found:
-                    impl.set_rotation(order, shift_KC)
+                for impl, rotation in self._found:
+                    impl.set_rotation(rotation)
                 self._found = []
             return execute(scheduler_output, *args, **kwargs)
 

@@ -116,7 +116,9 @@ class KVInt4Impl(QuantizedPages, AttentionImpl):
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
         self.scale, self.sliding_window, self.kv_cache_dtype, self.attn_type = scale, -1, kv_cache_dtype, attn_type
         bits = 4 if kv_cache_dtype == DTYPE else 8
-        self.set_up_pages(num_kv_heads, head_size, float(scale), bits, settings_of(get_current_vllm_config()))
+        self.set_up_pages(
+            num_heads, num_kv_heads, head_size, float(scale), bits, settings_of(get_current_vllm_config())
+        )
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -139,6 +141,6 @@ class KVInt4Impl(QuantizedPages, AttentionImpl):
             raise NotImplementedError("quantized outputs of attention")
         if attn_metadata is not None:
             self.attend_pages(query, kv_cache, attn_metadata, output)
-        elif self.measured_k is not None:
+        elif self.measured is not None:
             self.measure(query, key, value, output)
         return output

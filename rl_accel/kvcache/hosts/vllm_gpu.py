@@ -28,6 +28,7 @@ from rl_accel.kernels.kv_int4.layout import LANES
 from rl_accel.kvcache.config import DTYPE
 from rl_accel.kvcache.hosts.layers import QuantizedPages, refuse, token_bytes
 from rl_accel.kvcache.hosts.register import settings_of
+from rl_accel.kvcache.rotation import Rotation
 
 MIN_CAPABILITY = (8, 0)
 
@@ -194,11 +195,14 @@ class GpuKVInt4Impl(QuantizedPages, AttentionImpl):
             raise NotLiveError("rl_accel.kvcache.rotate_v=true is of the CPU alone; leave it off on a GPU")
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
         self.scale, self.kv_cache_dtype, self.attn_type = float(scale), kv_cache_dtype, attn_type
-        self.set_up_pages(num_kv_heads, head_size, float(scale), 4 if kv_cache_dtype == DTYPE else 8, settings)
-        self._on_device: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.set_up_pages(
+            num_heads, num_kv_heads, head_size, float(scale), 4 if kv_cache_dtype == DTYPE else 8, settings
+        )
+        self._balance = settings.balance
+        self._on_device: tuple[torch.Tensor, ...] | None = None
 
-    def set_rotation(self, order: int, shift_KC: torch.Tensor | None) -> None:
-        super().set_rotation(order, shift_KC)
+    def set_rotation(self, rotation: Rotation) -> None:
+        super().set_rotation(rotation)
         if self._on_device is not None:
             self._write_rotation(*self._on_device)
 
@@ -206,17 +210,20 @@ class GpuKVInt4Impl(QuantizedPages, AttentionImpl):
         from rl_accel.kernels.kv_int4 import triton
 
         pages, layout = self.pages(kv_cache)
-        order, shift_KC = self._rotation(kv_cache.device)
+        order, shift_KC, factors_KC, _ = self._rotation(key)
+        if self._balance:
+            key = key * factors_KC
         triton.store(pages, layout, slots, key[: len(slots)], value[: len(slots)], order, shift_KC)
 
     def attend_pages(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any, output: torch.Tensor) -> None:
         from rl_accel.kernels.kv_int4 import triton
 
         pages, layout = self.pages(kv_cache)
-        order, _ = self._rotation(kv_cache.device)
+        order, _, _, factors_HC = self._rotation(query)
+        query = query[: metadata.num_actual_tokens]
         triton.attend_batch(
             output[: metadata.num_actual_tokens],
-            query[: metadata.num_actual_tokens],
+            query * factors_HC if self._balance else query,
             pages,
             layout,
             metadata.block_table,
@@ -248,24 +255,32 @@ class GpuKVInt4Impl(QuantizedPages, AttentionImpl):
             raise NotImplementedError("quantized outputs of attention")
         if attn_metadata is not None:
             self.attend_pages(query, kv_cache, attn_metadata, output)
-        elif self.measured_k is not None:
+        elif self.measured is not None:
             self.measure(query, key, value, output)
         else:
             output.zero_()  # while vLLM measures memory
         return output
 
-    def _rotation(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Order and shift where kernels read them. Made at the first store, after the model is loaded: what is made
-        while it loads would be given up with the weights when vLLM sleeps."""
+    def _rotation(self, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Order, shift and factors where kernels read them, on the device of `like`, factors of its dtype.
+
+        Made at the first store, after the model is loaded: what is made while it loads would be given up with the
+        weights when vLLM sleeps.
+        """
         if self._on_device is None:
+            device = like.device
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise NotLiveError("rl_accel.kvcache: a CUDA graph is captured before the first step without one")
             order = torch.empty(1, dtype=torch.int32, device=device)
             shift_KC = torch.empty(self._num_kv_heads, self.head_size, dtype=torch.float32, device=device)
-            self._on_device = order, shift_KC
+            factors_KC = torch.empty(self._num_kv_heads, self.head_size, dtype=like.dtype, device=device)
+            factors_HC = torch.empty(self._num_heads, self.head_size, dtype=like.dtype, device=device)
+            self._on_device = order, shift_KC, factors_KC, factors_HC
             self._write_rotation(*self._on_device)
         return self._on_device
 
-    def _write_rotation(self, order: torch.Tensor, shift_KC: torch.Tensor) -> None:
-        order.fill_(self.order)
-        shift_KC.zero_() if self.shift_KC is None else shift_KC.copy_(self.shift_KC)
+    def _write_rotation(self, order: torch.Tensor, shift: torch.Tensor, *factors: torch.Tensor) -> None:
+        order.fill_(self.rotation.order)
+        shift.zero_() if self.rotation.shift_KC is None else shift.copy_(self.rotation.shift_KC)
+        for target, found in zip(factors, self.factors(factors[0]), strict=True):
+            target.fill_(1.0) if found is None else target.copy_(found)
