@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: tests every kernel against its reference, times it against its incumbent and its bound,
 # and writes docs/results/gpu-<name>-<date>.json. The kernels' benchmarks are scripts/bench_<op>.py. Last, the speculator in
-# an engine there: its tests, and its rows; what fails of it does not cost the kernels' results.
+# an engine there and the quantized KV cache: their tests, and their rows; what fails of them does not cost the others' results.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$RL_ACCEL_ROOT"
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "gpu_check: no GPU here" >&2; exit 1; }
