@@ -69,6 +69,12 @@ def installed(name: str) -> str | None:
     return None
 
 
+def is_older(name: str, release: tuple[int, ...]) -> bool:
+    """Whether a distribution is installed in a release before this one."""
+    found = installed(name)
+    return found is not None and _release(found) < release
+
+
 def report() -> dict[str, str | None]:
     """Return the versions of Python and of every host, for logs and `doctor`."""
     found = {name: installed(name) for name in (*HOSTS, *OPTIONAL)}

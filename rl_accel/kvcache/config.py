@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from rl_accel.errors import ConfigError
 
 AUTO, MAX_ORDER = 0, 256
+MIN_VLLM = (0, 28)
+"""Older ones have no hook for the bytes of a page."""
 DTYPE = "int4_per_token_head"
 """vLLM's name of 4-bit K and V; what its pages hold is ours to say."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rl_accel.kernels.kv_int4.layout import LANES
 
+MAX_HEAD_SIZE = 512
 ALIBI = ("bloom", "mpt", "falcon", "baichuan", "jais")
 """Model types with ALiBi; of falcon and mpt only where their configuration says so."""
 
@@ -31,8 +32,8 @@ def unsupported(policy: Mapping[str, Any]) -> str:
     if policy.get("is_encoder_decoder"):
         return "encoders and cross-attention"
     size = head_size(policy)
-    if size and size % LANES:
-        return f"a head size of {size}: it must be a multiple of {LANES}"
+    if size % LANES or size > MAX_HEAD_SIZE:
+        return f"a head size of {size}: it must be a multiple of {LANES} up to {MAX_HEAD_SIZE}"
     return ""
 
 

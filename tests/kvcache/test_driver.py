@@ -67,6 +67,14 @@ def test_stock_pages_of_4_bits_are_refused_on_a_cpu(enabled) -> None:
         ({}, ["actor_rollout_ref.rollout.engine_kwargs.vllm.block_size=24"], "multiple of 16"),
         ({}, ["++actor_rollout_ref.rollout.pipeline_model_parallel_size=2"], "set an order"),
         ({}, ["++actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_dtype=fp8"], "keep one"),
+        (
+            {},
+            [
+                "++actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_dtype_skip_layers=['3']",
+                "rl_accel.kvcache.int8_layers=0",
+            ],
+            "keep one",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, policy, overrides, named) -> None:
@@ -78,3 +86,13 @@ def test_what_cannot_work_is_refused(tmp_path, policy, overrides, named) -> None
         accel = prepare.preflight(config)
         with open_dict(config):
             prepare._pass_settings_to_vllm(config, accel)
+
+
+def test_an_older_vllm_is_refused(monkeypatch) -> None:
+    from rl_accel.hosts import versions
+    from rl_accel.kvcache.hosts import driver
+
+    monkeypatch.setattr(driver, "MIN_VLLM", (9, 0))
+    assert not versions.is_older("vllm", (0, 1)) and not versions.is_older("not-there", (9,))
+    with pytest.raises(ConfigError, match=r"needs vLLM 9\.0 or newer"):
+        preflight(*ON)

@@ -26,6 +26,7 @@ QWEN2 = {"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14, "
         ({"model_type": "mpt", "attn_config": {"alibi": True}}, "ALiBi"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "encoders"),
         ({"model_type": "phi", "hidden_size": 1000, "num_attention_heads": 25}, "head size of 40"),
+        ({"model_type": "qwen3", "head_dim": 1024}, "head size of 1024"),
     ],
 )
 def test_what_is_not_covered_is_named(policy, named) -> None:
@@ -61,6 +62,7 @@ def test_the_head_size_is_told_or_follows() -> None:
         ({"attn_type": "encoder_only"}, "not causal"),
         ({"kv_sharing_target_layer_name": "model.layers.0"}, "share K and V"),
         ({"head_size": 40}, "head size of 40"),
+        ({"head_size": 576}, "head size of 576"),
     ],
 )
 def test_layers_are_refused_by_name(layer, named) -> None:

@@ -10,10 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 from rl_accel import machine
 from rl_accel.errors import ConfigError
 from rl_accel.feature import Driver
+from rl_accel.hosts import versions
 from rl_accel.hosts.verl import model_files
 from rl_accel.kernels.kv_int4.layout import LANES
 from rl_accel.kvcache import policies
-from rl_accel.kvcache.config import DTYPE, skip_layers
+from rl_accel.kvcache.config import DTYPE, MIN_VLLM, skip_layers
 
 
 class KVCacheDriver(Driver):
@@ -31,6 +32,11 @@ class KVCacheDriver(Driver):
     def check(self, config: DictConfig) -> None:
         if not self.settings.enabled:
             return
+        if versions.is_older("vllm", MIN_VLLM):
+            raise ConfigError(
+                f"rl_accel.kvcache.enable=true needs vLLM {'.'.join(map(str, MIN_VLLM))} or newer; installed is "
+                f"{versions.installed('vllm')}"
+            )
         policy = model_files.text_config(model_files.policy_config(config))
         if found := policies.unsupported(policy):
             raise ConfigError(f"rl_accel.kvcache.enable=true does not cover {found}, which the policy has")
@@ -52,9 +58,8 @@ class KVCacheDriver(Driver):
     def engine_args(self) -> dict[str, Any]:
         if not self.settings.enabled:
             return {}
-        asked: dict[str, Any] = {"kv_cache_dtype": DTYPE}
-        if self.settings.int8_layers:
-            asked["kv_cache_dtype_skip_layers"] = skip_layers(self.settings.int8_layers)
+        layers = skip_layers(self.settings.int8_layers)
+        asked: dict[str, Any] = {"kv_cache_dtype": DTYPE, "kv_cache_dtype_skip_layers": layers}
         if machine.has_gpu():
             asked["attention_backend"] = "CUSTOM"
         return asked

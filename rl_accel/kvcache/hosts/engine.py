@@ -9,8 +9,9 @@ import torch
 
 from rl_accel.errors import NotLiveError
 from rl_accel.feature import Engine
+from rl_accel.hosts import versions
 from rl_accel.kvcache import policies
-from rl_accel.kvcache.config import DTYPE, skip_layers
+from rl_accel.kvcache.config import DTYPE, MIN_VLLM, skip_layers
 from rl_accel.kvcache.hosts import measuring
 from rl_accel.kvcache.hosts.layers import QuantizedPages, attention_layers, token_bytes
 from rl_accel.kvcache.hosts.pending import PendingRotations
@@ -24,9 +25,15 @@ class KVCacheEngine(Engine):
     def __init__(self, settings: Any, vllm_config: Any):
         """
         Raises:
-            NotLiveError: if vLLM was not asked for the pages, or the policy has attention that they do not serve.
+            NotLiveError: if vLLM is too old, was not asked for the pages, or the policy has attention that they do not
+                serve.
         """
         super().__init__(settings, vllm_config)
+        if versions.is_older("vllm", MIN_VLLM):
+            raise NotLiveError(
+                f"rl_accel.kvcache.enable=true needs vLLM {'.'.join(map(str, MIN_VLLM))} or newer; this is "
+                f"{versions.installed('vllm')}"
+            )
         cache, wanted = vllm_config.cache_config, skip_layers(settings.int8_layers)
         if cache.cache_dtype != DTYPE or sorted(cache.kv_cache_dtype_skip_layers) != sorted(wanted):
             raise NotLiveError(

@@ -22,6 +22,7 @@ from rl_accel.kernels.kv_int4 import api
 from rl_accel.kernels.kv_int4.layout import LANES, PageLayout
 from rl_accel.kernels.kv_int4.reference import rotate
 from rl_accel.kvcache.config import MAX_ORDER
+from rl_accel.kvcache.policies import MAX_HEAD_SIZE
 from rl_accel.kvcache.rotation import Rotation
 
 
@@ -36,12 +37,11 @@ class QuantizedPages:
     def set_up_pages(
         self, num_heads: int, num_kv_heads: int, head_size: int, scale: float, bits: int, settings: Any
     ) -> None:
-        """
+        """Set up after `refuse`.
+
         Raises:
-            NotLiveError: for a head size that pages cannot hold.
+            KVCacheError: for an order that does not fit the head size.
         """
-        if head_size % LANES:
-            raise NotLiveError(f"rl_accel.kvcache needs a head size that is a multiple of {LANES}; got {head_size}")
         self.bits, self.rotate_v = bits, settings.rotate_v
         if settings.order:
             api.check_order(settings.order, head_size)
@@ -127,7 +127,10 @@ def refuse(
         (sinks is not None, "attention sinks"),
         (attn_type != "decoder", f"{attn_type} attention, which is not causal"),
         (kv_sharing_target_layer_name is not None, "layers that share K and V"),
-        (head_size % LANES != 0, f"a head size of {head_size}, which is no multiple of {LANES}"),
+        (
+            head_size % LANES != 0 or head_size > MAX_HEAD_SIZE,
+            f"a head size of {head_size}, which is no multiple of {LANES} up to {MAX_HEAD_SIZE}",
+        ),
     ):
         if present:
             raise NotLiveError(f"rl_accel.kvcache does not cover {what}, which this policy has; set enable=false")
