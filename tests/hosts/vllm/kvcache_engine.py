@@ -88,6 +88,8 @@ def engine(model: str, mode: str) -> LLM:
         **({} if stock else {**OURS, "kv_cache_dtype_skip_layers": layers}),
         **ENGINES.get(mode, {}),
     }
+    if mode == "draft_model":
+        arguments["speculative_config"] = {"method": "draft_model", "model": model, "num_speculative_tokens": 3}
     return LLM(
         f"{model}-wide" if "wide" in mode else f"{model}-moved" if mode == "moved" else model,
         skip_tokenizer_init=True,

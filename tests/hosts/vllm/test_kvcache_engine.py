@@ -13,7 +13,7 @@ import torch
 from .tiny_qwen import build_model
 
 ENGINE = Path(__file__).with_name("kvcache_engine.py")
-SAME = ("das", "chunks", "preempt")
+SAME = ("das", "draft_model", "chunks", "preempt")
 MODES = ("stock", "plain", *SAME, "all4", "options", "bf16", "bf16_ngram", "moved", "unasked", "wide", "stock_wide",
          "stock_after", "tp2")  # fmt: skip
 
@@ -35,7 +35,8 @@ def log_prob_differences(a: dict, b: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", SAME)
 def test_tokens_and_log_probs_are_the_same_bits(engines, mode) -> None:
-    """With drafts; in chunks of 16 tokens, larger blocks, without prefix caching; with preemptions and one thread."""
+    """With drafts, by a model on pages of its own too; in chunks of 16 tokens and larger blocks, without prefix caching;
+    with preemptions and one thread."""
     assert engines[mode]["tokens"] == engines["plain"]["tokens"]
     assert engines[mode]["logprobs"] == engines["plain"]["logprobs"]
 
@@ -44,6 +45,8 @@ def test_what_was_varied_took_place(engines) -> None:
     """Else the comparison above would say nothing."""
     counts = engines["das"]["after"]["counts"]
     assert counts["num_draft_tokens"] > counts["num_accepted_tokens"] > 50
+    drafter = engines["draft_model"]["after"]
+    assert drafter["impls"] == ["KVInt4Impl"] * 4 and drafter["counts"]["num_accepted_tokens"] > 50
     assert engines["preempt"]["preemptions"] > 0 == engines["plain"]["preemptions"]
     assert engines["plain"]["cached"] > 500 and engines["chunks"]["cached"] == 0
 
