@@ -35,8 +35,8 @@ def log_prob_differences(a: dict, b: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", SAME)
 def test_tokens_and_log_probs_are_the_same_bits(engines, mode) -> None:
-    """With drafts, by a model on pages of its own too; in chunks of 16 tokens and larger blocks, no prefix caching; with
-    preemptions and one thread."""
+    """With drafts, also by a model on such pages; in chunks of 16 tokens and larger blocks, without prefix caching;
+    with preemptions and one thread."""
     assert engines[mode]["tokens"] == engines["plain"]["tokens"]
     assert engines[mode]["logprobs"] == engines["plain"]["logprobs"]
 
