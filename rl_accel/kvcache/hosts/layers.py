@@ -21,7 +21,8 @@ from rl_accel.errors import NotLiveError
 from rl_accel.kernels.kv_int4 import api
 from rl_accel.kernels.kv_int4.layout import LANES, PageLayout
 from rl_accel.kernels.kv_int4.reference import rotate
-from rl_accel.kvcache.config import MAX_ORDER
+from rl_accel.kvcache.config import DTYPE, MAX_ORDER
+from rl_accel.kvcache.hosts.register import settings_of
 from rl_accel.kvcache.policies import MAX_HEAD_SIZE
 from rl_accel.kvcache.rotation import Rotation
 
@@ -32,27 +33,71 @@ def token_bytes(head_size: int, bits: int) -> int:
 
 
 class QuantizedPages:
-    """Mixed into an `AttentionImpl`: reads and writes the pages of one layer."""
+    """Mixed into vLLM's `AttentionImpl`: reads and writes the pages of one layer, of 4 bits, or of 8 in the layers that
+    vLLM was told to skip."""
 
-    def set_up_pages(
-        self, num_heads: int, num_kv_heads: int, head_size: int, scale: float, bits: int, settings: Any
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        """Set up after `refuse`.
+        """As vLLM's.
 
         Raises:
+            NotLiveError: for attention that quantized pages do not serve.
             KVCacheError: for an order that does not fit the head size.
         """
-        self.bits, self.rotate_v = bits, settings.rotate_v
-        if settings.order:
-            api.check_order(settings.order, head_size)
+        from vllm.config import get_current_vllm_config
+
+        refuse(head_size, alibi_slopes, sliding_window, logits_soft_cap, attn_type, sinks, kv_sharing_target_layer_name)
+        self.settings = settings_of(get_current_vllm_config())
+        if self.settings.order:
+            api.check_order(self.settings.order, head_size)
+        self.num_heads, self.head_size, self.num_kv_heads, self.scale = num_heads, head_size, num_kv_heads, float(scale)
+        self.kv_cache_dtype, self.attn_type, self.sliding_window = kv_cache_dtype, attn_type, -1
+        self.bits = 4 if kv_cache_dtype == DTYPE else 8
         # Until the policy's weights have been measured.
-        self.rotation = Rotation(settings.order or min(head_size & -head_size, MAX_ORDER))
+        self.rotation = Rotation(self.settings.order or min(head_size & -head_size, MAX_ORDER))
         self.measured: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         """Where K and Q of a forward without metadata go, while they are measured."""
-        self._scale, self.head_size, self._num_kv_heads = scale, head_size, num_kv_heads
-        self._num_heads = num_heads
         self._pages: tuple[int, torch.Tensor, PageLayout] | None = None
         self._factors: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        self.store_pages(key, value, kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("quantized outputs of attention")
+        if attn_metadata is not None:
+            self.attend_pages(query, kv_cache, attn_metadata, output)
+        elif self.measured is not None:
+            self.measure(query, key, value, output)
+        else:
+            output.zero_()  # while vLLM warms up and measures memory
+        return output
 
     def set_rotation(self, rotation: Rotation) -> None:
         """What K is stored with from now on; pages that hold K already must be given up."""
@@ -61,7 +106,7 @@ class QuantizedPages:
     def factors(self, query: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return what K, [K, C], and queries, [H, C], are multiplied by, of the dtype and device of queries."""
         if self._factors is None:
-            found = self.rotation.key_factors(query.dtype), self.rotation.query_factors(self._num_heads, query.dtype)
+            found = self.rotation.key_factors(query.dtype), self.rotation.query_factors(self.num_heads, query.dtype)
             self._factors = tuple(None if x is None else x.to(query.device) for x in found)  # type: ignore[assignment]
         return self._factors  # type: ignore[return-value]
 
@@ -79,7 +124,7 @@ class QuantizedPages:
         key, value = key[: len(slots)], value[: len(slots)]
         if (factors_KC := self.factors(key)[0]) is not None:
             key = key * factors_KC
-        if self.rotate_v:
+        if self.settings.rotate_v:
             value = rotate(value, self.rotation.order).to(value.dtype)
         api.store(pages, layout, slots, key, value, self.rotation.order, self.rotation.shift_KC)
 
@@ -97,11 +142,11 @@ class QuantizedPages:
             metadata.block_table,
             metadata.query_start_loc,
             metadata.seq_lens,
-            self._scale,
+            self.scale,
             self.rotation.order,
             out=output,
         )
-        if self.rotate_v:
+        if self.settings.rotate_v:
             output.copy_(rotate(output, self.rotation.order))
 
     def measure(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> None:
@@ -110,7 +155,7 @@ class QuantizedPages:
         self.measured.append((key.detach().float().clone(), query.detach().float().clone()))
         q, k, v = [x.transpose(0, 1)[None] for x in (query, key, value)]
         found = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self._scale, enable_gqa=True
+            q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
         )
         output.copy_(found[0].transpose(0, 1))
 

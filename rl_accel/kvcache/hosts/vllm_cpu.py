@@ -14,13 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadata
 
 from rl_accel.kvcache.config import DTYPE
-from rl_accel.kvcache.hosts.layers import QuantizedPages, refuse, token_bytes
-from rl_accel.kvcache.hosts.register import settings_of
+from rl_accel.kvcache.hosts.layers import QuantizedPages, token_bytes
 
 
 class KVInt4Backend(CPUAttentionBackend):
@@ -91,56 +89,5 @@ class KVInt4MetadataBuilder(AttentionMetadataBuilder[CPUAttentionMetadata]):
         )
 
 
-class KVInt4Impl(QuantizedPages, AttentionImpl):
-    """Attention over pages of 4 bits, or of 8 in the layers that vLLM was told to skip."""
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None = None,
-        attn_type: str = "decoder",
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
-        """
-        Raises:
-            NotLiveError: for attention that quantized pages do not serve.
-        """
-        refuse(head_size, alibi_slopes, sliding_window, logits_soft_cap, attn_type, sinks, kv_sharing_target_layer_name)
-        self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
-        self.scale, self.sliding_window, self.kv_cache_dtype, self.attn_type = scale, -1, kv_cache_dtype, attn_type
-        bits = 4 if kv_cache_dtype == DTYPE else 8
-        self.set_up_pages(
-            num_heads, num_kv_heads, head_size, float(scale), bits, settings_of(get_current_vllm_config())
-        )
-
-    def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        self.store_pages(key, value, kv_cache, slot_mapping)
-
-    def forward(  # type: ignore[override]
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("quantized outputs of attention")
-        if attn_metadata is not None:
-            self.attend_pages(query, kv_cache, attn_metadata, output)
-        elif self.measured is not None:
-            self.measure(query, key, value, output)
-        return output
+class KVInt4Impl(QuantizedPages, AttentionImpl):  # type: ignore[misc]
+    """By the kernels for CPUs."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
@@ -26,8 +25,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from rl_accel.errors import NotLiveError
 from rl_accel.kernels.kv_int4.layout import LANES
 from rl_accel.kvcache.config import DTYPE
-from rl_accel.kvcache.hosts.layers import QuantizedPages, refuse, token_bytes
-from rl_accel.kvcache.hosts.register import settings_of
+from rl_accel.kvcache.hosts.layers import QuantizedPages, token_bytes
 from rl_accel.kvcache.rotation import Rotation
 
 MIN_CAPABILITY = (8, 0)
@@ -168,37 +166,17 @@ class GpuKVInt4MetadataBuilder(AttentionMetadataBuilder[GpuKVInt4Metadata]):
         """Nothing here is a copy of what changes between the steps of a drafter."""
 
 
-class GpuKVInt4Impl(QuantizedPages, AttentionImpl):
-    """Attention over pages of 4 bits, or of 8 in the layers that vLLM was told to skip."""
+class GpuKVInt4Impl(QuantizedPages, AttentionImpl):  # type: ignore[misc]
+    """By the Triton kernels, with what a captured graph must find where it was in tensors."""
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None = None,
-        attn_type: str = "decoder",
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         """
         Raises:
             NotLiveError: for attention that quantized pages do not serve, and for rotated V.
         """
-        refuse(head_size, alibi_slopes, sliding_window, logits_soft_cap, attn_type, sinks, kv_sharing_target_layer_name)
-        settings = settings_of(get_current_vllm_config())
-        if settings.rotate_v:
+        super().__init__(*args, **kwargs)
+        if self.settings.rotate_v:
             raise NotLiveError("rl_accel.kvcache.rotate_v=true is of the CPU alone; leave it off on a GPU")
-        self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
-        self.scale, self.kv_cache_dtype, self.attn_type = float(scale), kv_cache_dtype, attn_type
-        self.set_up_pages(
-            num_heads, num_kv_heads, head_size, float(scale), 4 if kv_cache_dtype == DTYPE else 8, settings
-        )
-        self._balance = settings.balance
         self._on_device: tuple[torch.Tensor, ...] | None = None
 
     def set_rotation(self, rotation: Rotation) -> None:
@@ -211,7 +189,7 @@ class GpuKVInt4Impl(QuantizedPages, AttentionImpl):
 
         pages, layout = self.pages(kv_cache)
         order, shift_KC, factors_KC, _ = self._rotation(key)
-        if self._balance:
+        if self.settings.balance:
             key = key * factors_KC
         triton.store(pages, layout, slots, key[: len(slots)], value[: len(slots)], order, shift_KC)
 
@@ -223,43 +201,16 @@ class GpuKVInt4Impl(QuantizedPages, AttentionImpl):
         query = query[: metadata.num_actual_tokens]
         triton.attend_batch(
             output[: metadata.num_actual_tokens],
-            query * factors_HC if self._balance else query,
+            query * factors_HC if self.settings.balance else query,
             pages,
             layout,
             metadata.block_table,
             metadata.query_start_loc,
             metadata.seq_lens,
-            self._scale,
+            self.scale,
             order,
             max_seq_len=metadata.max_seq_len,
         )
-
-    def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        self.store_pages(key, value, kv_cache, slot_mapping)
-
-    def forward(  # type: ignore[override]
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: GpuKVInt4Metadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("quantized outputs of attention")
-        if attn_metadata is not None:
-            self.attend_pages(query, kv_cache, attn_metadata, output)
-        elif self.measured is not None:
-            self.measure(query, key, value, output)
-        else:
-            output.zero_()  # while vLLM measures memory
-        return output
 
     def _rotation(self, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Order, shift and factors where kernels read them, on the device of `like`, factors of its dtype.
@@ -272,9 +223,9 @@ class GpuKVInt4Impl(QuantizedPages, AttentionImpl):
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise NotLiveError("rl_accel.kvcache: a CUDA graph is captured before the first step without one")
             order = torch.empty(1, dtype=torch.int32, device=device)
-            shift_KC = torch.empty(self._num_kv_heads, self.head_size, dtype=torch.float32, device=device)
-            factors_KC = torch.empty(self._num_kv_heads, self.head_size, dtype=like.dtype, device=device)
-            factors_HC = torch.empty(self._num_heads, self.head_size, dtype=like.dtype, device=device)
+            shift_KC = torch.empty(self.num_kv_heads, self.head_size, dtype=torch.float32, device=device)
+            factors_KC = torch.empty(self.num_kv_heads, self.head_size, dtype=like.dtype, device=device)
+            factors_HC = torch.empty(self.num_heads, self.head_size, dtype=like.dtype, device=device)
             self._on_device = order, shift_KC, factors_KC, factors_HC
             self._write_rotation(*self._on_device)
         return self._on_device
