@@ -140,8 +140,9 @@ def learns(model: str) -> dict:
         tokens = spec.generate(llm, step)
         found["tokens"] += [tokens] if step < 2 else []
         found["states"].append(llm.collective_rpc(spec._state)[0])
-        counts = found["states"][-1]["counts"]
-        if step > 1 and counts["num_accepted_tokens"] > 0.6 * counts["num_drafts"] > 100:
+        counts, judged = found["states"][-1]["counts"], found["states"][-1]["metrics"]["served_accept"]
+        # The trainer judges what is served when it has a candidate, on a busy machine some steps later.
+        if step > 1 and counts["num_accepted_tokens"] > 0.6 * counts["num_drafts"] > 100 and judged > 0.5:
             break
         step += 1
     found["path"] = f"{model}-eagle/engine000.pt"

@@ -179,8 +179,7 @@ def test_it_learns_while_the_engine_generates(engines) -> None:
     assert last["counts"]["num_accepted_tokens"] > 0.6 * last["counts"]["num_drafts"] > 100
     assert random["num_accepted_tokens"] < 0.1 * random["num_drafts"]
     metrics = last["metrics"]
-    # Of the version that was served when the last candidate was judged, which on a busy machine is an early one.
-    assert metrics["version"] > 2 and metrics["served_accept"] > 0.2 and metrics["heads_off"] == 0.0
+    assert metrics["version"] > 2 and metrics["served_accept"] > 0.5 and metrics["heads_off"] == 0.0
     assert last["live"]["features"]["draft"] == "head" and last["live"]["features"]["speculator"] == "learning"
     assert 2 * last["counts"]["num_drafts"] < last["counts"]["num_draft_tokens"] <= 3 * last["counts"]["num_drafts"]
 
