@@ -90,7 +90,7 @@ class AccelConfig:
         """
         holders: dict[str, str] = {}
         for feature in self.enabled():
-            if feature.lossy and not self.run.allow_lossy:
+            if feature.is_lossy(self.settings[feature.name]) and not self.run.allow_lossy:
                 raise ConfigError(
                     f"rl_accel.{feature.name} ({feature.title}) is lossy: it changes what is sampled or trained, "
                     "within bounds that docs/ states. Permit it with rl_accel.allow_lossy=true"

@@ -28,8 +28,7 @@ from rl_accel.feature import Check, Feature, features
 from rl_accel.hosts import versions
 from rl_accel.hosts.verl import ACTIVE_ENV, model_files, prepare
 from rl_accel.probing import run_probe
-
-POLICY = Path(__file__).parent / "quickstart" / "policy"
+from rl_accel.quickstart.deep import SHIPPED
 
 
 def diagnose(accel: AccelConfig, model: str, engine: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -144,11 +143,17 @@ def _chosen(settings: list[str]) -> Any:
     return chosen["rl_accel"]  # type: ignore[index, call-overload]
 
 
+def _policy_for(accel: AccelConfig) -> str:
+    """Return the folder of a policy of the package that has what the features act on."""
+    wanted = [feature.try_policy for feature in accel.enabled() if feature.try_policy != "quickstart"]
+    return str(SHIPPED[wanted[0] if wanted else "quickstart"])
+
+
 def main(argv: list[str]) -> int:
     """Run the checks and print them; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m rl_accel.doctor", description=__doc__.split("\n\n")[1])
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--model", default=str(POLICY), help="policy to start the engine with")
+    parser.add_argument("--model", help="policy to start the engine with; default: one of the package that fits")
     parser.add_argument("--engine", action="append", default=[], metavar="NAME=VALUE", help="argument of vLLM's engine")
     parser.add_argument("settings", nargs="*", metavar="rl_accel.*=VALUE", default=_default_settings())
     arguments = parser.parse_args(argv)
@@ -159,7 +164,7 @@ def main(argv: list[str]) -> int:
     except RLAccelError as error:
         print(f"rl_accel: {error}", file=sys.stderr)
         return 1
-    report = diagnose(accel, arguments.model, engine)
+    report = diagnose(accel, arguments.model or _policy_for(accel), engine)
     if arguments.json:
         print(json.dumps(report, indent=1))
     else:

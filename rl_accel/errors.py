@@ -47,3 +47,15 @@ class CommError(RLAccelError):
 
 class KVCacheError(RLAccelError):
     """Pages, queries or tables that do not fit together."""
+
+
+class MoEError(RLAccelError):
+    """Weights, widths or ranks that the quantizer of experts cannot serve."""
+
+
+class LookaheadError(RLAccelError):
+    """An engine of lookahead decoding answers what is no step, or was asked for what has none."""
+
+
+class EngineRefusesError(LookaheadError):
+    """An engine of lookahead decoding refuses a request as it stands."""

@@ -31,7 +31,9 @@ BUILT_IN = (
     "rl_accel.sampling.feature:FEATURE",
     "rl_accel.draft.feature:FEATURE",
     "rl_accel.speculator.feature:FEATURE",
+    "rl_accel.lookahead.feature:FEATURE",
     "rl_accel.kvcache.feature:FEATURE",
+    "rl_accel.moe.feature:FEATURE",
     "rl_accel.weight_sync.feature:FEATURE",
     "rl_accel.trace.feature:FEATURE",
     "rl_accel.deepspeed.feature:FEATURE",
@@ -65,8 +67,9 @@ class Feature:
     """A few words for people."""
     config: type
     """Frozen dataclass of its settings with a property `enabled`; every field has a default."""
-    lossy: bool = False
-    """Whether it changes what is sampled or trained; such a feature needs `rl_accel.allow_lossy=true`."""
+    lossy: Callable[[Any], bool] | bool = False
+    """Whether it changes what is sampled or trained, maybe a function of its settings; such a feature needs
+    `rl_accel.allow_lossy=true`."""
     claims: Callable[[Any], frozenset[str]] | frozenset[str] = frozenset()
     """Positions in a host that only one feature may hold, such as `vllm.speculative_config`; maybe a function of its
     settings."""
@@ -82,6 +85,8 @@ class Feature:
     """Settings that a resumed run may change without a word of permission."""
     try_out: tuple[str, ...] = ()
     """Settings with which the doctor tries it where it was not told any."""
+    try_policy: str = "quickstart"
+    """Policy of the package with which the doctor tries it where it was not told one (`quickstart.deep.SHIPPED`)."""
     driver: str = ""
     engine: str = ""
     rank: str = ""
@@ -102,6 +107,10 @@ class Feature:
     def claimed(self, settings: Any) -> frozenset[str]:
         """Return what the feature claims with these settings."""
         return self.claims(settings) if callable(self.claims) else self.claims
+
+    def is_lossy(self, settings: Any) -> bool:
+        """Return whether it changes what is sampled or trained with these settings."""
+        return self.lossy(settings) if callable(self.lossy) else self.lossy
 
     def role(self, kind: str) -> type[Any]:
         """Return the class of a role, or the base class, which does nothing."""
@@ -172,6 +181,10 @@ class Driver:
 
 class Engine:
     """Acts in one worker of a rollout engine, on vLLM's model runner."""
+
+    layerwise_sync = False
+    """Whether new weights must go through vLLM's layer-wise reload, which processes each layer as a first load does; on
+    a GPU verl writes them straight into parameters otherwise."""
 
     def __init__(self, settings: Any, vllm_config: Any):
         self.settings, self.vllm_config = settings, vllm_config
@@ -248,9 +261,20 @@ class AgentLoop:
         """Return the parameters with which a session generates."""
         return sampling_params
 
+    def client(self, client: Any, validate: bool) -> Any:
+        """Return what the loop of a session generates with: `client`, or one of the feature's own around it."""
+        return client
+
+    def finish(self, outputs: Sequence[Any], client: Any) -> None:
+        """Change the `AgentLoopOutput`s of a session before they are scored. `client` is the feature's own."""
+
     def score(self, output: Any, sample: dict[str, Any]) -> bool:
         """Set the reward of an `AgentLoopOutput` and return True, or leave it to verl."""
         return False
+
+    def drain(self) -> dict[str, float]:
+        """Return metrics since the last call, by the names of the feature's table."""
+        return {}
 
 
 class Trainer:
@@ -263,11 +287,17 @@ class Trainer:
         """Return a call that does the weight sync `sync`, which messages call `what`."""
         return sync
 
+    def restore_before_sync(self) -> None:
+        """A checkpoint was loaded, and its weights are not in the engines yet; `restore` follows when they are."""
+
     def on_init_end(self) -> None:
         """The first weights are in the engines; a resumed run has loaded its checkpoint."""
 
     def on_step_end(self) -> None:
         """The step's weights are in the engines."""
+
+    def on_end(self) -> None:
+        """The last step is logged."""
 
     def metrics(self) -> dict[str, float]:
         """Return numbers since the last call, by the names of the feature's table."""

@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -82,14 +83,22 @@ def engine_of(part: str, arm: str, model: str) -> Any:
     return LLM(model, enforce_eager=True, seed=0, additional_config={"rl_accel": settings}, **args)
 
 
-def steps_of(llm: Any, num_requests: int, context: int) -> dict[str, float]:
-    """Seconds of the prompts and of a decoding step."""
+def steps_of(
+    llm: Any, num_requests: int, context: int, vocabulary: int = 2000, sampling: Callable[[int], dict] | None = None
+) -> dict[str, float]:
+    """Seconds of the prompts and of a decoding step.
+
+    Args:
+        vocabulary: prompts are of tokens below this + 3.
+        sampling: parameters of a request by its number; greedy if not given.
+    """
     from vllm import SamplingParams
 
     engine, times = llm.llm_engine, []
     for i in range(num_requests):
-        ids = [(7 * j + 13 * i) % 2000 + 3 for j in range(context)]
-        params = SamplingParams(temperature=0, max_tokens=STEPS + 1, ignore_eos=True, detokenize=False)
+        ids = [(7 * j + 13 * i) % vocabulary + 3 for j in range(context)]
+        how = sampling(i) if sampling else {"temperature": 0}
+        params = SamplingParams(max_tokens=STEPS + 1, ignore_eos=True, detokenize=False, **how)
         engine.add_request(f"{context}-{i}", {"prompt_token_ids": ids}, params)
     started, prefill = time.perf_counter(), 0.0
     while engine.has_unfinished_requests():

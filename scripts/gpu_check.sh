@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: tests every kernel against its reference, times it against its incumbent and its bound,
 # and writes docs/results/gpu-<name>-<date>.json. The kernels' benchmarks are scripts/bench_<op>.py. Last, the speculator in
-# an engine there and the quantized KV cache: their tests, and their rows; what fails of them does not cost the others' results.
+# an engine there, the quantized KV cache and quantized experts: their tests, and their rows; what fails of them does not cost
+# the others' results.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$RL_ACCEL_ROOT"
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "gpu_check: no GPU here" >&2; exit 1; }
@@ -19,6 +20,8 @@ done
 failed=0
 python -m pytest tests/kvcache || failed=1
 python scripts/bench_kv_int4_gpu.py --no-tests --json "$parts/bench_kv_int4_gpu.json" || failed=1
+python -m pytest tests/moe || failed=1
+python scripts/bench_moe_int3_gpu.py --no-tests --json "$parts/bench_moe_int3_gpu.json" || failed=1
 python -m pytest tests/speculator tests/hosts/vllm/test_speculator_engine.py || failed=1
 python scripts/bench_speculator.py --steps 12 --json "$parts/bench_speculator.json" || failed=1
 python - "$parts" "$result" <<'PYTHON'

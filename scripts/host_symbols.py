@@ -35,6 +35,9 @@ METHODS = (
     "vllm.v1.worker.gpu_input_batch:InputBatch.condense",
     "vllm.v1.worker.gpu_input_batch:InputBatch.remove_request",
     "vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids",
+    "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod._setup_kernel",
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.process_weights_after_loading",
+    "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts.load_weights",
 )
 
 

@@ -19,7 +19,7 @@ import platform
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ from rl_accel.quickstart.tokenizer import build_tokenizer, save_tokenizer
 MAX_RESPONSE_LENGTH = 320
 _CALCULATION = re.compile(r"(\d+)([-+*])(\d+)=<<.*>>\d+")
 _SLIP_RATE = 0.6  # above one half, so that greedy decoding does not see through a hurried solution
-_IGNORED = -100  # label that cross_entropy leaves out
+IGNORED = -100  # label that cross_entropy leaves out
 
 
 def prompt_token_ids(tokenizer, question: str) -> list[int]:
@@ -78,7 +78,7 @@ def training_batches(
             text = problem.answer if rng.random() >= hurried_share else hurried_answer(problem.answer, rng)
             prompt = prompt_token_ids(tokenizer, problem.question)
             answer = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
-            examples.append((prompt + answer, [_IGNORED] * len(prompt) + answer))
+            examples.append((prompt + answer, [IGNORED] * len(prompt) + answer))
         examples.sort(key=lambda example: len(example[0]))
         batches: list[list] = [[]]
         for example in examples:
@@ -90,7 +90,7 @@ def training_batches(
             longest = max(len(ids) for ids, _ in batch)
             yield (
                 torch.tensor([ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in batch]),
-                torch.tensor([labels + [_IGNORED] * (longest - len(labels)) for _, labels in batch]),
+                torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in batch]),
             )
             num_batches += 1
             if num_batches == num_steps:
@@ -117,22 +117,35 @@ def build_model(tokenizer) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def train(model: Qwen2ForCausalLM, tokenizer, args: argparse.Namespace) -> dict[str, float]:
-    """AdamW, warm-up, cosine decay; returns seconds, tokens (padding included) and the last mean loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+def answer_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy, in nats a token of the answers.
+
+    Right padding needs no mask: attention is causal and padded labels are left out.
+    """
+    return cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+def train(
+    model, batches: Iterable[tuple[torch.Tensor, ...]], steps: int, lr: float, warm_up: int = 100, aux: float = 0.0
+) -> dict[str, float]:
+    """AdamW, warm-up, cosine decay; returns seconds, tokens (padding included) and the last mean loss.
+
+    Args:
+        batches: as from `training_batches`.
+        lr: the highest learning rate, reached after `warm_up` steps.
+        aux: weight of the load-balancing loss of a mixture of experts, which the loss that is returned leaves out.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / 100, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / args.steps))),
+        lambda step: min((step + 1) / warm_up, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))),
     )
     start, num_tokens, losses = time.perf_counter(), 0, []
     model.train()
-    for step, (ids_BT, labels_BT) in enumerate(
-        training_batches(tokenizer, args.steps, args.batch_tokens, args.hurried_share, args.seed)
-    ):
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-        # Right padding needs no mask: attention is causal and padded labels are left out.
-        loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=_IGNORED)
-        loss.backward()
+    for step, (ids_BT, labels_BT) in enumerate(batches):
+        output = model(input_ids=ids_BT, use_cache=False, **({"output_router_logits": True} if aux else {}))
+        loss = answer_loss(output.logits, labels_BT)
+        (loss + aux * output.aux_loss if aux else loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -142,7 +155,7 @@ def train(model: Qwen2ForCausalLM, tokenizer, args: argparse.Namespace) -> dict[
         if (step + 1) % 100 == 0:
             seconds = time.perf_counter() - start
             loss_and_speed = f"loss {sum(losses[-100:]) / 100:.4f} {num_tokens / seconds:.0f} tokens/s"
-            print(f"step {step + 1}/{args.steps} {seconds:.0f} s {loss_and_speed}", flush=True)
+            print(f"step {step + 1}/{steps} {seconds:.0f} s {loss_and_speed}", flush=True)
     last = losses[-100:]
     return {"seconds": time.perf_counter() - start, "tokens": num_tokens, "loss": sum(last) / len(last)}
 
@@ -248,33 +261,23 @@ def evaluate(model, tokenizer, problems: list[Problem], num_samples: int, seed: 
     }
 
 
-def save_policy(model: Qwen2ForCausalLM, tokenizer, folder: Path) -> None:
+def save_policy(model, tokenizer, folder: Path) -> None:
     """Write weights (bfloat16), configuration and tokenizer."""
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.to(torch.bfloat16).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 
 
-def readme(args: argparse.Namespace, num_parameters: int, training: dict[str, float], evaluation: dict) -> str:
-    """The policy folder's README."""
-    options = " ".join(
-        f"--{name.replace('_', '-')} {getattr(args, name)}"
-        for name in ("seed", "steps", "batch_tokens", "lr", "hurried_share", "threads", "problems")
-    )
+def how_made(script: str, options: dict, training: dict[str, float], evaluation: dict) -> str:
+    """The part of a policy's README that says how it was made and how well it does."""
+    words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items() if name != "out")
     machine = f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}"
     speed = training["tokens"] / training["seconds"]
-    return f"""# Quickstart policy
+    return f"""Made on {datetime.date.today()} by
 
-A Qwen2 with {num_parameters:,} parameters (bfloat16) that solves the word problems of
-`rl_accel.quickstart.problems`, on purpose not very well. {args.hurried_share:.0%} of the solutions it was trained
-on were written in a hurry: sums without words, {_SLIP_RATE:.0%} of the results one too large. The others are right.
-The hurry is there to be unlearned by reinforcement learning. Nothing in it was downloaded.
+    python scripts/{script} {words}
 
-Made on {datetime.date.today()} by
-
-    python scripts/make_policy.py {options}
-
-in {training["seconds"]:.0f} s on {args.threads} thread(s) ({machine}):
+in {training["seconds"]:.0f} s on {options["threads"]} thread(s) ({machine}):
 {training["tokens"]:,} tokens with padding, {speed:,.0f} tokens/s, last mean loss {training["loss"]:.4f}.
 
 Evaluation on {evaluation["num_problems"]} problems of the test split, the saved weights loaded as float32;
@@ -285,6 +288,18 @@ t1: sampled at temperature 1; entropy in nats per token; lengths in tokens; by n
 {json.dumps(evaluation, indent=2)}
 ```
 """
+
+
+def readme(args: argparse.Namespace, num_parameters: int, training: dict[str, float], evaluation: dict) -> str:
+    """The policy folder's README."""
+    return f"""# Quickstart policy
+
+A Qwen2 with {num_parameters:,} parameters (bfloat16) that solves the word problems of
+`rl_accel.quickstart.problems`, on purpose not very well. {args.hurried_share:.0%} of the solutions it was trained
+on were written in a hurry: sums without words, {_SLIP_RATE:.0%} of the results one too large. The others are right.
+The hurry is there to be unlearned by reinforcement learning. Nothing in it was downloaded.
+
+{how_made("make_policy.py", vars(args), training, evaluation)}"""
 
 
 def parse_args() -> argparse.Namespace:
@@ -311,7 +326,8 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    training = train(model, tokenizer, args)
+    batches = training_batches(tokenizer, args.steps, args.batch_tokens, args.hurried_share, args.seed)
+    training = train(model, batches, args.steps, args.lr)
     save_policy(model, tokenizer, args.out)
     saved = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
     test_problems = generate(args.problems, seed=args.seed, split="test")

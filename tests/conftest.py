@@ -29,6 +29,7 @@ SHARED_TRAININGS = (
     "hosts/verl/test_deepspeed_training.py",
     "hosts/verl/test_drop_in.py",
     "hosts/verl/test_interruption.py",
+    "hosts/verl/test_lookahead_training.py",
     "hosts/verl/test_reuse.py",
     "hosts/verl/test_training.py",
 )

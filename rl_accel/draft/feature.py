@@ -14,6 +14,7 @@ FEATURE = Feature(
     config=DraftConfig,
     samples=True,
     claims=frozenset({"vllm.speculative_config"}),
+    register="rl_accel.draft.hosts.first_step:register",
     implies=lambda settings: {"speculator": {"enable": True}} if settings.method in HEAD_METHODS else {},
     metrics=(
         Metric("undrafted_requests", "requests", "sum", "since the start: requests for which the drafter failed"),
@@ -26,6 +27,9 @@ FEATURE = Feature(
         Metric("per_draft_us", "us", "max", _END + "fitted time of a draft token"),
         Metric("cost_error", "1", "max", "relative error of that fit, running mean"),
         Metric("window", "epochs", "max", _END + "epochs that are kept at present"),
+        Metric(
+            "hinted_tokens", "tokens", "sum", "drafted from what the sender of a request supposed (`lookahead.hint`)"
+        ),
         Metric("live_bytes", "bytes", "sum", _END + "memory of the running epoch"),
         Metric("closed_bytes", "bytes", "sum", _END + "memory of closed epochs"),
         Metric("global_bytes", "bytes", "sum", _END + "memory of the index over all problems"),

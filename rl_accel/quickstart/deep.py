@@ -13,15 +13,16 @@ import tempfile
 from pathlib import Path
 
 POLICY = Path(__file__).parent / "policy"
+MOE_POLICY = Path(__file__).parent / "moe_policy"
+SHIPPED = {"quickstart": POLICY, "quickstart_moe": MOE_POLICY}
+"""Names that stand for a policy of the package."""
 LAYERS = 24
 LAST_PROJECTIONS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 def shipped_policy(path: str) -> str:
-    """Return the folder of `quickstart` and `quickstart_deep`, any other path as it is."""
-    if path == "quickstart":
-        return str(POLICY)
-    return str(deep_policy()) if path == "quickstart_deep" else path
+    """Return the folder of `quickstart`, `quickstart_moe` and `quickstart_deep`, any other path as it is."""
+    return str(deep_policy()) if path == "quickstart_deep" else str(SHIPPED.get(path, path))
 
 
 def deep_policy(layers: int = LAYERS) -> Path:

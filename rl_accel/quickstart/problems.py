@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_VALUE = 99
@@ -160,13 +161,16 @@ def _write(rng: random.Random, num_steps: int) -> tuple[str, str]:
     return " ".join(statements), "\n".join([*lines, f"#### {value}"])
 
 
-def generate(num_problems: int, seed: int, split: str = "train") -> list[Problem]:
+def generate(
+    num_problems: int, seed: int, split: str = "train", step_weights: Sequence[float] = STEP_WEIGHTS
+) -> list[Problem]:
     """Draw distinct problems; a question's text decides its split, so splits are disjoint for all seeds.
 
     Args:
         num_problems: how many, at least 0.
         seed: same seed and split, same problems; a longer list begins with the shorter one.
         split: "train" or "test".
+        step_weights: relative frequency of problems with 1, 2, ... reasoning steps.
 
     Returns:
         `num_problems` problems, no question twice.
@@ -182,7 +186,7 @@ def generate(num_problems: int, seed: int, split: str = "train") -> list[Problem
     problems: list[Problem] = []
     seen: set[str] = set()
     while len(problems) < num_problems:
-        num_steps = rng.choices(range(1, len(STEP_WEIGHTS) + 1), weights=STEP_WEIGHTS)[0]
+        num_steps = rng.choices(range(1, len(step_weights) + 1), weights=step_weights)[0]
         question, answer = _write(rng, num_steps)
         is_test = zlib.crc32(question.encode()) % _TEST_SHARE == 0
         if is_test == (split == "test") and question not in seen:

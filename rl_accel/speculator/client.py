@@ -23,6 +23,8 @@ from rl_accel.speculator.weights import WeightSlots
 RING_ROWS = 1 << 14
 """Rows of the ring; the trainer looks several times a second."""
 ORDER_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
+"""For the first answer: the process imports torch first, on cores that may be busy."""
 
 
 class TrainerClient:
@@ -38,6 +40,7 @@ class TrainerClient:
         self._first.data.view(np.float32)[:] = first.numpy()
         self._process: subprocess.Popen | None = None
         self._unread = 0
+        self._is_ready = False
 
     def start(self) -> None:
         """Start the process; it needs some seconds until it trains, and nobody waits for it."""
@@ -72,7 +75,7 @@ class TrainerClient:
     def wait_ready(self) -> bool:
         """Wait until the process is there and has opened its state; False where that takes too long. Called once,
         right after `start`, or not at all."""
-        return self._answers.next(ORDER_TIMEOUT_S) is not None
+        return self._next_answer() is not None
 
     def ask(self, do: str, **values: Any) -> dict[str, Any]:
         """Give an order and wait for the answer.
@@ -118,9 +121,14 @@ class TrainerClient:
     def _line(self) -> dict[str, Any] | None:
         """Return the next answer."""
         while True:
-            answer = self._answers.next(ORDER_TIMEOUT_S)
+            answer = self._next_answer()
             if answer is None:
                 return None
             if "ready" not in answer:
                 self._unread -= 1
                 return answer
+
+    def _next_answer(self) -> dict[str, Any] | None:
+        answer = self._answers.next(ORDER_TIMEOUT_S if self._is_ready else START_TIMEOUT_S)
+        self._is_ready = self._is_ready or answer is not None
+        return answer

@@ -177,6 +177,8 @@ class TrainerProcess:
 
     def _put(self, flat: torch.Tensor) -> None:
         version = self.slots.put(self.kind.fold(self.shape, flat).numpy())
+        if version in self._published:  # a state that was opened goes on from a number that was served before
+            self._order.remove(version)
         self._published[version] = flat.clone()
         self._order.append(version)
         while len(self._order) > 4:

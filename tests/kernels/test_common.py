@@ -1,4 +1,5 @@
-"""What kernels share: the Hadamard transform against the matrix of its definition, rounding noise against integers."""
+"""What kernels share: the Hadamard transform against the matrix of its definition, rounding noise against integers,
+exp and SiLU against float64."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from scipy.linalg import hadamard as matrix
 
+from rl_accel.kernels.common.exp import MIN_EXPONENT, exp_neg, silu
 from rl_accel.kernels.common.hadamard import hadamard
 from rl_accel.kernels.common.noise import fold_key, rounding_noise
 
@@ -56,3 +58,20 @@ def test_noise_is_a_function_of_key_and_index(index):
 
 def test_keys_differ_in_every_word():
     assert len({fold_key(*words) for words in ((0,), (1,), (0, 0), (0, 1), (1, 0), (-1, 0))}) == 6
+
+
+def test_exp_is_that_of_float64_within_two_units() -> None:
+    x = -torch.linspace(0, 90, 20001)
+    found, exact = exp_neg(x), x.double().exp()
+    normal = x >= MIN_EXPONENT
+    assert ((found.double() - exact).abs() <= 2 * 2.0**-23 * exact)[normal].all()
+    assert not found[~normal].any() and found[0] == 1.0
+    assert exp_neg(torch.tensor([-torch.inf]))[0] == 0.0 and exp_neg(torch.tensor([torch.nan])).isnan()
+
+
+def test_silu_is_that_of_float64_within_four_units() -> None:
+    x = torch.linspace(-80, 80, 20001)
+    exact = torch.nn.functional.silu(x.double())
+    assert ((silu(x).double() - exact).abs() <= 4 * 2.0**-23 * exact.abs()).all()
+    assert silu(torch.tensor([0.0, -1e30, torch.inf])).tolist() == [0.0, 0.0, torch.inf]
+    assert silu(torch.tensor([torch.nan])).isnan()

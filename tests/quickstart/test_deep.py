@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rl_accel.quickstart.deep import POLICY, deep_policy, grow, shipped_policy
+from rl_accel.quickstart.deep import MOE_POLICY, POLICY, deep_policy, grow, shipped_policy
 
 
 @pytest.mark.parametrize("layers", [4, 7, 24])
@@ -36,4 +36,5 @@ def test_it_is_made_once(tmp_path, monkeypatch) -> None:
 
 def test_only_shipped_names_are_replaced() -> None:
     assert shipped_policy("quickstart") == str(POLICY)
+    assert shipped_policy("quickstart_moe") == str(MOE_POLICY)
     assert shipped_policy("some/model") == "some/model"

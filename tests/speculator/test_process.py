@@ -81,6 +81,19 @@ def test_it_saves_and_another_one_goes_on(trained) -> None:
         other.close()
 
 
+def test_it_goes_on_from_a_version_that_it_has_served_already(tmp_path) -> None:
+    """As a run does that is killed before its first new version: the number it resumes from is the first one again."""
+    trainer = client()
+    try:
+        path = tmp_path / "engine000.pt"
+        assert trainer.ask("save", path=str(path))["version"] == 1
+        assert trainer.ask("open", path=str(path))["version"] == 1
+        wait_for(lambda: trainer.slots.version >= 7, trainer, feed=1)
+        assert trainer.ask("save", path=str(path))["version"] >= 7
+    finally:
+        trainer.close()
+
+
 def test_an_engine_that_goes_back_is_followed(trained) -> None:
     trainer, _, _ = trained
     version = trainer.slots.version

@@ -1,43 +1,33 @@
 // Chooses the instruction set.
 #include "dispatch.hpp"
 
-#include <atomic>
-#include <cstring>
-
+#include "../../common/csrc/dispatch.hpp"
 #include "codec.hpp"
 
 namespace rl_accel::codec {
 namespace {
 
-// The sets that this CPU has, widest first.
-const Routines* supported(int number) {
+std::vector<const Routines*> sets_of_this_cpu() {
+  std::vector<const Routines*> sets;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && number-- == 0) return &kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && number-- == 0) return &kAvx2;
+  if (has_avx512()) sets.push_back(&kAvx512);
+  if (has_avx2()) sets.push_back(&kAvx2);
 #endif
-  return number == 0 ? &kScalar : nullptr;
+  sets.push_back(&kScalar);
+  return sets;
 }
 
-std::atomic<const Routines*>& chosen() {
-  static std::atomic<const Routines*> routines{supported(0)};
-  return routines;
+Dispatch<Routines>& dispatch() {
+  static Dispatch<Routines> found(sets_of_this_cpu());
+  return found;
 }
 
 }  // namespace
 
-const Routines& chosen_routines() { return *chosen().load(std::memory_order_relaxed); }
+const Routines& chosen_routines() { return dispatch().chosen(); }
 
-bool set_instructions(const char* name) {
-  for (int number = 0; const Routines* routines = supported(number); ++number)
-    if (!std::strcmp(name, "auto") || !std::strcmp(name, routines->name)) {
-      chosen() = routines;
-      return true;
-    }
-  return false;
-}
+bool set_instructions(const char* name) { return dispatch().choose(name); }
 
 const char* instructions() { return chosen_routines().name; }
 

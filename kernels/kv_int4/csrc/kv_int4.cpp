@@ -7,8 +7,8 @@
 #include <new>
 #include <vector>
 
+#include "../../common/csrc/parallel.hpp"
 #include "dispatch.hpp"
-#include "parallel.hpp"
 
 namespace rl_accel::kv_int4 {
 namespace {

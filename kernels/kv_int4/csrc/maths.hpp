@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "../../common/csrc/exp.hpp"
 #include "../../common/csrc/hadamard.hpp"
 #include "routines.hpp"
 
@@ -51,19 +52,6 @@ void write(void* data, Dtype dtype, size_t offset, const float* from, size_t cou
     T* to = static_cast<T*>(data) + offset;
     for (size_t i = 0; i < count; i += kLanes) Isa::store(to + i, Isa::load(from + i));
   });
-}
-
-// exp of values <= 0; NaN stays. The polynomial and its order are those of the specification. Called, it would pass
-// pairs of registers through memory.
-template <class Isa>
-[[gnu::always_inline]] inline Floats<Isa> exp_neg(Floats<Isa> x) {
-  const auto n = Isa::floor(Isa::add(Isa::mul(x, Isa::set(1.4426950408889634f)), Isa::set(0.5f)));
-  const auto r = Isa::sub(Isa::sub(x, Isa::mul(n, Isa::set(0.693359375f))), Isa::mul(n, Isa::set(-2.12194440e-4f)));
-  auto y = Isa::set(1.9875691500e-4f);
-  constexpr float kTerms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-  for (const float term : kTerms) y = Isa::add(Isa::mul(y, r), Isa::set(term));
-  y = Isa::add(Isa::add(Isa::mul(y, Isa::mul(r, r)), r), Isa::set(1.0f));
-  return Isa::zero_where_less(x, Isa::set(-87.0f), Isa::times_power(y, n));
 }
 
 // What sums up to `largest` are multiplied by when a larger score is found.

@@ -6,6 +6,7 @@ from typing import Any
 
 from rl_accel.draft.config import OUR_METHODS, VLLM_HEADS
 from rl_accel.draft.feature import DAS_PROPOSER
+from rl_accel.draft.hosts import last_drafts
 from rl_accel.draft.hosts.proposer import DRAFTING_OFF, UNDRAFTED
 from rl_accel.errors import NotLiveError
 from rl_accel.feature import Engine
@@ -43,6 +44,8 @@ class DraftEngine(Engine):
             self._proposer = runner.drafter
             sources = [role.draft_source() for role in runner.rl_accel.values()]
             self._proposer.attach(runner, next((source for source in sources if source is not None), None))
+        if self.settings.method == "model":
+            last_drafts.install(runner)
 
     def live(self) -> str:
         return self.settings.method

@@ -30,8 +30,9 @@ from rl_accel.config import build
 from rl_accel.draft.combined import CombinedDrafter
 from rl_accel.draft.config import HEAD_METHODS, DraftConfig
 from rl_accel.draft.drafter import SuffixDrafter
+from rl_accel.draft.hints import Hints
 from rl_accel.errors import DraftError, NotLiveError
-from rl_accel.hosts.vllm.faults import Faults
+from rl_accel.hosts.vllm.faults import MALFORMED, Faults
 from rl_accel.hosts.vllm.ranks import is_output_rank
 from rl_accel.hosts.vllm.request_identity import identity_of
 
@@ -62,9 +63,12 @@ class DASProposer:
         self._keep_in_history: dict[str, bool] = {}
         self._anonymous: set[str] = set()
         self._foreign_tokens = 0
+        self._max_lengths: dict[str, int] = {}
+        """Of requests with a hint: tokens of prompt and response at most."""
         self._undrafted: set[str] = set()
         """Live requests without drafts; they are not in `_keep_in_history`."""
         self.faults = Faults()
+        self.hints = Hints(0)
         self._last_start: float | None = None
         self._last_ids: list[str] = []
         self._last_drafted = 0
@@ -96,6 +100,7 @@ class DASProposer:
             NotLiveError: if the method needs one and there is none.
         """
         self.runner, self.faults, self.source = runner, runner.rl_accel_faults, source
+        self.hints.vocab_size = self.vllm_config.model_config.get_vocab_size()
         if self.config.method in HEAD_METHODS and source is None:
             raise NotLiveError(
                 f"rl_accel.draft.method={self.config.method} needs rl_accel.speculator, which is off here"
@@ -179,10 +184,23 @@ class DASProposer:
             lengths = np.ascontiguousarray(num_tokens_no_spec[where], np.uint32)
             for row, draft in zip(rows, self._ask(row_ids, token_ids_cpu, where, lengths), strict=True):
                 drafts[row] = draft
+            self._offer_hints(drafts, ids, rows, num_tokens_no_spec, token_ids_cpu)
         self._last_drafted = sum(map(len, drafts))
         self._last_start, self._last_ids = started, row_ids
         self._propose_s += time.perf_counter() - started
         self._steps += 1
+
+    def _offer_hints(
+        self, drafts: list[list[int]], ids: list[str], rows: list[int], num_tokens: np.ndarray, token_ids: np.ndarray
+    ) -> None:
+        """Let the hint of a request stand before what else would be drafted. It stops a token before the limit."""
+        for row in rows:
+            if ids[row] in self.hints:
+                left = self._max_lengths[ids[row]] - int(num_tokens[row]) - 1
+                room = min(self.config.max_draft, left)
+                if room > 0:
+                    hint = self.hints.draft(ids[row], token_ids[row, : num_tokens[row]], room)
+                    drafts[row] = hint or drafts[row]
 
     def _ask(
         self, names: list[str], token_ids: np.ndarray, rows: np.ndarray, num_tokens: np.ndarray
@@ -219,8 +237,24 @@ class DASProposer:
             self._leave_out(name, error)
             return
         self._keep_in_history[name] = keep
+        self._take_hint(name, len(prompt_token_ids), max_tokens, params)
         if identity is None:
             self._anonymous.add(name)
+
+    def _take_hint(self, name: str, num_prompt_tokens: int, max_tokens: int, params: Any) -> None:
+        try:
+            self.hints.begin(name, num_prompt_tokens, getattr(params, "extra_args", None))
+        except ValueError as error:
+            self.faults.note(MALFORMED, "request %.60s is served without its hint", ascii(name), error=error)
+        if name in self.hints:
+            # With the prompt, by `first_step.py`; vLLM pads such a draft with tokens that are none.
+            spoken = self.runner.requests[name].prev_num_draft_len
+            self.hints.num_offered += min(spoken, self.hints.length(name))
+            self._max_lengths[name] = num_prompt_tokens + max_tokens
+
+    def _forget_hint(self, name: str) -> None:
+        self.hints.end(name)
+        self._max_lengths.pop(name, None)
 
     def _leave_out(self, name: str, error: DraftError) -> None:
         """Go on without drafts for one request, and forget what it said."""
@@ -229,6 +263,7 @@ class DASProposer:
         self._undrafted.add(name)
         self._keep_in_history.pop(name, None)
         self._anonymous.discard(name)
+        self._forget_hint(name)
         if name in self.drafter:
             self.drafter.end(name, keep=False)
 
@@ -253,6 +288,7 @@ class DASProposer:
 
     def _end(self, name: str) -> None:
         assert self.drafter is not None
+        self._forget_hint(name)
         if name in self._anonymous:
             self._anonymous.discard(name)
             self._foreign_tokens += self.drafter.num_generated(name)
@@ -363,6 +399,7 @@ class DASProposer:
             "per_draft_us": 1e6 * cost.per_draft_s,
             "cost_error": cost.relative_error,
             "window": float(drafter.window),
+            "hinted_tokens": float(self.hints.take_offered()),
             "live_bytes": float(memory["live"]),
             "closed_bytes": float(memory["closed"]),
             "global_bytes": float(memory["global"]),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from typing import Any
 
 import ray
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
@@ -29,15 +30,23 @@ class IdentifiedAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         accel = AccelConfig.from_mapping(accel_block(self.config))
-        self._features = [
-            feature.role("agent_loop")(accel.settings[feature.name], self)
+        self._features = {
+            feature.name: feature.role("agent_loop")(accel.settings[feature.name], self)
             for feature in accel.enabled()
             if feature.agent_loop
-        ]
+        }
+        self._clients: dict[str, Any] = {}
+        """Of the session, feature -> what it made; on the copy of the worker that serves the session."""
+
+    def drain_features(self) -> dict[str, dict[str, float]]:
+        """Return feature -> metrics since the last call."""
+        return {name: feature.drain() for name, feature in self._features.items()}
 
     async def _compute_score(self, outputs, kwargs):
+        for name, feature in self._features.items():
+            feature.finish(outputs, self._clients[name])
         wanted = outputs[-1].reward_score is None and self.reward_loop_worker_handles
-        if not wanted or not any(feature.score(outputs[-1], kwargs) for feature in self._features):
+        if not wanted or not any(feature.score(outputs[-1], kwargs) for feature in self._features.values()):
             await super()._compute_score(outputs, kwargs)
 
     async def _run_agent_loop(self, sampling_params, trajectory, *, agent_name, trace=True, **kwargs):
@@ -50,9 +59,11 @@ class IdentifiedAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
             "validate": bool(trajectory["validate"]),
         }
         worker = copy.copy(self)  # verl hands `llm_client` to the loop that it makes in here
-        worker.llm_client = SessionClient(self.llm_client, identity)
-        for feature in self._features:
+        worker._clients, client = {}, self.llm_client
+        for name, feature in self._features.items():
+            worker._clients[name] = client = feature.client(client, identity["validate"])
             sampling_params = feature.sampling_params(sampling_params)
+        worker.llm_client = SessionClient(client, identity)
         return await super(IdentifiedAgentLoopWorker, worker)._run_agent_loop(
             sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
         )

@@ -64,6 +64,7 @@ def check_settings(config: DictConfig, drivers: Sequence[Driver]) -> None:
             driver.check(config)
         _check_algorithm(config)
         _check_engines(config)
+        _check_policy(config)
         _check_lengths(config)
         _check_batches(config)
         if config.trainer.device == "cpu":
@@ -131,6 +132,16 @@ def _check_engines(config: DictConfig) -> None:
         raise ConfigError(
             f"actor_rollout_ref.rollout.max_num_batched_tokens={rollout.max_num_batched_tokens} is less than "
             f"max_num_seqs={rollout.max_num_seqs}, which vLLM refuses"
+        )
+
+
+def _check_policy(config: DictConfig) -> None:
+    policy = model_files.text_config(model_files.policy_config(config))
+    if policy.get("model_type") == "olmoe" and policy.get("norm_topk_prob"):
+        raise ConfigError(
+            f"actor_rollout_ref.model.path={config.actor_rollout_ref.model.path}: an OLMoE with norm_topk_prob=true, "
+            "which vLLM computes as if it were false: rollouts would come from another model than the one that trains. "
+            "Use a model trained with norm_topk_prob=false"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rl_accel.errors import ConfigError
+from rl_accel.quickstart.deep import SHIPPED
 
 
 def is_local(model: str) -> bool:
@@ -47,12 +48,12 @@ def text_config(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(model: str) -> dict[str, Any]:
-    """Return config.json of a model, named by folder or on the hub; {} where it is not on this machine.
+    """Return config.json of a model, named by folder, of the package or on the hub; {} where it is not on this machine.
 
     Raises:
         ConfigError: if it is damaged.
     """
-    own = Path(model).expanduser() / "config.json"
+    own = SHIPPED.get(model, Path(model).expanduser()) / "config.json"
     path = own if own.is_file() else _cached(model)
     if path is None:
         return {}

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import ray
 import transfer_queue as tq
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -22,7 +23,7 @@ from verl.utils import tensordict_utils as tu
 
 from rl_accel.config import AccelConfig
 from rl_accel.errors import NotLiveError
-from rl_accel.feature import Trainer
+from rl_accel.feature import AgentLoop, Trainer
 from rl_accel.hosts.verl import FOLDER, engines
 from rl_accel.hosts.verl import metrics as rollout_metrics
 from rl_accel.hosts.verl.patches import CheckpointTracker
@@ -68,8 +69,10 @@ class AcceleratedTrainerSync(PPOTrainerSync):
 
     def on_init_end(self) -> None:
         self._check_live()
-        self._sync_weights(super().on_init_end)
         self.resumed_from_step = self.global_steps
+        for feature in self.features if self.global_steps > 0 else []:
+            feature.restore_before_sync()
+        self._sync_weights(super().on_init_end)
         for feature in self.features:
             feature.on_init_end()
         for feature in self.features if self.global_steps > 0 else []:
@@ -102,6 +105,8 @@ class AcceleratedTrainerSync(PPOTrainerSync):
     def _shutdown_dump_executor(self) -> None:  # what verl calls when the last step is logged
         self._complete_checkpoint()
         super()._shutdown_dump_executor()
+        for feature in self.features:
+            feature.on_end()
 
     def _remove_orphans(self) -> None:
         """Remove what features saved in checkpoints that verl has removed."""
@@ -138,6 +143,7 @@ class AcceleratedTrainerSync(PPOTrainerSync):
         rollouts = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=rollout_metrics.FIELDS)
         metrics.update(rollout_metrics.rollout_metrics(rollouts, self._drained["counts"]))
         metrics.update(self._drained["metrics"])
+        metrics.update(engines.add_up(self._drain_agent_loops()))
         for feature in self.features:
             metrics.update(engines.add_up([{feature.feature.name: feature.metrics()}]))
         self._check_mismatch(metrics, global_steps)
@@ -161,6 +167,12 @@ class AcceleratedTrainerSync(PPOTrainerSync):
             "counts": rollout_metrics.sum_counts([answer["counts"] for answer in answers]),
             "metrics": engines.add_up(answer["features"] for answer in answers),
         }
+
+    def _drain_agent_loops(self) -> list[dict[str, dict[str, float]]]:
+        """Return feature -> metrics of each agent-loop worker; nobody is asked where no feature has any."""
+        if all(feature.role("agent_loop").drain is AgentLoop.drain for feature in self.accel.enabled()):
+            return []
+        return ray.get([worker.drain_features.remote() for worker in self.agent_loop_manager.agent_loop_workers])
 
     def _check_live(self) -> None:
         wanted = [feature for feature in self.accel.enabled() if feature.engine]

@@ -1,11 +1,11 @@
 """vLLM worker extension for verl: receives weights, and passes the trainer's calls to the features of the engine.
 
-`engine_kwargs.vllm.worker_extension_cls` names it. On a GPU verl's own receive path runs unchanged. On the CPU build of
-vLLM 0.28.0 it cannot: linear layers are repacked for oneDNN and lose their plain weight, so vLLM's layer-wise reload
-wraps the stream; and a tied LM head, which receives no tensor of its own, keeps its stale repacked copy unless it is
-processed again.
+`engine_kwargs.vllm.worker_extension_cls` names it. On a GPU verl's own receive path runs unchanged, unless a feature
+keeps weights in a form of its own (`Engine.layerwise_sync`): then, and on the CPU build of vLLM 0.28.0, where linear
+layers are repacked for oneDNN and lose their plain weight, vLLM's layer-wise reload wraps the stream. A tied LM head on
+a CPU receives no tensor of its own and keeps its stale repacked copy unless it is processed again.
 
-Host symbols: `vLLMColocateWorkerExtension.update_weights_from_ipc`, `BucketedWeightReceiver`,
+Host symbols: `vLLMColocateWorkerExtension.{update_weights_from_ipc, _update_weights}`, `BucketedWeightReceiver`,
 `initialize_layerwise_reload`, `finalize_layerwise_reload`.
 """
 
@@ -18,6 +18,7 @@ import torch
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from rl_accel.errors import NotLiveError
+from rl_accel.hosts.vllm import packing, weight_names
 from rl_accel.hosts.vllm.faults import MALFORMED
 
 
@@ -54,17 +55,26 @@ class AcceleratedWorkerExtension(vLLMColocateWorkerExtension):
 
     def update_weights_from_ipc(self, peft_config=None, base_sync_done=False, use_shm=False):
         started = time.perf_counter()
-        if self.model_runner.device.type == "cpu":
-            self._receive_on_cpu(use_shm)
+        layerwise = any(role.layerwise_sync for role in self._rl_accel_roles())
+        if self.model_runner.device.type == "cpu" or layerwise:
+            if peft_config:
+                raise NotLiveError("rl_accel loads whole weights here, layer by layer; adapters cannot be sent")
+            self._receive_layerwise(use_shm)
         else:
             super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)
         for role in self._rl_accel_roles():
             role.on_weights(self.model_runner, time.perf_counter() - started)
 
+    def _update_weights(self, weights, peft_config, base_sync_done):
+        """Of verl, for every bucket on a GPU; an adapter's names are peft's."""
+        if not (peft_config and base_sync_done):
+            weights = weight_names.for_engine(self.model_runner.model, weights)
+        super()._update_weights(weights, peft_config, base_sync_done)
+
     def _rl_accel_roles(self) -> list:
         return list(getattr(self.model_runner, "rl_accel", {}).values())
 
-    def _receive_on_cpu(self, use_shm: bool) -> None:
+    def _receive_layerwise(self, use_shm: bool) -> None:
         from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import (
@@ -73,7 +83,7 @@ class AcceleratedWorkerExtension(vLLMColocateWorkerExtension):
         )
 
         if self.device is None:
-            self.device = torch.device("cpu")
+            self.device = self.model_runner.device
         model, config = self.model_runner.model, self.model_runner.vllm_config
         started = False
 
@@ -83,12 +93,13 @@ class AcceleratedWorkerExtension(vLLMColocateWorkerExtension):
                 initialize_layerwise_reload(model)
                 started = True
             weights = [(name, tensor.clone()) for name, tensor in weights]  # the buffer is reused
+            weights = weight_names.for_engine(model, weights)
             for role in self._rl_accel_roles():
                 role.on_bucket(weights)
             model.load_weights(weights)
 
         receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=self.device, use_shm=use_shm)
-        with set_current_vllm_config(config), torch.no_grad():
+        with set_current_vllm_config(config), torch.no_grad(), packing.threads_of_load(self.model_runner):
             receiver.receive_weights(on_bucket_received=on_bucket)
             finalize_layerwise_reload(model, config.model_config)
             for module in model.modules():

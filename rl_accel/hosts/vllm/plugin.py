@@ -43,6 +43,7 @@ def register() -> None:
     if _registered:
         return
     _registered = True
+    keep_warnings()
     for feature in features().values():
         if feature.register:
             load(feature.register)()
@@ -50,6 +51,13 @@ def register() -> None:
         wrapt.register_post_import_hook(_wrapping(f"{name}.load_model", _install_then_load("V1")), module)
     module, name = _V2_RUNNER
     wrapt.register_post_import_hook(_wrapping(f"{name}.load_model", _install_then_load("V2")), module)
+
+
+def keep_warnings() -> None:
+    """Let our warnings through where the root logger keeps errors only: vLLM's command `serve` makes it so."""
+    ours = logging.getLogger("rl_accel")
+    if ours.getEffectiveLevel() > logging.WARNING:
+        ours.setLevel(logging.WARNING)
 
 
 def install(runner: Any, config: Mapping[str, Any], model_runner: str = "V1") -> None:
@@ -101,6 +109,8 @@ def loaded(runner: Any) -> None:
         NotLiveError: if what was asked for is not in force.
     """
     live = runner.rl_accel_live
+    if getattr(getattr(runner, "device", None), "type", "") == "cpu":
+        live["repairs"] = live["repairs"] + _prepare_syncs_on_cpu(runner)
     for role in runner.rl_accel.values():
         role.loaded(runner)
     live["features"] = {name: role.live() for name, role in runner.rl_accel.items()}
@@ -123,6 +133,14 @@ def _repair(runner: Any, verifies: bool) -> list[str]:
 
         repaired += cpu_repair.repair_if_needed(runner.device)
     return repaired + mask_repair.repair_if_needed() + runner_repair.repair_if_needed(runner)
+
+
+def _prepare_syncs_on_cpu(runner: Any) -> list[str]:
+    """Once the model is there, which tells whether it has experts, and before weights are loaded again."""
+    from rl_accel.hosts.vllm import moe_repair, packing
+
+    packing.remember_threads(runner)
+    return moe_repair.repair_if_needed(runner.model)
 
 
 def _implied(vllm_config: Any) -> dict[str, Mapping[str, Any]]:

@@ -5,6 +5,7 @@
 | `plain_run` | exact sampling, no drafts, FSDP2 | |
 | `das_run` | DAS, a speculator and a feature of another package; the disk fills up, a kill, its end | `plain_run` |
 | `ngram_run` | plain verl command with flags, ngram drafts | `plain_run` |
+| `lookahead_run` | a draft server, steps written ahead with hints in the policy's engine | `plain_run` |
 | `best_of_run` | DeepSpeed on two ranks, an agent loop of several outputs, ended by Ctrl-C | step 1 of `plain_run` |
 """
 
@@ -84,6 +85,19 @@ def ngram_run(trainings, plain_run) -> Run:
         f"{BLOCK}.run_dir={trainings.root / 'drop_in'}",
         f"{BLOCK}.trace.tokens=true",
         f"{BLOCK}.draft.method=ngram",
+    )
+
+
+@pytest.fixture(scope="session")
+def lookahead_run(trainings) -> Run:
+    """The shipped policy is the draft: what is trained moves away from it."""
+    return trainings.run(
+        "lookahead",
+        "rl_accel.lookahead.draft=quickstart",
+        "rl_accel.lookahead.phases=all",
+        "rl_accel.lookahead.adaptive=false",
+        "rl_accel.lookahead.hint=true",
+        "rl_accel.draft.method=das",
     )
 
 

@@ -46,7 +46,8 @@ def test_the_draft_head_learns_and_survives_the_kill(das_run) -> None:
     assert versions == sorted(versions) and versions[0] >= 1
     for step in metrics.values():
         for kind in ("not_saved", "not_restored", "off"):
-            assert step[f"rl_accel/speculator/heads_{kind}"] == 0
+            said = [line for line in das_run.run.output.splitlines() if "draft head" in line or "speculator" in line]
+            assert step[f"rl_accel/speculator/heads_{kind}"] == 0, (kind, said[-20:])
         assert step["rl_accel/speculator/trainers_gone"] == 0
         assert step["rl_accel/speculator/rows_traced"] > 0
         assert step["actor/rl_accel/speculator/trainer_tap_rows"] > 0

@@ -86,6 +86,22 @@ def test_a_context_longer_than_the_model_is_refused_with_the_users_own_number(tm
         preflight(config)
 
 
+def test_an_olmoe_that_vllm_computes_otherwise_is_refused(tmp_path):
+    config = composed(f"actor_rollout_ref.model.path={tmp_path}")
+    for found, refused in (({"norm_topk_prob": True}, True), ({"norm_topk_prob": False}, False), ({}, False)):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe", **found}))
+        if refused:
+            with pytest.raises(ConfigError, match=r"an OLMoE with norm_topk_prob=true.*from another model"):
+                preflight(config)
+        else:
+            preflight(config)
+    config = composed(
+        f"actor_rollout_ref.model.path={tmp_path}", "+actor_rollout_ref.model.override_config.norm_topk_prob=true"
+    )
+    with pytest.raises(ConfigError, match="an OLMoE"):
+        preflight(config)
+
+
 @pytest.mark.parametrize(("positions", "engine"), [(640, 640), (650, 650), (4096, 656)])
 def test_drafting_changes_neither_the_length_of_responses_nor_the_models_limit(tmp_path, positions, engine):
     """A draft more of context keeps drafting alive at its end; the user's length stays what limits responses."""

@@ -73,7 +73,8 @@ class Trainings:
     ) -> tuple[subprocess.Popen, Path, str]:
         """Start `rl_accel.train` with the tiny settings; returns process, run folder and a mark of its processes."""
         path, mark = self.root / name, uuid.uuid4().hex
-        command = [sys.executable, "-m", "rl_accel.train", "recipe=gsm8k_grpo/cpu", *TINY]
+        recipe = [] if any(text.startswith("recipe=") for text in overrides) else ["recipe=gsm8k_grpo/cpu"]
+        command = [sys.executable, "-m", "rl_accel.train", *recipe, *TINY]
         command += [f"rl_accel.run_dir={path}", *overrides]
         log = (self.root / f"{name}.log").open("a")
         env = {**os.environ, **THREADS, "RL_ACCEL_TEST_MARK": mark, "RL_ACCEL_DEVICE": "cpu", **(env or {})}

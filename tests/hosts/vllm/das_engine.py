@@ -24,8 +24,8 @@ def prompt(problem: int) -> list[int]:
     return [(7 * problem + j * j) % 40 + 5 for j in range(20 + problem)]
 
 
-def params(problem: int, sample: int, epoch: int, anonymous: bool, validate: bool = False):
-    identity = {"problem_id": f"p{problem}", "sample_index": sample, "step": epoch, "validate": validate}
+def params(problem: int, sample: int, epoch: int, anonymous: bool, validate: bool = False, **more):
+    identity = {"problem_id": f"p{problem}", "sample_index": sample, "step": epoch, "validate": validate, **more}
     extra = {"seed": 100 * epoch + sample} if anonymous else {"extra_args": {"rl_accel": identity}}
     return SamplingParams(temperature=0.05, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False, **extra)
 
@@ -83,6 +83,7 @@ def run_engine(model: str, mode: str) -> dict:
         result["snapshots"] = llm.collective_rpc(_spoil_a_snapshot, args=(f"{model}-history",))[0]
         after = llm.generate([{"prompt_token_ids": prompt(0)}], [params(0, 0, 0, False)], use_tqdm=False)
         result["after_refusal"] = list(after[0].outputs[0].token_ids)
+        result["hints"] = hinted(llm)
     if mode == "tp2":
         result["shared"] = share(llm)
     result["preemptions"] = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
@@ -102,6 +103,58 @@ def abort_two(llm) -> dict:
         if not engine.has_unfinished_requests():
             break
     return {"finished": finished, "state": llm.collective_rpc(_close_epoch, args=(20,))}
+
+
+def hinted(llm) -> dict:
+    """Write a text whose like there was none, then again with hints of every kind; and all of them at once."""
+    request = {"prompt_token_ids": [91, 92, 93, 94, 95, 96, 97, 98]}
+    llm.collective_rpc(_close_epoch, args=(30,))
+    (plain,) = llm.generate([request], [params(50, 0, 30, False, validate=True)], use_tqdm=False)
+    said = list(plain.outputs[0].token_ids)
+    hints = {
+        "none": None, "right": said, "longer": [*said, 1, 2, 3], "first_half": said[: MAX_TOKENS // 2],
+        "leaves": [*said[:9], (said[9] + 1) % 50, *said[10:]], "empty": [], "no_list": "5", "no_ids": [1.0, 2],
+        "negative": [-1], "too_large": [1 << 20], "wrong": [(token + 1) % 50 for token in said],
+    }  # fmt: skip
+    found: dict = {"plain": said, "tokens": {}, "offered": {}, "drafts": {}}
+    for name, hint in hints.items():
+        more = {} if hint is None else {"hint": hint}
+        (output,) = llm.generate([request], [params(50, 0, 30, False, validate=True, **more)], use_tqdm=False)
+        found["tokens"][name] = list(output.outputs[0].token_ids)
+        state = llm.collective_rpc(_close_epoch, args=(30,))[0]
+        found["offered"][name], found["drafts"][name] = state["metrics"]["hinted_tokens"], state["counts"]
+    together = llm.generate(
+        [request] * len(hints),
+        [params(50, 0, 30, False, validate=True, **({} if h is None else {"hint": h})) for h in hints.values()],
+        use_tqdm=False,
+    )
+    found["together"] = [list(output.outputs[0].token_ids) for output in together]
+    found["padded_plain"], found["padded"] = padded(llm, False), padded(llm, True)
+    found["open"] = llm.collective_rpc(_close_epoch, args=(30,))[0]["open"]
+    found["kept"] = llm.collective_rpc(_num_hints)[0]
+    return found
+
+
+def padded(llm, hinted: bool) -> list[int]:
+    """A prompt that is cached but for its last token comes to a running request: vLLM pads its draft, hint or not."""
+    request = {"prompt_token_ids": [(5 * i) % 40 + 3 for i in range(33)]}
+    (said,) = llm.generate([request], [params(51, 0, 31, False, validate=True)], use_tqdm=False)
+    tokens = list(said.outputs[0].token_ids)
+    more = {} if not hinted else {"hint": [*tokens[:5], (tokens[5] + 1) % 50, *tokens[6:]]}
+    engine, found = llm.llm_engine, {}
+    engine.add_request("long", {"prompt_token_ids": prompt(1)}, params(52, 0, 31, False, validate=True))
+    for step in range(200):
+        if step == 2:
+            engine.add_request("new", request, params(51, 0, 31, False, validate=True, **more))
+        found.update((o.request_id, list(o.outputs[0].token_ids)) for o in engine.step() if o.finished)
+        if step > 2 and not engine.has_unfinished_requests():
+            break
+    assert found["new"] == tokens, "beside another request it writes something else"
+    return found["new"]
+
+
+def _num_hints(worker) -> int:
+    return len(worker.model_runner.drafter.hints)
 
 
 def share(llm) -> dict:

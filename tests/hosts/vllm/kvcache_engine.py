@@ -135,14 +135,15 @@ def run_engine(model: str, mode: str) -> dict:
 
     from rl_accel.errors import RLAccelError
 
-    torch.set_num_threads(1 if mode == "preempt" else 2)
+    # Every engine: those before leave the number of numba, and torch.set_num_threads replaced by nothing.
+    torch._C.set_num_threads(1 if mode == "preempt" else 2)
     try:
         llm = engine(model, mode)
     except (RLAccelError, RuntimeError) as error:
         cleanup_dist_env_and_memory()
         return {"refused": str(error)}
     states = llm.collective_rpc(_state)
-    result = {"state": states[0], "states": states}
+    result = {"state": states[0], "states": states, "threads": torch.get_num_threads()}
     if "wide" not in mode:
         result |= generate(llm)
         result["after"] = llm.collective_rpc(_state)[0]

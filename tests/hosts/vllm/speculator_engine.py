@@ -44,7 +44,7 @@ def engine(model: str, mode: str, **speculator):
     from rl_accel.hosts.verl.prepare import engine_args, engine_settings
 
     values: dict = {"sampling": {"exact": mode != "stock", "seed": 7}, "sync": {}, "fast_path": {}}
-    if mode == "model":
+    if mode in ("model", "hinted"):
         values["draft"] = {"method": "model", "model": model, "num_speculative_tokens": 4}
     elif mode != "plain":
         values["draft"] = {"method": "head", "policy": "fixed"}
@@ -69,6 +69,7 @@ def engine(model: str, mode: str, **speculator):
         additional_config={"rl_accel": engine_settings(accel)},
         disable_log_stats=False,
         hf_overrides={"eos_token_id": None},
+        async_scheduling=False if mode == "hinted" else None,
         **args,
     )
 
@@ -89,6 +90,33 @@ def generate(llm, step: int, between=None) -> list[list[int]]:
                 done[output.request_id] = list(output.outputs[0].token_ids)
         count += 1
     return [done[f"{step}:{p}:{s}"] for p, s in names]
+
+
+def hinted(llm) -> dict:
+    """Texts with hints that are right to the end, then wrong in the middle, of requests that end at a token of theirs;
+    one at a time, so that an engine step has nobody who goes on."""
+    found: dict = {"plain": [], "right": [], "wrong": [], "steps": []}
+    for problem in range(4):
+        alone = params(problem, 0, 5)
+        (output,) = llm.generate([{"prompt_token_ids": prompt(problem)}], [alone], use_tqdm=False)
+        said = list(output.outputs[0].token_ids)
+        stop = said[4]
+        cut = said[: said.index(stop) + 1]
+        found["plain"].append(cut)
+        for kind, hint in (
+            ("right", cut),
+            ("wrong", [*cut[:2], (cut[2] + 1) % 50, *cut[3:]] if len(cut) > 2 else [49]),
+        ):
+            ask = params(problem, 0, 5)
+            ask.extra_args["rl_accel"]["hint"] = hint
+            ask = SamplingParams(temperature=0.05, max_tokens=MAX_TOKENS, stop_token_ids=[stop], ignore_eos=True,
+                                 detokenize=False, extra_args=ask.extra_args)  # fmt: skip
+            llm.collective_rpc(_state)  # counts from here
+            (output,) = llm.generate([{"prompt_token_ids": prompt(problem)}], [ask], use_tqdm=False)
+            found[kind].append(list(output.outputs[0].token_ids))
+            if kind == "right":
+                found["steps"].append(llm.collective_rpc(_state)[0]["counts"])
+    return found
 
 
 def _state(worker) -> dict:
@@ -208,7 +236,9 @@ def stock(llm, num_requests: int) -> dict:
 def main() -> None:
     model, mode, steps = sys.argv[1:]
     llm = engine(model, mode)
-    if mode in ("plain", "model"):
+    if mode == "hinted":
+        result = {"tokens": [generate(llm, step) for step in map(int, steps.split(","))], "hints": hinted(llm)}
+    elif mode in ("plain", "model"):
         result = {"tokens": [generate(llm, step) for step in map(int, steps.split(","))]}
         result["state"] = llm.collective_rpc(_state)[0]
     elif mode == "tp2":

@@ -92,6 +92,24 @@ def test_aborted_requests_end(engines) -> None:
     assert aborted["state"][0]["segment"]["num_rollouts"] == 4
 
 
+def test_a_hint_is_the_draft_while_the_text_follows_it(engines) -> None:
+    """Right or wrong, alone or beside others, tokens stay; what is no hint is left out, and nothing is kept."""
+    hints = engines("das")["hints"]
+    assert all(tokens == hints["plain"] for tokens in [*hints["tokens"].values(), *hints["together"]])
+    for name in ("none", "empty", "no_list", "no_ids", "negative", "too_large"):
+        assert hints["offered"][name] == 0, name
+    # From the first step on, which also has the prompt, a token more than a draft of 8 each: 48 in 6 engine steps.
+    for name in ("right", "longer"):
+        counts = hints["drafts"][name]
+        assert counts["num_drafts"] == 6 and counts["num_accepted_tokens"] == counts["num_draft_tokens"] == 42, name
+        assert hints["offered"][name] == 42
+    assert hints["offered"]["first_half"] == 24 - 2
+    assert hints["offered"]["leaves"] == 2 * 8 and hints["drafts"]["leaves"]["num_accepted_tokens"] >= 8
+    assert hints["offered"]["wrong"] == 8, "of the first step"
+    assert hints["padded"] == hints["padded_plain"]
+    assert hints["open"] == hints["kept"] == 0
+
+
 def test_preempted_requests_go_on_where_they_were(engines) -> None:
     """Too little KV cache for all: requests leave the batch and come back, and tokens stay the same."""
     das, plain = engines("preempt"), engines("plain_preempt")

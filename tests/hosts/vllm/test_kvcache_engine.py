@@ -14,19 +14,20 @@ from .tiny_qwen import build_model
 
 ENGINE = Path(__file__).with_name("kvcache_engine.py")
 SAME = ("das", "draft_model", "chunks", "preempt")
-MODES = ("stock", "plain", *SAME, "all4", "options", "bf16", "bf16_ngram", "moved", "unasked", "wide", "stock_wide",
-         "stock_after", "tp2")  # fmt: skip
+MODES = ("stock", "plain", *SAME[:-1], "all4", "options", "bf16", "bf16_ngram", "moved", "unasked", "wide",
+         "stock_wide", "stock_after", "tp2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def engines(run_ranks, tmp_path_factory):
-    """Results by mode, each engine started once, all in one process."""
+    """Results by mode, each engine started once, all in one process but that with another number of threads."""
     folder = tmp_path_factory.mktemp("kvcache")
     build_model(folder / "model")
     build_model(folder / "model-moved", seed=1, outlier=40.0)
     build_model(folder / "model-wide", head_dim=128)
     (results,) = run_ranks(ENGINE, 1, str(folder / "model"), *MODES, timeout=500)
-    return results
+    (one_thread,) = run_ranks(ENGINE, 1, str(folder / "model"), "preempt", timeout=100)
+    return results | one_thread
 
 
 def log_prob_differences(a: dict, b: dict) -> torch.Tensor:
@@ -48,6 +49,7 @@ def test_what_was_varied_took_place(engines) -> None:
     drafter = engines["draft_model"]["after"]
     assert drafter["impls"] == ["KVInt4Impl"] * 4 and drafter["counts"]["num_accepted_tokens"] > 50
     assert engines["preempt"]["preemptions"] > 0 == engines["plain"]["preemptions"]
+    assert (engines["preempt"]["threads"], engines["plain"]["threads"]) == (1, 2)
     assert engines["plain"]["cached"] > 500 and engines["chunks"]["cached"] == 0
 
 

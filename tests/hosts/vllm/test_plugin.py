@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -117,3 +118,16 @@ def test_counter_ignores_ids_outside_the_vocabulary():
     counter = SpecDecodeCounter(torch.device("cpu"))
     counter.observe(torch.tensor([[3, 10, -1]]), [2], np.array([False]), 10)
     assert counter.drain()["num_emitted_tokens"] == 1
+
+
+@pytest.mark.parametrize("root", [logging.ERROR, logging.WARNING, logging.INFO])
+def test_our_warnings_are_heard_where_the_root_logger_keeps_errors_only(monkeypatch, root) -> None:
+    """Importing vLLM's command `serve` raises the root logger's level to ERROR; what the user set lower stays."""
+    ours = logging.getLogger("rl_accel")
+    monkeypatch.setattr(ours, "level", logging.NOTSET)
+    monkeypatch.setattr(logging.root, "level", root)
+    logging.root.manager._clear_cache()
+    plugin.keep_warnings()
+    assert ours.isEnabledFor(logging.WARNING)
+    assert ours.getEffectiveLevel() == min(root, logging.WARNING)
+    logging.root.manager._clear_cache()

@@ -13,7 +13,7 @@ from vllm.v1.worker import gpu_input_batch
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
 from rl_accel.errors import RLAccelError
-from rl_accel.hosts.vllm import cpu_repair, mask_repair, runner_repair
+from rl_accel.hosts.vllm import cpu_repair, mask_repair, moe_repair, runner_repair
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_generators_come_back_after_an_error() -> None:
 
 @pytest.mark.parametrize(
     "patch",
-    (*mask_repair.PATCHES, *runner_repair.PATCHES, *cpu_repair.PATCHES),
+    (*mask_repair.PATCHES, *runner_repair.PATCHES, *cpu_repair.PATCHES, *moe_repair.PATCHES),
     ids=lambda patch: patch.__name__,
 )
 def test_what_a_repair_replaces_is_there_and_takes_what_was_tested(patch) -> None:

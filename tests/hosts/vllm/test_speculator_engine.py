@@ -231,6 +231,18 @@ def test_a_smaller_model_drafts_the_same_tokens(engines) -> None:
     assert counts["num_accepted_tokens"] > 0.3 * counts["num_draft_tokens"] > 100
 
 
+def test_a_smaller_model_goes_on_behind_a_hint(engines) -> None:
+    """Hints are verified with the prompt, and a request that ended is not drafted for; tokens stay."""
+    found = engines("hinted")
+    assert found["tokens"] == engines("plain")["tokens"]
+    hints = found["hints"]
+    assert hints["right"] == hints["wrong"] == hints["plain"]
+    # Drafts of 4 from the first engine step on, which has the prompt: at most 5 tokens a step.
+    for text, counts in zip(hints["plain"], hints["steps"], strict=True):
+        assert counts["num_accepted_tokens"] >= min(4, len(text) - 1)
+        assert counts["num_drafts"] <= -(-len(text) // 5) + 1
+
+
 def test_tensor_parallel_ranks_take_one_ranks_drafts(engines) -> None:
     tp2 = engines("tp2")
     first, second = tp2["states"][2:]

@@ -12,7 +12,7 @@
 #include <vector>
 #endif
 
-namespace rl_accel::kv_int4 {
+namespace rl_accel {
 
 // Calls work(item, worker) for every item below num_items; workers are numbered below `threads`.
 template <class Work>
@@ -43,4 +43,4 @@ void parallel(std::size_t num_items, unsigned threads, Work&& work) {
 #endif
 }
 
-}  // namespace rl_accel::kv_int4
+}  // namespace rl_accel

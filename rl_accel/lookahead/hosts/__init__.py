@@ -1,0 +1,1 @@
+"""Lookahead in the processes of verl."""

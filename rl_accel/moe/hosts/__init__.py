@@ -1,0 +1,1 @@
+"""Low-bit experts in vLLM and verl."""
