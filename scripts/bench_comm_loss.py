@@ -81,13 +81,14 @@ class Rank:
     """The handlers of a rank."""
 
     def __init__(self) -> None:
-        import deepspeed
         import torch
         from deepspeed.utils import logger
 
+        from rl_accel.hosts.deepspeed import load
+
         torch.set_num_threads(1)
         logger.setLevel("ERROR")
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        load("cpu").init_distributed(dist_backend="gloo", verbose=False)
 
     def train(self, settings: dict[str, Any] | None, seed: int, steps: int, learning_rate: float) -> dict[str, Any]:
         """One run; returns `losses` of this rank by step, `validation` loss at the end and `early`, after step `EARLY`,

@@ -32,11 +32,12 @@ class Rank:
     """The handlers of a rank; all ranks get the same orders."""
 
     def __init__(self) -> None:
-        import deepspeed
         from deepspeed.utils import logger
 
+        from rl_accel.hosts.deepspeed import load
+
         logger.setLevel(logging.ERROR)
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        load("cpu").init_distributed(dist_backend="gloo", verbose=False)
         self._states: dict[str, dict[str, Any]] = {}
         self._engine: Any = None
         self._kept: list[Any] = []

@@ -10,11 +10,12 @@ import os
 import sys
 
 import attach_cases
-import deepspeed
 import torch
 import torch.distributed as dist
 import training_cases
 from deepspeed.utils import logger
+
+from rl_accel.hosts.deepspeed import load
 
 CASES = {
     name.removeprefix("case_"): case
@@ -27,7 +28,7 @@ CASES = {
 def main() -> None:
     torch.set_num_threads(1)
     logger.setLevel(logging.ERROR)
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    load("cpu").init_distributed(dist_backend="gloo", verbose=False)
     names = sys.argv[1:]
     for name in names:
         CASES[name]()
