@@ -4,7 +4,8 @@ Engines are `vllm serve` processes with exact sampling, which are all up and of 
 arm writes the same texts, blocks of them in a rotating order, and has to write the same tokens. The bed is that of
 `make_lookahead_bed.py`, made on first use.
 
-Arms: `plain`; `das`, `ngram`, `suffix`, `model`: the target alone with these token drafts; `look`, `look+das`,
+Arms: `plain`; `ahead`: the draft goes on writing in a process beside the target's engine, which verifies what is there
+(`draft.method=ahead`); `das`, `ngram`, `suffix`, `model`: the target alone with these token drafts; `look`, `look+das`,
 `look+model`: lookahead over such a target; `look+hint`: over `das`, which is also given the draft's steps; and each of
 the latter with `@das`: the draft's own engine drafts tokens, too.
 
@@ -48,7 +49,6 @@ from rl_accel.lookahead.verify import Exact
 SEED = 11
 MAX_TOKENS, MAX_MODEL_LEN = 320, 656
 START_S = 300.0
-TOKEN_ARMS = ("ngram", "suffix", "das", "model")
 THREADS = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -102,6 +102,8 @@ class Engines:
         draft: dict[str, Any] = {"method": method}
         if method == "model":
             draft |= {"model": str(self.bed.draft), "num_speculative_tokens": self.draft_length}
+        elif method == "ahead":
+            draft |= {"model": str(self.bed.draft), "num_speculative_tokens": self.max_draft}
         elif method == "das":
             draft["num_speculative_tokens"] = self.max_draft
         accel = AccelConfig.from_mapping({"sampling": {"exact": True, "seed": SEED}, "draft": draft})
@@ -411,12 +413,14 @@ def rows_of(found: dict[str, Any]) -> dict[str, float]:
     rows: dict[str, float] = {}
     for what, measured in found.get("speed", {}).items():
         arms = measured["arms"]
-        ahead = {name: arm for name, arm in arms.items() if "of_simulated" in arm}
+        ahead = {name: arm for name, arm in arms.items() if name == "ahead" or name.startswith("look")}
         token = [arm["ms_per_token"] for name, arm in arms.items() if name not in (*ahead, "plain")]
         if ahead:
             best = min(arm["ms_per_token"] for arm in ahead.values())
             rows[f"lookahead.speedup {what}"] = arms["plain"]["ms_per_token"] / best
-            rows[f"lookahead.simulator_error {what}"] = min(arm["of_simulated"] for arm in ahead.values()) - 1
+            simulated = [arm["of_simulated"] for arm in ahead.values() if "of_simulated" in arm]
+            if simulated:
+                rows[f"lookahead.simulator_error {what}"] = min(simulated) - 1
             if token:
                 rows[f"lookahead.over_token {what}"] = min(token) / best
     if "identity" in found:

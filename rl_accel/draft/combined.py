@@ -34,11 +34,13 @@ FIRST_PROBE, MAX_PROBES, PROBE_ROWS, PROBE_TOKENS = 32, 64, 8, 4
 for how many requests and tokens at most."""
 GOOD, GOOD_DEPTH = 0.75, 8
 """Probability of a token of a source that has learned, and its longest draft, when it is asked what it could bring."""
-SOURCE = "head"
 
 
 class CandidateSource(Protocol):
     """Something else than history that proposes draft tokens."""
+
+    name: str
+    """In the counts of sources."""
 
     @property
     def ready(self) -> bool:
@@ -58,6 +60,7 @@ class CandidateSource(Protocol):
         min_step_gain: float,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Return draft tokens and path probabilities, both [N, K], K at most the largest of `max_draft_tokens_N`.
+        Where it has no token the probability is 0.
 
         Args:
             rows_N: rows of the engine's batch, which `token_ids` has as well.
@@ -124,7 +127,7 @@ class _Promise(NamedTuple):
 
 
 class CombinedDrafter(SuffixDrafter):
-    """History and one more source. `head`: the source alone."""
+    """History and one more source. `head`, `ahead`: the source alone."""
 
     def __init__(self, config: DraftConfig, source: CandidateSource, **kwargs: Any):
         super().__init__(config, **kwargs)
@@ -171,10 +174,13 @@ class CombinedDrafter(SuffixDrafter):
             self._num_probes, self._to_probe = self._num_probes + 1, 1
             limits_N, floors_N = np.full(len(probed), length, np.uint32), np.zeros(len(probed), np.float32)
             started = time.perf_counter()
-            tokens_NK, _ = self.source.candidates(rows[probed], num_tokens[probed], token_ids, limits_N, floors_N, 0.0)
+            tokens_NK, paths_NK = self.source.candidates(
+                rows[probed], num_tokens[probed], token_ids, limits_N, floors_N, 0.0
+            )
+            lengths_N = (paths_NK > 0.0).sum(1).clip(max=length)
             self.last_source_s += time.perf_counter() - started
-            for i, draft in zip(probed, tokens_NK.tolist(), strict=True):
-                drafts[i] = self._until_stop(draft[:length])
+            for i, draft, found in zip(probed, tokens_NK.tolist(), lengths_N.tolist(), strict=True):
+                drafts[i] = self._until_stop(draft[:found])
 
     def _propose(
         self,
@@ -361,4 +367,4 @@ class CombinedDrafter(SuffixDrafter):
         """As `SuffixDrafter.take_source_stats`, with what this source drafted."""
         found = super().take_source_stats()
         served, self._served = self._served, np.zeros(3)
-        return {**found, (SOURCE, "0"): served.astype(np.int64)}
+        return {**found, (self.source.name, "0"): served.astype(np.int64)}

@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from rl_accel.config import unknown
 from rl_accel.errors import ConfigError
 
-DRAFT_METHODS = ("none", "ngram", "suffix", "model", "das", "head", "auto")
-OUR_METHODS = ("das", "head", "auto")
+DRAFT_METHODS = ("none", "ngram", "suffix", "model", "das", "head", "auto", "ahead")
+OUR_METHODS = ("das", "head", "auto", "ahead")
 """Those that our proposer serves."""
 HISTORY_METHODS = ("das", "auto")
 """Those that draft from history."""
 HEAD_METHODS = ("head", "auto")
 """Those that ask the head of `rl_accel.speculator`."""
+SOURCE_METHODS = (*HEAD_METHODS, "ahead")
+"""Those that draft from something else than history, maybe beside it (`combined.py`)."""
+MODEL_METHODS = ("model", "ahead")
+"""Those that draft by a smaller language model."""
 VLLM_HEADS = ("eagle3",)
 """Kinds of that head with which vLLM itself drafts, by method `head`; also its names for them."""
 DRAFT_POLICIES = ("budget", "classes", "fixed")
-DRAFT_LENGTHS = {"none": 1, "ngram": 5, "suffix": 24, "model": 5, "das": 16, "head": 8, "auto": 16}
+DRAFT_LENGTHS = {"none": 1, "ngram": 5, "suffix": 24, "model": 5, "das": 16, "head": 8, "auto": 16, "ahead": 24}
 """Longest draft where none is set, by method; `suffix`: vLLM's own default, its tree depth."""
 
 
@@ -28,19 +32,20 @@ class DraftConfig:
 
     method: str = "none"
     """`none`; `das`: rollout history with length-aware budgets; `head`: a small model that learns from the rollouts
-    (`rl_accel.speculator`); `auto`: whichever of the two is worth more, per request and step; or one of vLLM's own:
+    (`rl_accel.speculator`); `auto`: whichever of the two is worth more, per request and step; `ahead`: a smaller
+    language model that goes on writing in a process of its own while the policy verifies; or one of vLLM's own:
     `ngram` (looks in the request itself), `suffix` (package arctic-inference), `model` (a smaller language model)."""
     model: str | None = None
-    """`model`: folder or hub name of the smaller model, with the policy's tokenizer."""
+    """`model`, `ahead`: folder or hub name of the smaller model, with the policy's tokenizer."""
     num_speculative_tokens: int | None = None
-    """Most draft tokens per request and engine step, 1 to 128. None: 16 for `das` and `auto`, 8 for
-    `head` (3 where vLLM drafts with it), 5 for `model` and `ngram`, 24 for `suffix`."""
+    """Most draft tokens per request and engine step, 1 to 128. None: 16 for `das` and `auto`, 24 for
+    `ahead`, 8 for `head` (3 where vLLM drafts with it), 5 for `model` and `ngram`, 24 for `suffix`."""
     prompt_lookup_min: int = 2
     """`ngram`: shortest match, in tokens."""
     prompt_lookup_max: int = 4
     """`ngram`: longest match, in tokens."""
     policy: str = "budget"
-    """`das`, `head`, `auto`: how long drafts are. `budget`: as long as is worth it by measured costs and predicted
+    """Of all but vLLM's own: how long drafts are. `budget`: as long as is worth it by measured costs and predicted
     lengths; `classes`: the paper's long / medium / short; `fixed`: always as long as allowed."""
     window: int = 8
     """`das`: epochs of history that are kept, 1 to 8; fewer while old ones predict badly."""
@@ -56,10 +61,10 @@ class DraftConfig:
     def __post_init__(self) -> None:
         if self.method not in DRAFT_METHODS:
             raise ConfigError(unknown("rl_accel.draft.method", self.method, DRAFT_METHODS))
-        if (self.method == "model") != (self.model is not None):
+        if (self.method in MODEL_METHODS) != (self.model is not None):
             raise ConfigError(
-                "rl_accel.draft.method=model drafts by the model that rl_accel.draft.model names; set both or neither; "
-                f"got method={self.method} and model={self.model}"
+                f"rl_accel.draft.method={' and '.join(MODEL_METHODS)} draft by the model that rl_accel.draft.model "
+                f"names; set both or neither; got method={self.method} and model={self.model}"
             )
         if self.num_speculative_tokens is not None and not 1 <= self.num_speculative_tokens <= 128:
             raise ConfigError(

@@ -27,6 +27,7 @@ class Oracle:
 
     def __init__(self, texts: list[list[int]], probability: float = 0.9, seconds: float = 0.0):
         self.texts, self.probability, self.seconds = texts, probability, seconds
+        self.name = "head"
         self.asked: list[list[int]] = []
         self.seen: list[tuple] = []
         self.steps: list[tuple] = []

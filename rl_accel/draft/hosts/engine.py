@@ -7,15 +7,18 @@ from typing import Any
 from rl_accel.draft.config import OUR_METHODS, VLLM_HEADS
 from rl_accel.draft.feature import DAS_PROPOSER
 from rl_accel.draft.hosts import last_drafts
-from rl_accel.draft.hosts.proposer import DRAFTING_OFF, UNDRAFTED
+from rl_accel.draft.hosts.ahead_source import AheadSource
+from rl_accel.draft.hosts.proposer import DRAFTING_OFF, UNDRAFTED, stop_token_ids
 from rl_accel.errors import NotLiveError
 from rl_accel.feature import Engine
+from rl_accel.hosts.vllm.ranks import is_output_rank
 
 
 class DraftEngine(Engine):
     """With another method than `das`, vLLM's own drafter does everything."""
 
     _proposer: Any = None
+    _ahead: AheadSource | None = None
     _faults: Any = None
 
     def __init__(self, settings: Any, vllm_config: Any):
@@ -43,7 +46,11 @@ class DraftEngine(Engine):
         if self._ours and hasattr(runner, "rejection_sampler"):
             self._proposer = runner.drafter
             sources = [role.draft_source() for role in runner.rl_accel.values()]
-            self._proposer.attach(runner, next((source for source in sources if source is not None), None))
+            source = next((source for source in sources if source is not None), None)
+            if self.settings.method == "ahead" and is_output_rank(self.vllm_config):
+                stops = stop_token_ids(self.vllm_config.model_config)
+                source = self._ahead = AheadSource(self.settings, self.vllm_config, runner, stops)
+            self._proposer.attach(runner, source)
         if self.settings.method == "model":
             last_drafts.install(runner)
 
@@ -52,7 +59,8 @@ class DraftEngine(Engine):
 
     def drain(self) -> dict[str, float]:
         faults = {kind: float(self._faults.counts[kind]) for kind in (UNDRAFTED, DRAFTING_OFF)}
-        return faults | (self._proposer.drain_metrics() if self._proposer is not None else {})
+        found = faults | (self._proposer.drain_metrics() if self._proposer is not None else {})
+        return found | (self._ahead.drain() if self._ahead is not None else {})
 
     def close_epoch(self, epoch: int, policy_version: int, share: bool) -> dict[str, Any]:
         """Close an epoch of history; with `share` its segments will be asked for. {} on ranks without history."""

@@ -28,7 +28,7 @@ import numpy as np
 
 from rl_accel.config import build
 from rl_accel.draft.combined import CombinedDrafter
-from rl_accel.draft.config import HEAD_METHODS, DraftConfig
+from rl_accel.draft.config import HEAD_METHODS, SOURCE_METHODS, DraftConfig
 from rl_accel.draft.drafter import SuffixDrafter
 from rl_accel.draft.hints import Hints
 from rl_accel.errors import DraftError, NotLiveError
@@ -94,7 +94,7 @@ class DASProposer:
         """Bind to the model runner; only the rank whose drafts vLLM uses gets an index.
 
         Args:
-            source: a `CandidateSource` to ask beside history, for the methods `head` and `auto`.
+            source: a `CandidateSource` to ask beside history, for the methods `head`, `auto` and `ahead`.
 
         Raises:
             NotLiveError: if the method needs one and there is none.
@@ -124,14 +124,14 @@ class DASProposer:
         runner.take_draft_token_ids = take_draft_token_ids
 
     def _new_drafter(self) -> SuffixDrafter:
-        if self.config.method in HEAD_METHODS:
+        if self.config.method in SOURCE_METHODS:
             return CombinedDrafter(self.config, self.source, **self._identity_of_tokenizer())
         return SuffixDrafter(self.config, **self._identity_of_tokenizer())
 
     def _identity_of_tokenizer(self) -> dict[str, Any]:
         return {
             "tokenizer": tokenizer_fingerprint(self.vllm_config.model_config),
-            "stop_token_ids": _stop_token_ids(self.vllm_config.model_config),
+            "stop_token_ids": stop_token_ids(self.vllm_config.model_config),
         }
 
     def propose(
@@ -297,7 +297,7 @@ class DASProposer:
     def _end_done(self) -> None:
         """Between steps: end also what is complete and of which the runner will be told with the next step only."""
         self._end_gone()
-        stops = set(_stop_token_ids(self.vllm_config.model_config))
+        stops = set(stop_token_ids(self.vllm_config.model_config))
         for name in sorted(self._keep_in_history):
             request = self.runner.requests[name]
             params, tokens = request.sampling_params, request.output_token_ids
@@ -428,7 +428,8 @@ def tokenizer_fingerprint(model_config: Any) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def _stop_token_ids(model_config: Any) -> list[int]:
+def stop_token_ids(model_config: Any) -> list[int]:
+    """Return the tokens that end a text of this model, ascending."""
     stops = getattr(model_config.hf_text_config, "eos_token_id", None)
     generation = model_config.try_get_generation_config().get("eos_token_id")
     found: set[int] = set()

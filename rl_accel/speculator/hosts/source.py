@@ -53,6 +53,7 @@ class Served(Protocol):
 class Source:
     """Between the model runner and the trainer process."""
 
+    name = "head"
     gives_candidates = True
     """Whether the drafter asks it; else it is in vLLM's own."""
 

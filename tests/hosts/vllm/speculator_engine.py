@@ -46,6 +46,8 @@ def engine(model: str, mode: str, **speculator):
     values: dict = {"sampling": {"exact": mode != "stock", "seed": 7}, "sync": {}, "fast_path": {}}
     if mode in ("model", "hinted"):
         values["draft"] = {"method": "model", "model": model, "num_speculative_tokens": 4}
+    elif mode == "ahead":
+        values["draft"] = {"method": "ahead", "model": model, "num_speculative_tokens": 4, "policy": "fixed"}
     elif mode != "plain":
         values["draft"] = {"method": "head", "policy": "fixed"}
         values["draft"] |= {} if "head" in speculator else {"num_speculative_tokens": 6}
@@ -233,11 +235,30 @@ def stock(llm, num_requests: int) -> dict:
     return {"tokens": tokens, "state": llm.collective_rpc(_state)[0]}
 
 
+def ahead(llm, steps: list[int]) -> dict:
+    """Steps, and one more of which the drafting process is killed in the middle."""
+
+    def kill(worker) -> None:
+        os.kill(worker.model_runner.drafter.source.client.pid, 9)
+
+    def state(worker) -> dict:
+        return _state(worker) | {"metrics": worker.model_runner.rl_accel["draft"].drain()}
+
+    tokens = [generate(llm, step) for step in steps]
+    before = llm.collective_rpc(state)[0]
+    after_kill = generate(llm, steps[0], lambda count: llm.collective_rpc(kill) if count == 20 else None)
+    llm.collective_rpc(state)
+    without = generate(llm, steps[1])
+    return {"tokens": tokens, "killed": [after_kill, without], "states": [before, llm.collective_rpc(state)[0]]}
+
+
 def main() -> None:
     model, mode, steps = sys.argv[1:]
     llm = engine(model, mode)
     if mode == "hinted":
         result = {"tokens": [generate(llm, step) for step in map(int, steps.split(","))], "hints": hinted(llm)}
+    elif mode == "ahead":
+        result = ahead(llm, [int(step) for step in steps.split(",")])
     elif mode in ("plain", "model"):
         result = {"tokens": [generate(llm, step) for step in map(int, steps.split(","))]}
         result["state"] = llm.collective_rpc(_state)[0]

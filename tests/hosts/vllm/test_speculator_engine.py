@@ -231,6 +231,19 @@ def test_a_smaller_model_drafts_the_same_tokens(engines) -> None:
     assert counts["num_accepted_tokens"] > 0.3 * counts["num_draft_tokens"] > 100
 
 
+def test_a_model_that_drafts_ahead_changes_no_token(engines) -> None:
+    """Nor when its process is killed: the requests that run go on without drafts, and it is said once."""
+    found = engines("ahead")
+    assert found["tokens"] == found["killed"] == engines("plain")["tokens"]
+    before, after = found["states"]
+    assert before["live"]["features"]["draft"] == "ahead"
+    counts = before["counts"]
+    # The policy drafts for itself, with its own noise, temperature and top-p.
+    assert counts["num_accepted_tokens"] > 0.98 * counts["num_draft_tokens"] > 100
+    assert before["metrics"]["ahead_acceptance"] > 0.95 and before["metrics"]["drafters_gone"] == 0.0
+    assert after["metrics"]["drafters_gone"] == 1.0 and after["counts"].get("num_draft_tokens", 0) == 0
+
+
 def test_a_smaller_model_goes_on_behind_a_hint(engines) -> None:
     """Hints are verified with the prompt, and a request that ended is not drafted for; tokens stay."""
     found = engines("hinted")

@@ -1,0 +1,96 @@
+"""The process that drafts ahead: `python -m rl_accel.draft.ahead.process SETTINGS`, started by `client.py`.
+
+It reads what the policy has written, writes on behind it, a token a packet, the text that is least ahead first, and
+ends with the engine. Its model is computed by transformers in float32 on one core.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from rl_accel.draft.ahead.messages import MAX_BYTES, Kind, Packet, Sampling
+from rl_accel.draft.ahead.writer import Text, Writer
+from rl_accel.processes import end_with_parent
+
+RATE = 0.05
+"""Of the running mean of a token's seconds."""
+
+
+class Loop:
+    """Packets in, packets out."""
+
+    def __init__(self, link: socket.socket, writer: Writer):
+        self.link, self.writer = link, writer
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        """Work until the engine is gone."""
+        while True:
+            number = self.writer.next()
+            if not self._read(wait=number is None):
+                return
+            if number is not None and number == self.writer.next():  # what was read may have changed whose turn it is
+                self._write(number)
+
+    def _read(self, wait: bool) -> bool:
+        """Take all packets that are there; False when the engine is gone."""
+        flags = 0 if wait else socket.MSG_DONTWAIT
+        while True:
+            try:
+                data = self.link.recv(MAX_BYTES, flags)
+            except BlockingIOError:
+                return True
+            except ConnectionError:
+                return False
+            if not data:
+                return False
+            self._take(Packet.unpack(data))
+            flags = socket.MSG_DONTWAIT
+
+    def _take(self, packet: Packet) -> None:
+        if packet.kind is Kind.BEGIN:
+            self.writer.begin(packet.text, packet.tokens, packet.sampling, packet.position)
+        elif packet.kind is Kind.END:
+            self.writer.end(packet.text)
+        elif packet.kind is Kind.VERIFIED and packet.text in self.writer.texts:
+            text = self.writer.texts[packet.text]
+            text.verify(packet.position, packet.tokens)
+            text.num_read = packet.count
+
+    def _write(self, number: int) -> None:
+        text = self.writer.texts[number]
+        started, position = time.perf_counter(), len(text.ids)
+        token = self.writer.write(number)
+        seconds = time.perf_counter() - started
+        if text.num_ahead > 1:  # the first one after a change has more than one token to read
+            self.seconds += RATE * (seconds - self.seconds) if self.seconds else seconds
+        packet = Packet(Kind.TOKENS, number, text.num_read, position, seconds=self.seconds, tokens=[token])
+        try:
+            self.link.send(packet.pack())
+        except ConnectionError:
+            raise SystemExit(0) from None
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    end_with_parent()
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the engine may have bound itself to other cores
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval()
+    trial = Text(model.config, [0], Sampling(temperature=1.0), limit=8)  # the first passes are slow
+    for _ in range(4):
+        trial.write(model)
+    link = socket.socket(fileno=settings["descriptor"])
+    link.send(Packet(Kind.READY, position=int(model.config.vocab_size)).pack())
+    Loop(link, Writer(model, settings["stop_token_ids"], settings["max_ahead"])).run()
+
+
+if __name__ == "__main__":
+    main()
