@@ -127,7 +127,8 @@ async def compared(
         "n": len(problems), "agreement": found["agreement"], "accuracy": statistics.fmean(found["right"]),
         "target_accuracy": statistics.fmean(wanted["right"]), "difference": statistics.fmean(differences),
         "standard_error": statistics.stdev(differences) / math.sqrt(len(differences)),
-        "speedup": statistics.median(ratios), "speedup_spread": [min(ratios), max(ratios)], **verdict,
+        **({"speedup": statistics.median(ratios), "speedup_spread": [min(ratios), max(ratios)]} if ratios else {}),
+        **verdict,
     }  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--arm", default="look+hint")
     parser.add_argument("--max-draft", type=int, default=24)
     parser.add_argument("--at-a-time", type=int, default=16, help="texts, where accuracy is measured")
-    parser.add_argument("--blocks", type=int, default=5, help="where speed is measured")
+    parser.add_argument("--blocks", type=int, default=5, help="where speed is measured; 0: not")
     parser.add_argument("--texts", type=int, default=6, help="in a block")
     args = parser.parse_args()
     bed = make_bed(args.bed, BedSettings(layers=args.layers))

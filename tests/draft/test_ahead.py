@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from rl_accel.draft.ahead.client import AheadClient, Draft
+from rl_accel.draft.ahead.lean import LeanModel, StockCache, StockModel, model_of
 from rl_accel.draft.ahead.messages import Kind, Packet, Sampling
 from rl_accel.draft.ahead.writer import Text, Writer
 from rl_accel.draft.config import DraftConfig
@@ -28,7 +29,7 @@ from ..hosts.vllm.tiny_qwen import VOCAB_SIZE, build_model
 def test_a_draft_follows_the_text_that_it_was_written_behind(seed: int) -> None:
     """Packets of both sides cross at random; whatever the engine holds was drafted behind exactly its text."""
     rng = random.Random(seed)
-    text, draft = Text(Qwen2Config(), [1, 2], Sampling(), limit=10**6), Draft(1, [1, 2])
+    text, draft = Text(StockCache(Qwen2Config()), [1, 2], Sampling(), limit=10**6), Draft(1, [1, 2])
     to_process: list[Packet] = []
     to_engine: list[Packet] = []
     written_behind: dict[tuple[int, ...], set[int]] = {}
@@ -67,6 +68,71 @@ def test_a_draft_follows_the_text_that_it_was_written_behind(seed: int) -> None:
     assert num_held > 100 and num_accepted > 5 and num_left > 5
 
 
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97,
+    "num_key_value_heads": 2, "max_position_embeddings": 600, "initializer_range": 0.2,
+}  # fmt: skip
+SHAPES = {
+    "qwen2": Qwen2Config(**SMALL),
+    "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "llama3": LlamaConfig(
+        **SMALL,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "qwen3": Qwen3Config(**SMALL, head_dim=32),
+    "mistral": MistralConfig(**SMALL, sliding_window=None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_lean_form_gives_the_logits_of_transformers(name: str) -> None:
+    """Token by token, several at a time, behind a cut, and beyond the room that a cache has at first."""
+    torch.manual_seed(1)
+    lm = AutoModelForCausalLM.from_config(SHAPES[name]).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in lm.named_parameters():
+            if parameter_name.endswith(("bias", "norm.weight")):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    lean = model_of(lm)
+    assert isinstance(lean, LeanModel)
+    ids = torch.randint(97, (400,), generator=torch.Generator().manual_seed(2)).tolist()
+    with torch.inference_mode():
+        expected = lm(torch.tensor([ids])).logits[0]
+        cache, position = lean.new_cache(), 0
+        for count in (7, 1, 1, 5, 230, 1, 120, 1):
+            found = lean.logits(ids[position : position + count], cache)
+            position += count
+            torch.testing.assert_close(found, expected[position - 1], rtol=2e-4, atol=2e-4)
+        cache.cut(250)
+        torch.testing.assert_close(lean.logits(ids[250:300], cache), expected[299], rtol=2e-4, atol=2e-4)
+
+
+def test_a_model_of_another_shape_is_computed_by_transformers() -> None:
+    """GPT-2, a window, and one that only looks like Llama."""
+    gpt2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=97, n_positions=64)
+    window = MistralConfig(**SMALL, sliding_window=8)
+    for config in (gpt2, window):
+        assert isinstance(model_of(AutoModelForCausalLM.from_config(config).eval()), StockModel)
+    other = AutoModelForCausalLM.from_config(SHAPES["llama"]).eval()
+    other.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+    assert isinstance(model_of(other), StockModel)
+
+
+def test_a_window_that_has_let_go_is_read_anew() -> None:
+    torch.manual_seed(1)
+    lm = AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=8)).eval()
+    model, ids = StockModel(lm), torch.randint(97, (30,), generator=torch.Generator().manual_seed(2)).tolist()
+    cache = model.new_cache()
+    model.logits(ids, cache)
+    cache.cut(20)
+    with torch.inference_mode():
+        expected = lm(torch.tensor([ids[:25]])).logits[0, -1]
+    torch.testing.assert_close(model.logits(ids[cache.length : 25], cache), expected, rtol=2e-4, atol=2e-4)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ahead") / "model"
@@ -92,7 +158,7 @@ def by_hand(model, ids: list[int], count: int, key: int, temperature: float) -> 
 def test_a_text_is_written_on_behind_what_the_policy_wrote(model) -> None:
     """With the policy's noise, whatever was taken back on the way."""
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    writer = Writer(lm, [0], max_ahead=8)
+    writer = Writer(model_of(lm), [0], max_ahead=8)
     writer.begin(3, [5, 6, 7], Sampling(77, 1.0), limit=40)
     writer.begin(4, [5, 6, 7], Sampling(), limit=5)
     turns = [writer.next() for _ in range(6) if writer.write(writer.next()) or True]

@@ -1,7 +1,7 @@
 """The process that drafts ahead: `python -m rl_accel.draft.ahead.process SETTINGS`, started by `client.py`.
 
 It reads what the policy has written, writes on behind it, a token a packet, the text that is least ahead first, and
-ends with the engine. Its model is computed by transformers in float32 on one core.
+ends with the engine. Its model is computed in float32 on one core.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM
 
+from rl_accel.draft.ahead.lean import model_of
 from rl_accel.draft.ahead.messages import MAX_BYTES, Kind, Packet, Sampling
 from rl_accel.draft.ahead.writer import Text, Writer
 from rl_accel.processes import end_with_parent
@@ -83,12 +84,12 @@ def main() -> None:
     end_with_parent()
     os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the engine may have bound itself to other cores
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval()
-    trial = Text(model.config, [0], Sampling(temperature=1.0), limit=8)  # the first passes are slow
+    model = model_of(AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval())
+    trial = Text(model.new_cache(), [0], Sampling(temperature=1.0), limit=8)  # the first passes are slow
     for _ in range(4):
         trial.write(model)
     link = socket.socket(fileno=settings["descriptor"])
-    link.send(Packet(Kind.READY, position=int(model.config.vocab_size)).pack())
+    link.send(Packet(Kind.READY, position=model.vocab_size).pack())
     Loop(link, Writer(model, settings["stop_token_ids"], settings["max_ahead"])).run()
 
 

@@ -2,18 +2,17 @@
 
 A text's own noise (`kernels/gumbel_argmax`) is that of the policy's exact sampling, so that a draft agrees as often as
 it can (Gumbel coupling: Daliri, Musco, Suresh 2024, arXiv 2408.07978). Each text has a key-value cache of its own that
-is cut back to what still holds. Cost: a forward pass of one row a token, 0.85 ms with two layers of 96.
+is cut back to what still holds. Cost: a forward pass of one row a token (`lean.py`).
 Left out: several texts in one pass; penalties and masks, which only cost agreement.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
 
+from rl_accel.draft.ahead.lean import Cache, Model
 from rl_accel.draft.ahead.messages import Sampling
 from rl_accel.kernels.gumbel_argmax.reference import gumbel_noise
 
@@ -24,9 +23,10 @@ NOISE_BLOCK = 16
 class Text:
     """A text: what the policy has written, and behind it what the model drafted."""
 
-    def __init__(self, config: Any, ids: Sequence[int], sampling: Sampling, limit: int):
+    def __init__(self, cache: Cache, ids: Sequence[int], sampling: Sampling, limit: int):
         """
         Args:
+            cache: without tokens.
             ids: prompt and what the policy has written of the response.
             limit: no token is drafted behind this many.
         """
@@ -34,8 +34,7 @@ class Text:
         self.sampling, self.limit = sampling, limit
         self.num_read = 0
         """Packets about what was verified."""
-        self._config = config
-        self._cache, self._num_cached = DynamicCache(config=config), 0
+        self._cache = cache
         self._noise: torch.Tensor | None = None
         self._noise_start = 0
 
@@ -54,19 +53,12 @@ class Text:
 
     def _cut(self, length: int) -> None:
         del self.ids[length:]
-        if self._num_cached > length:
-            try:
-                self._cache.crop(length)
-                self._num_cached = length
-            except ValueError:  # a sliding window has let go what is needed
-                self._cache, self._num_cached = DynamicCache(config=self._config), 0
+        self._cache.cut(length)
 
     @torch.inference_mode()
-    def write(self, model: PreTrainedModel) -> int:
+    def write(self, model: Model) -> int:
         """Append a token and return it."""
-        new = torch.tensor([self.ids[self._num_cached :]])
-        logits_V = model(new, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
-        self._num_cached = len(self.ids)
+        logits_V = model.logits(self.ids[self._cache.length :], self._cache)
         if self.sampling.temperature > 0.0:
             logits_V = _filtered(logits_V / self.sampling.temperature, self.sampling)
             logits_V = logits_V + self._noise_of(len(self.ids), len(logits_V))
@@ -97,18 +89,17 @@ def _filtered(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 class Writer:
     """Texts by number, and whose turn it is."""
 
-    def __init__(self, model: PreTrainedModel, stop_token_ids: Collection[int], max_ahead: int):
+    def __init__(self, model: Model, stop_token_ids: Collection[int], max_ahead: int):
         """
         Args:
             max_ahead: tokens that a text is written ahead of what is verified.
         """
         self.model, self.stops, self.max_ahead = model, frozenset(stop_token_ids), max_ahead
         self.texts: dict[int, Text] = {}
-        self.max_length = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
 
     def begin(self, number: int, ids: Sequence[int], sampling: Sampling, limit: int) -> None:
         """Take a text, as `Text` says."""
-        self.texts[number] = Text(self.model.config, ids, sampling, min(limit, self.max_length))
+        self.texts[number] = Text(self.model.new_cache(), ids, sampling, min(limit, self.model.max_length))
 
     def end(self, number: int) -> None:
         """Forget a text."""
