@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from bench_lookahead import START_S, THREADS, Arm, Engines, Problem, Writer
+from lookahead_arms import START_S, THREADS, Arm, Engines, Problem, Writer
 from make_lookahead_bed import BedSettings, make_bed
 from transformers import AutoTokenizer
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The long form of the tests that attack rl_accel (docs/reliability.md); about two hours on 2 cores. ./scripts/soak.sh [part ...]
-# Parts: preflight, damage, server, kills. RL_ACCEL_SOAK is set for each: how many times its default size, or how many kills.
+# Parts: preflight, damage, server, proxy, kills. RL_ACCEL_SOAK is set for each: how many times its default size, or how many kills.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$RL_ACCEL_ROOT"
 
@@ -12,8 +12,9 @@ soak() { # soak PART SIZE TEST...
 }
 
 PARTS=("$@")
-[ $# -gt 0 ] || PARTS=(preflight damage server kills)
+[ $# -gt 0 ] || PARTS=(preflight damage server proxy kills)
 soak preflight 10 tests/hosts/verl/test_preflight_fuzz.py
 soak damage 50 tests/compare/test_damage.py tests/draft/test_history_damage.py
 soak server 12.5 tests/hosts/vllm/test_engine_soak.py
+soak proxy 5 tests/lookahead/test_proxy.py -k leave
 soak kills 50 tests/hosts/verl/soak_kills.py

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralC
 from rl_accel.draft.ahead.client import AheadClient, Draft
 from rl_accel.draft.ahead.lean import LeanModel, StockCache, StockModel, model_of
 from rl_accel.draft.ahead.messages import Kind, Packet, Sampling
+from rl_accel.draft.ahead.predict import predicted_seconds
 from rl_accel.draft.ahead.writer import Text, Writer
 from rl_accel.draft.config import DraftConfig
 from rl_accel.errors import ConfigError
@@ -131,6 +132,17 @@ def test_a_window_that_has_let_go_is_read_anew() -> None:
     with torch.inference_mode():
         expected = lm(torch.tensor([ids[:25]])).logits[0, -1]
     torch.testing.assert_close(model.logits(ids[cache.length : 25], cache), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_what_to_expect_of_it() -> None:
+    """A draft that is always right: as many steps as drafts fill, or as fast as it writes; one that never is: plain."""
+    assert predicted_seconds([True] * 100, 1e-6, 1.0, 24) == pytest.approx(4, rel=1e-3)
+    assert predicted_seconds([True] * 1000, 0.5, 1.0, 24) == pytest.approx(500, rel=0.02)
+    assert predicted_seconds([False] * 100, 0.1, 1.0, 24) == pytest.approx(100, rel=1e-3)
+    # Right 9 of 10 times, in order: a run of ten is drafted while the wrong token before it is verified, or waited for.
+    assert 10 < predicted_seconds(([True] * 9 + [False]) * 10, 0.01, 1.0, 24) < 22
+    slow = predicted_seconds(([True] * 9 + [False]) * 10, 2.0, 1.0, 24)
+    assert 90 < slow <= 100.001, "a draft slower than the policy is never waited for"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A real vLLM server on the shipped policy, with exact sampling, that the tests of lookahead share."""
+"""A real vLLM server on the shipped policy that the tests of lookahead share: exact sampling, and drafts by DAS."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from rl_accel.draft.feature import DAS_PROPOSER
 from rl_accel.quickstart.deep import POLICY
 
-SETTINGS = {"rl_accel": {"sampling": {"exact": True, "seed": 7}}}
+SETTINGS = {"rl_accel": {"sampling": {"exact": True, "seed": 7}, "draft": {"method": "das"}}}
+SPECULATIVE = {"model": DAS_PROPOSER, "num_speculative_tokens": 16}
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +73,7 @@ def url(tmp_path_factory) -> Iterator[str]:
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(POLICY), "--port", str(port),
         "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "320", "--block-size", "32",
         "--max-num-seqs", "32", "--generation-config", "vllm", "--additional-config", json.dumps(SETTINGS),
+        "--speculative-config", json.dumps(SPECULATIVE),
     ]  # fmt: skip
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with serving(command, port, tmp_path_factory.mktemp("server") / "log", **env) as found:
