@@ -100,6 +100,9 @@ class Engines:
         args += ["--no-async-scheduling"] if hinted else []  # it leaves no time to look at a hint
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         env |= {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_LOGGING_LEVEL": "WARNING", **self.threads}
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+            "0"  # the worker in the process of its engine: they poll each other otherwise
+        )
         model = self.bed.target if role == "target" else self.bed.draft
         return Server(str(model), args, self.folder / f"{name.replace(':', '-')}.log", env=env)
 

@@ -29,6 +29,9 @@ from rl_accel.lookahead.simulate import Script, ScriptedEngine
 from rl_accel.lookahead.verify import Exact
 from rl_accel.sampling.keys import request_key
 
+VERIFIED = 31
+"""Tokens behind the prompt whose prefill says what verifying one costs; fewer than a block of the prefix cache."""
+
 
 @dataclass
 class Alone:
@@ -108,6 +111,14 @@ def agreement(draft: Model, problem: Problem, token_ids: Sequence[int], temperat
     return agrees, statistics.median(seconds)
 
 
+async def _one_token(writer: Writer, arm: Arm, problem: Problem, temperature: float, behind: Sequence[int]) -> float:
+    """Return the seconds of a request of one token, of which what is in the prefix cache is not computed."""
+    started = time.perf_counter()
+    engine = writer.endpoint(arm.target, problem, temperature, True, False)
+    await engine.step([*problem.prompt_token_ids, *behind], 1)
+    return time.perf_counter() - started
+
+
 async def predict_ahead(
     writer: Writer, bed_draft: Path, max_draft: int, problems: Sequence[Problem], temperature: float
 ) -> dict[str, Any]:
@@ -117,15 +128,15 @@ async def predict_ahead(
     draft = model_of(AutoModelForCausalLM.from_pretrained(bed_draft, dtype=torch.float32).eval())
     plain = Arm.named("plain")
     took = tokens = 0.0
-    shares, draft_s, step_s = [], [], []
+    shares, draft_s, step_s, verify_s = [], [], [], []
     for problem in problems:
-        started = time.perf_counter()
-        await writer.endpoint(plain.target, problem, temperature, True, False).step(problem.prompt_token_ids, 1)
-        first_s = time.perf_counter() - started
         written = await writer.write(plain, problem, temperature)
+        behind = written.token_ids[:VERIFIED][::-1]  # what nobody has in a prefix cache
+        first_s, longer_s = [await _one_token(writer, plain, problem, temperature, ids) for ids in ([], behind)]
         token_s = (written.seconds - first_s) / max(len(written.token_ids) - 1, 1)
+        verify_s.append(max(longer_s - first_s, 0.0) / len(behind))
         agrees, seconds = agreement(draft, problem, written.token_ids, temperature)
-        took += first_s + predicted_seconds(agrees[1:], seconds, token_s, max_draft)
+        took += first_s + predicted_seconds(agrees[1:], seconds, token_s, max_draft, verify_s[-1])
         tokens += len(written.token_ids)
         shares.append(statistics.fmean(agrees))
         draft_s.append(seconds)
@@ -134,4 +145,5 @@ async def predict_ahead(
     return {
         "predicted_ms_per_token": 1e3 * took / tokens, "token_agreement": statistics.fmean(shares),
         "draft_token_ms": 1e3 * statistics.median(draft_s), "target_token_ms": 1e3 * statistics.median(step_s),
+        "verified_token_ms": 1e3 * statistics.median(verify_s),
     }  # fmt: skip

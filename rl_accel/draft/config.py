@@ -22,7 +22,7 @@ MODEL_METHODS = ("model", "ahead")
 VLLM_HEADS = ("eagle3",)
 """Kinds of that head with which vLLM itself drafts, by method `head`; also its names for them."""
 DRAFT_POLICIES = ("budget", "classes", "fixed")
-DRAFT_LENGTHS = {"none": 1, "ngram": 5, "suffix": 24, "model": 5, "das": 16, "head": 8, "auto": 16, "ahead": 24}
+DRAFT_LENGTHS = {"none": 1, "ngram": 5, "suffix": 24, "model": 5, "das": 16, "head": 8, "auto": 16, "ahead": 32}
 """Longest draft where none is set, by method; `suffix`: vLLM's own default, its tree depth."""
 
 
@@ -38,7 +38,7 @@ class DraftConfig:
     model: str | None = None
     """`model`, `ahead`: folder or hub name of the smaller model, with the policy's tokenizer."""
     num_speculative_tokens: int | None = None
-    """Most draft tokens per request and engine step, 1 to 128. None: 16 for `das` and `auto`, 24 for
+    """Most draft tokens per request and engine step, 1 to 128. None: 16 for `das` and `auto`, 32 for
     `ahead`, 8 for `head` (3 where vLLM drafts with it), 5 for `model` and `ngram`, 24 for `suffix`."""
     prompt_lookup_min: int = 2
     """`ngram`: shortest match, in tokens."""

@@ -244,7 +244,7 @@ def test_a_model_that_is_not_there_is_noticed(tmp_path) -> None:
 def test_the_method_needs_a_model() -> None:
     with pytest.raises(ConfigError, match="set both or neither"):
         DraftConfig(method="ahead")
-    assert DraftConfig(method="ahead", model="x").max_draft == 24
+    assert DraftConfig(method="ahead", model="x").max_draft == 32
 
 
 def _read_until(client: AheadClient, done) -> bool:

@@ -1,5 +1,5 @@
 """How long a text takes with a model that drafts ahead, from the seconds of its parts: the rules of
-`hosts/ahead_source.py` on paper. One text, both processes undisturbed, a draft verified in the time of a token.
+`hosts/ahead_source.py` on paper. One text, both processes undisturbed.
 
 Source: ours; token speculation overlapped with drafting is PEARL's (arXiv 2408.11850) and AMUSD's (arXiv 2410.17375).
 """
@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def predicted_seconds(agrees: Sequence[bool], draft_s: float, step_s: float, max_draft: int) -> float:
+def predicted_seconds(
+    agrees: Sequence[bool], draft_s: float, step_s: float, max_draft: int, verify_s: float = 0.0
+) -> float:
     """Return the seconds of a text from its first token on, which is there at 0.
 
     Args:
         agrees: whether the draft has each further token, behind the policy's tokens before it.
         draft_s: of a drafted token.
-        step_s: of a step of the policy's engine.
+        step_s: of a step of the policy's engine without drafts.
         max_draft: longest draft.
+        verify_s: by which a draft token makes a step longer.
     """
     chance = sum(agrees) / max(len(agrees), 1)
     now, written = 0.0, 0
@@ -32,7 +35,7 @@ def predicted_seconds(agrees: Sequence[bool], draft_s: float, step_s: float, max
         accepted = 0
         while accepted < num_drafts and agrees[written + accepted]:
             accepted += 1
-        now += step_s
+        now += step_s + num_drafts * verify_s
         right = accepted == num_drafts and agrees[written + accepted]  # the token that the policy adds, too
         written += accepted + 1
         if not right:

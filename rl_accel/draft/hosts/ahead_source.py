@@ -56,9 +56,10 @@ class AheadSource:
         self.client = AheadClient(config.model, stop_token_ids, MAX_AHEAD_DRAFTS * config.max_draft)
         self._texts: dict[str, Draft | None] = {}
         self._good, self._bad = 3.0, 1.0
-        self._tokens_per_s = self._step_s = 0.0
-        self._rate = 1.0
-        self._last: float | None = None
+        self._step_s = 0.0
+        """Of the engine, without this source; 0: not known yet."""
+        self._gain = 1.0
+        """Tokens of a text in a step."""
         self._seconds, self._calls = 0.0, 0
 
     def load(self, policy: Any) -> None:
@@ -105,12 +106,11 @@ class AheadSource:
         started = time.perf_counter()
         self.client.read()
         self._end_gone()
-        texts, gained = [], 0
-        for row, num_tokens in zip(rows_N.tolist(), num_tokens_N.tolist(), strict=True):
-            text, new = self._follow(self.runner.input_batch.req_ids[row], token_ids[row, :num_tokens])
-            texts.append(text)
-            gained += new
-        self._time(started, gained)
+        names = self.runner.input_batch.req_ids
+        texts = [
+            self._follow(names[row], token_ids[row, :num_tokens])
+            for row, num_tokens in zip(rows_N.tolist(), num_tokens_N.tolist(), strict=True)
+        ]
         chance = self.acceptance
         with np.errstate(divide="ignore"):
             worth_N = np.floor(np.log(np.maximum(min_path_probs_N, 1e-6)) / math.log(chance)).astype(np.int64)
@@ -126,17 +126,15 @@ class AheadSource:
         self._calls += 1
         return tokens_NK, paths_NK
 
-    def _follow(self, name: str, ids: npt.NDArray[np.int32]) -> tuple[Draft | None, int]:
-        """Tell the process what a request has gained; returns its text and how many tokens that were."""
+    def _follow(self, name: str, ids: npt.NDArray[np.int32]) -> Draft | None:
+        """Tell the process what a request has gained; returns its text, None where it is not drafted."""
         if name in self._texts:
             text = self._texts[name]
-            if text is None or len(ids) <= len(text.ids):
-                return text, 0
-            new = ids[len(text.ids) :].tolist()
-            self.client.verify(text, new)
-            return text, len(new)
+            if text is not None and len(ids) > len(text.ids):
+                self.client.verify(text, ids[len(text.ids) :].tolist())
+            return text
         if len(self.client.drafts) >= self._max_texts():
-            return None, 0
+            return None
         request = self.runner.requests[name]
         params = request.sampling_params
         limit = min(self.max_length, len(request.prompt_token_ids) + (params.max_tokens or self.max_length))
@@ -145,7 +143,7 @@ class AheadSource:
             key = key_of(request, self.seed, self.faults)
             sampling = Sampling(key, params.temperature, max(params.top_k, 0), params.top_p)
         text = self._texts[name] = self.client.begin(ids.tolist(), sampling, limit)
-        return text, 0
+        return text
 
     def _max_texts(self) -> int:
         if not (self._step_s and self.client.seconds):
@@ -163,17 +161,11 @@ class AheadSource:
             self._texts[name] = None
             self.client.end(text)
 
-    def _time(self, now: float, gained: int) -> None:
-        """Learn how many tokens the engine writes in a second."""
-        if self._last is not None and gained:
-            seconds = max(now - self._last, 1e-6)
-            self._tokens_per_s += self._rate * (gained / seconds - self._tokens_per_s)
-            self._step_s += self._rate * (seconds - self._step_s)
-            self._rate = max(RATE, self._rate / 2)
-        self._last = now if gained else None
-
     def _wait(self, texts: list[Draft | None], wanted_N: npt.NDArray[np.int64], chance: float) -> None:
-        """Wait for tokens that are worth it."""
+        """Wait for tokens that are likelier to be accepted than the engine writes one in that time."""
+        if not self._step_s:
+            return
+        tokens_per_s = len(texts) * self._gain / self._step_s
         deadline = time.perf_counter() + self._patience()
         while self.client.ready:
             depths = [
@@ -182,7 +174,7 @@ class AheadSource:
                 if text is not None and len(text.ahead) < wanted and not (text.ahead and text.ahead[-1] in self._stops)
             ]
             least = min(depths, default=None)
-            if least is None or chance ** (least + 1) < self._tokens_per_s * self.client.seconds:
+            if least is None or chance ** (least + 1) < tokens_per_s * self.client.seconds:
                 return
             left = deadline - time.perf_counter()
             if left <= 0.0:
@@ -203,6 +195,7 @@ class AheadSource:
         kept = MEMORY ** len(lengths_R)
         self._good = kept * self._good + float(num_accepted_R.sum())
         self._bad = max(kept * self._bad + float((num_accepted_R < lengths_R).sum()), 0.01)
+        self._gain += RATE * (1.0 + float(num_accepted_R.mean()) - self._gain)
 
     def chain_seconds(self, num_rows: int) -> float:
         return num_rows * self.client.seconds
@@ -211,6 +204,7 @@ class AheadSource:
         self, seconds: float, predicted: float, fixed: float, saved: float, potential: float | None
     ) -> None:
         """As `CandidateSource.observe_step`; the process needs no allowance."""
+        self._step_s += RATE * (seconds - self._step_s) if self._step_s else seconds
 
     def drain(self) -> dict[str, float]:
         """Return what happened since the last call."""
