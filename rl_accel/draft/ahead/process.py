@@ -30,6 +30,7 @@ class Loop:
     def __init__(self, link: socket.socket, writer: Writer):
         self.link, self.writer = link, writer
         self.seconds = 0.0
+        self._changed = False
 
     def run(self) -> None:
         """Work until the engine is gone."""
@@ -37,11 +38,13 @@ class Loop:
             number = self.writer.next()
             if not self._read(wait=number is None):
                 return
-            if number is not None and number == self.writer.next():  # what was read may have changed whose turn it is
+            number = self.writer.next() if self._changed else number
+            if number is not None:
                 self._write(number)
 
     def _read(self, wait: bool) -> bool:
         """Take all packets that are there; False when the engine is gone."""
+        self._changed = False
         flags = 0 if wait else socket.MSG_DONTWAIT
         while True:
             try:
@@ -53,6 +56,7 @@ class Loop:
             if not data:
                 return False
             self._take(Packet.unpack(data))
+            self._changed = True
             flags = socket.MSG_DONTWAIT
 
     def _take(self, packet: Packet) -> None:

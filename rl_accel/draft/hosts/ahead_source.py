@@ -4,15 +4,18 @@ What it has written by the time of a step is offered; for more the engine waits 
 to be accepted than what the engine writes in that time. A token's probability is the running share of its drafts that
 were accepted, to the power of its depth.
 
-Host symbols (vLLM 0.28.0): `GPUModelRunner.{requests,input_batch}`, `CachedRequestState.sampling_params`.
+Host symbols (vLLM 0.28.0): `GPUModelRunner.{execute_model,requests,input_batch}`, `SchedulerOutput.scheduled_new_reqs`,
+`NewRequestData` and `CachedRequestState.{sampling_params,prompt_token_ids}`.
 
 Shape suffixes: N requests, K draft tokens.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ import numpy.typing as npt
 from rl_accel.draft.ahead.client import AheadClient, Draft
 from rl_accel.draft.ahead.messages import Sampling
 from rl_accel.draft.config import DraftConfig
+from rl_accel.draft.hosts.proposer import UNDRAFTED
 from rl_accel.errors import NotLiveError
 from rl_accel.sampling.hosts.row_identity import key_of
 
@@ -34,6 +38,8 @@ MIN_TOKENS_A_STEP = 2.0
 """That the process writes of a text in a step of the engine: the one that the policy writes, and one ahead."""
 MEMORY = 0.98
 """What a draft weighs for the acceptance rate when the next one has been seen."""
+FORGOTTEN = 8
+"""Steps after which a source that was not asked does not begin with prompts: it does not pay at present."""
 RATE = 0.1
 """Of running means over steps."""
 PATIENCE, MIN_PATIENCE_S = 4.0, 2e-3
@@ -60,6 +66,7 @@ class AheadSource:
         """Of the engine, without this source; 0: not known yet."""
         self._gain = 1.0
         """Tokens of a text in a step."""
+        self._steps_since_asked = 0
         self._seconds, self._calls = 0.0, 0
 
     def load(self, policy: Any) -> None:
@@ -75,6 +82,29 @@ class AheadSource:
                 f"rl_accel.draft.model has a vocabulary of {self.client.vocab_size} tokens, the policy one of "
                 f"{self.vocab_size}; drafts are token ids, so both need the same tokenizer"
             )
+        self._begin_with_prompts()
+
+    def _begin_with_prompts(self) -> None:
+        """Let the process read a prompt, and write behind it, while the engine reads it."""
+        execute_model = self.runner.execute_model
+
+        @functools.wraps(execute_model)
+        def begin_and_execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            self._steps_since_asked += 1
+            if scheduler_output.scheduled_new_reqs and self._steps_since_asked < FORGOTTEN and self.ready:
+                try:
+                    self._expect(scheduler_output.scheduled_new_reqs)
+                except Exception as error:  # the engine's tokens do not need it
+                    self.faults.note(UNDRAFTED, "requests were not drafted from their prompts on", error=error)
+            return execute_model(scheduler_output, *args, **kwargs)
+
+        self.runner.execute_model = begin_and_execute
+
+    def _expect(self, requests: Iterable[Any]) -> None:
+        self._end_gone()
+        for new in requests:
+            if new.prompt_token_ids and new.sampling_params is not None and new.req_id not in self._texts:
+                self._begin(new.req_id, new, new.prompt_token_ids)
 
     @property
     def present(self) -> bool:
@@ -104,6 +134,7 @@ class AheadSource:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """As `CandidateSource.candidates`."""
         started = time.perf_counter()
+        self._steps_since_asked = 0
         self.client.read()
         self._end_gone()
         names = self.runner.input_batch.req_ids
@@ -133,16 +164,19 @@ class AheadSource:
             if text is not None and len(ids) > len(text.ids):
                 self.client.verify(text, ids[len(text.ids) :].tolist())
             return text
+        return self._begin(name, self.runner.requests[name], ids.tolist())
+
+    def _begin(self, name: str, request: Any, ids: list[int]) -> Draft | None:
+        """Have a request drafted, if there is room."""
         if len(self.client.drafts) >= self._max_texts():
             return None
-        request = self.runner.requests[name]
         params = request.sampling_params
         limit = min(self.max_length, len(request.prompt_token_ids) + (params.max_tokens or self.max_length))
         sampling = Sampling()
         if self.seed is not None:  # the policy's own noise
             key = key_of(request, self.seed, self.faults)
             sampling = Sampling(key, params.temperature, max(params.top_k, 0), params.top_p)
-        text = self._texts[name] = self.client.begin(ids.tolist(), sampling, limit)
+        text = self._texts[name] = self.client.begin(ids, sampling, limit)
         return text
 
     def _max_texts(self) -> int:
