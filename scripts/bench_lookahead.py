@@ -27,11 +27,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-from lookahead_arms import THREADS, Arm, Engines, Problem, Writer, Written, read_problems
+from lookahead_arms import REQUEST_S, THREADS, Arm, Engines, Problem, Writer, Written, read_problems
 from lookahead_prediction import predict_ahead, predict_lookahead
 from make_lookahead_bed import Bed, BedSettings, make_bed
 
+from rl_accel.lookahead.endpoint import open_session
 from rl_accel.lookahead.switch import Switch
 from rl_accel.lookahead.text import delimiter_ids
 
@@ -110,12 +110,12 @@ async def identity(writer: Writer, engines: Engines, problems: Sequence[Problem]
 
 
 async def crossover(
-    writer: Writer, arm: Arm, problems: Sequence[Problem], temperature: float, blocks: int
+    writer: Writer, arm: Arm, problems: Sequence[Problem], temperature: float, blocks: int, sizes: Sequence[int]
 ) -> dict[str, Any]:
     """Compare an arm that turns itself off with plain decoding at 1 to 32 texts at a time; what it has learned stays,
     as in a server."""
     rows = []
-    for at_a_time in (1, 4, 8, 16, 32):
+    for at_a_time in sizes:
         switch = Switch(arm.depth)
         texts = max(16, 2 * at_a_time)
         ratios = []
@@ -143,9 +143,7 @@ async def main_async(args: argparse.Namespace, bed: Bed, folder: Path, found: di
     engines = Engines(bed, folder, args.max_draft, args.draft_length, THREADS if args.threads == 1 else {})
     arms = [Arm.named(name, args.depth) for name in args.arms.split(",")]
     try:
-        async with aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=300), connector=aiohttp.TCPConnector(limit=0)
-        ) as session:
+        async with open_session(REQUEST_S) as session:
             writer = Writer(engines, session, delimiter_ids(tokenizer, "\n"), tokenizer.eos_token_id)
             if "speed" in args.what:
                 engines.start(list(dict.fromkeys(engine for arm in arms for engine in arm.engines)))
@@ -162,10 +160,11 @@ async def main_async(args: argparse.Namespace, bed: Bed, folder: Path, found: di
             if "crossover" in args.what:
                 problems = read_problems(bed.problems("long"))
                 found["crossover"] = []
+                sizes = [int(size) for size in args.switched_at.split(",")]
                 for name in args.switched.split(","):
                     arm = Arm.named(name, args.depth)
                     engines.start(["target:none", *arm.engines])
-                    found["crossover"].append(await crossover(writer, arm, problems, 1.0, args.blocks))
+                    found["crossover"].append(await crossover(writer, arm, problems, 1.0, args.blocks, sizes))
     finally:
         engines.stop()
 
@@ -185,7 +184,7 @@ def rows_of(found: dict[str, Any]) -> dict[str, float]:
                 rows[f"lookahead.over_token {what}"] = min(token) / best
     if "identity" in found:
         rows["lookahead.identical"] = found["identity"]["identical"]
-    if "crossover" in found:
+    if found.get("crossover"):
         rows["lookahead.switched_worst"] = max(measured["worst"] for measured in found["crossover"])
     return rows
 
@@ -208,6 +207,7 @@ def main() -> None:
     parser.add_argument("--max-draft", type=int, default=16, help="longest token draft of das and hints")
     parser.add_argument("--draft-length", type=int, default=8, help="token draft of `model`")
     parser.add_argument("--switched", default="look+hint,ahead", help="arms of the crossover")
+    parser.add_argument("--switched-at", default="1,4,8,16,32", help="texts at a time there")
     parser.add_argument("--threads", type=int, default=1, help="1: an engine computes on one core; 0: vLLM's choice")
     args = parser.parse_args()
     bed = Bed(args.bed) if args.as_is else make_bed(args.bed, BedSettings(layers=args.layers))

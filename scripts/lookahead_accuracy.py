@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from lookahead_arms import START_S, THREADS, Arm, Engines, Problem, Writer
+from lookahead_arms import REQUEST_S, START_S, THREADS, Arm, Engines, Problem, Writer
 from make_lookahead_bed import BedSettings, make_bed
 from transformers import AutoTokenizer
 
+from rl_accel.lookahead.endpoint import open_session
 from rl_accel.lookahead.server import Server
 from rl_accel.lookahead.step import Verifier
 from rl_accel.lookahead.text import delimiter_ids
@@ -51,6 +52,7 @@ def pooling_server(bed: Any, folder: Path) -> Server:
     args = ["--runner", "pooling", "--pooler-config.task", "token_embed", "--dtype", "float32", "--enforce-eager"]
     args += ["--max-model-len", "656"]
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING", **THREADS}
+    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return Server(str(bed.target), args, folder / "pooling.log", env=env)
 
 
@@ -79,9 +81,7 @@ async def measure(args: argparse.Namespace, bed: Any, folder: Path) -> list[dict
         if "hidden" in args.verifiers:
             hidden = pooling_server(bed, folder)
             hidden.wait(START_S)
-        async with aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=300), connector=aiohttp.TCPConnector(limit=0)
-        ) as session:
+        async with open_session(REQUEST_S) as session:
             writer = Writer(engines, session, delimiter_ids(tokenizer, "\n"), tokenizer.eos_token_id)
             for temperature in map(float, args.temperatures.split(",")):
                 wanted = await judged(writer, tokenizer, plain, problems, temperature, args.at_a_time)

@@ -30,7 +30,7 @@ from rl_accel.lookahead.verify import Exact
 
 SEED = 11
 MAX_TOKENS, MAX_MODEL_LEN = 320, 656
-START_S = 300.0
+START_S = REQUEST_S = 300.0
 THREADS = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -169,7 +169,8 @@ class Writer:
     async def _write_ahead(self, arm: Arm, problem: Problem, temperature: float, text: Any) -> Written:
         assert arm.draft is not None
         started = time.perf_counter()
-        if text is None:
+        always = text is None
+        if always:
             text = self.switches.setdefault(arm.name, Switch(arm.depth, always=True)).begin()
         target = self.endpoint(arm.target, problem, temperature, False, arm.hint)
         draft = self.endpoint(arm.draft, problem, temperature, False, False)
@@ -185,7 +186,8 @@ class Writer:
                 written.agreed.append(final.from_draft)
         assert not text.counts.drafts_lost, text.counts.draft_error
         written.seconds = time.perf_counter() - started
-        text.end(0, 0.0)
+        if always:
+            text.end(0, 0.0)
         return written
 
     async def block(

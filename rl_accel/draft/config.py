@@ -19,11 +19,23 @@ SOURCE_METHODS = (*HEAD_METHODS, "ahead")
 """Those that draft from something else than history, maybe beside it (`combined.py`)."""
 MODEL_METHODS = ("model", "ahead")
 """Those that draft by a smaller language model."""
+MAX_PADDING = 0.01
+"""Of a vocabulary, as a share."""
 VLLM_HEADS = ("eagle3",)
 """Kinds of that head with which vLLM itself drafts, by method `head`; also its names for them."""
 DRAFT_POLICIES = ("budget", "classes", "fixed")
 DRAFT_LENGTHS = {"none": 1, "ngram": 5, "suffix": 24, "model": 5, "das": 16, "head": 8, "auto": 16, "ahead": 32}
 """Longest draft where none is set, by method; `suffix`: vLLM's own default, its tree depth."""
+
+
+def other_vocabulary(draft_size: int, policy_size: int) -> str | None:
+    """Return what is wrong where two vocabularies cannot be of one tokenizer; its models are padded to other sizes."""
+    if abs(draft_size - policy_size) <= MAX_PADDING * policy_size:
+        return None
+    return (
+        f"rl_accel.draft.model has a vocabulary of {draft_size} tokens, the policy one of {policy_size}; drafts are "
+        "token ids, so both need the same tokenizer"
+    )
 
 
 @dataclass(frozen=True)

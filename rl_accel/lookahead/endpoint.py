@@ -22,6 +22,22 @@ if TYPE_CHECKING:
 PATH = "/inference/v1/generate"
 MAX_ERROR_CHARS = 300
 MAX_CALL = (1 << 63) - 1
+KEEP_ALIVE_S = 2.0
+"""Of an idle connection; vLLM closes them after 5 seconds, and a request that meets that moment fails."""
+
+
+def open_session(total_s: float | None = None) -> aiohttp.ClientSession:
+    """Return a session to vLLM servers, without a limit on connections; it is opened in the running event loop.
+
+    Args:
+        total_s: seconds of a request, None: as long as it takes.
+    """
+    import aiohttp
+
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=total_s, sock_connect=10),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+    )
 
 
 class TokenEndpoint:

@@ -31,7 +31,7 @@ from starlette.requests import ClientDisconnect
 from rl_accel.errors import EngineRefusesError, LookaheadError, RLAccelError
 from rl_accel.identity import FIELD
 from rl_accel.lookahead.core import FinalStep, Limits, Lookahead
-from rl_accel.lookahead.endpoint import TokenEndpoint
+from rl_accel.lookahead.endpoint import TokenEndpoint, open_session
 from rl_accel.lookahead.step import Cost, Verifier
 from rl_accel.lookahead.switch import Switch, Text
 from rl_accel.lookahead.text import GrowingText
@@ -115,9 +115,7 @@ class Proxy:
     def app(self) -> FastAPI:
         @asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-            async with aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10), connector=aiohttp.TCPConnector(limit=0)
-            ) as self.session:
+            async with open_session() as self.session:
                 self.verifier = self.make_verifier(session=self.session)
                 yield
 

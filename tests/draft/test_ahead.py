@@ -191,6 +191,9 @@ def test_a_text_is_written_on_behind_what_the_policy_wrote(model) -> None:
     writer.end(3)
     writer.end(4)
     assert writer.next() is None
+    few = Writer(model_of(lm), [], max_ahead=30, vocab_size=3)
+    few.begin(1, [5, 6, 7], Sampling(77, 1.0), limit=400)
+    assert {few.write(1) for _ in range(30)} == {0, 1, 2}, "the policy knows no others"
 
 
 @torch.inference_mode()

@@ -73,7 +73,8 @@ class Draft:
 class AheadClient:
     """The process and its texts."""
 
-    def __init__(self, model: str, stop_token_ids: Sequence[int], max_ahead: int):
+    def __init__(self, model: str, stop_token_ids: Sequence[int], max_ahead: int, vocab_size: int | None = None):
+        """As `Writer` takes them; `model`: a folder or a name on the hub."""
         self.drafts: dict[int, Draft] = {}
         self.vocab_size: int | None = None
         """Of the model, once it is there."""
@@ -85,6 +86,7 @@ class AheadClient:
             "model": model,
             "stop_token_ids": [int(token) for token in stop_token_ids],
             "max_ahead": max_ahead,
+            "vocab_size": vocab_size,
             "descriptor": theirs.fileno(),
         }
         with theirs:

@@ -94,7 +94,7 @@ def main() -> None:
         trial.write(model)
     link = socket.socket(fileno=settings["descriptor"])
     link.send(Packet(Kind.READY, position=model.vocab_size).pack())
-    Loop(link, Writer(model, settings["stop_token_ids"], settings["max_ahead"])).run()
+    Loop(link, Writer(model, settings["stop_token_ids"], settings["max_ahead"], settings["vocab_size"])).run()
 
 
 if __name__ == "__main__":

@@ -56,9 +56,9 @@ class Text:
         self._cache.cut(length)
 
     @torch.inference_mode()
-    def write(self, model: Model) -> int:
-        """Append a token and return it."""
-        logits_V = model.logits(self.ids[self._cache.length :], self._cache)
+    def write(self, model: Model, vocab_size: int | None = None) -> int:
+        """Append a token, one of the first `vocab_size`, and return it."""
+        logits_V = model.logits(self.ids[self._cache.length :], self._cache)[:vocab_size]
         if self.sampling.temperature > 0.0:
             logits_V = _filtered(logits_V / self.sampling.temperature, self.sampling)
             logits_V = logits_V + self._noise_of(len(self.ids), len(logits_V))
@@ -89,12 +89,14 @@ def _filtered(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 class Writer:
     """Texts by number, and whose turn it is."""
 
-    def __init__(self, model: Model, stop_token_ids: Collection[int], max_ahead: int):
+    def __init__(self, model: Model, stop_token_ids: Collection[int], max_ahead: int, vocab_size: int | None = None):
         """
         Args:
+            vocab_size: of the policy; models of one tokenizer are padded to different sizes.
             max_ahead: tokens that a text is written ahead of what is verified.
         """
         self.model, self.stops, self.max_ahead = model, frozenset(stop_token_ids), max_ahead
+        self.vocab_size = vocab_size
         self.texts: dict[int, Text] = {}
 
     def begin(self, number: int, ids: Sequence[int], sampling: Sampling, limit: int) -> None:
@@ -112,7 +114,7 @@ class Writer:
 
     def write(self, number: int) -> int:
         """Append a token to a text and return it."""
-        return self.texts[number].write(self.model)
+        return self.texts[number].write(self.model, self.vocab_size)
 
     def _may_write(self, text: Text) -> bool:
         return (

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -23,9 +24,10 @@ import numpy.typing as npt
 
 from rl_accel.draft.ahead.client import AheadClient, Draft
 from rl_accel.draft.ahead.messages import Sampling
-from rl_accel.draft.config import DraftConfig
+from rl_accel.draft.config import DraftConfig, other_vocabulary
 from rl_accel.draft.hosts.proposer import UNDRAFTED
 from rl_accel.errors import NotLiveError
+from rl_accel.quickstart.deep import shipped_policy
 from rl_accel.sampling.hosts.row_identity import key_of
 
 START_S = 300.0
@@ -59,7 +61,8 @@ class AheadSource:
         self.seed: int | None = sampling.get("seed", 0) if sampling.get("exact") else None
         assert config.model is not None
         self._stops = frozenset(stop_token_ids)
-        self.client = AheadClient(config.model, stop_token_ids, MAX_AHEAD_DRAFTS * config.max_draft)
+        model = shipped_policy(os.path.expanduser(config.model))
+        self.client = AheadClient(model, stop_token_ids, MAX_AHEAD_DRAFTS * config.max_draft, self.vocab_size)
         self._texts: dict[str, Draft | None] = {}
         self._good, self._bad = 3.0, 1.0
         self._step_s = 0.0
@@ -77,11 +80,8 @@ class AheadSource:
         """
         if not self.client.wait_ready(START_S):
             raise NotLiveError("the process that drafts ahead did not load rl_accel.draft.model; see above")
-        if self.client.vocab_size != self.vocab_size:
-            raise NotLiveError(
-                f"rl_accel.draft.model has a vocabulary of {self.client.vocab_size} tokens, the policy one of "
-                f"{self.vocab_size}; drafts are token ids, so both need the same tokenizer"
-            )
+        if problem := other_vocabulary(self.client.vocab_size or 0, self.vocab_size):
+            raise NotLiveError(problem)
         self._begin_with_prompts()
 
     def _begin_with_prompts(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rl_accel.draft.config import OUR_METHODS, VLLM_HEADS
+from rl_accel.draft.config import OUR_METHODS, VLLM_HEADS, other_vocabulary
 from rl_accel.draft.feature import DAS_PROPOSER
 from rl_accel.errors import ConfigError
 from rl_accel.feature import Driver
@@ -36,6 +36,11 @@ class DraftDriver(Driver):
                 raise ConfigError(
                     f"rl_accel.draft.model={self.settings.model}: no model there (config.json is missing)"
                 )
+        if self.settings.method == "ahead":
+            draft, policy = model_files.read(self.settings.model), model_files.policy_config(config)
+            ours, theirs = (model_files.text_config(found).get("vocab_size") for found in (draft, policy))
+            if isinstance(ours, int) and isinstance(theirs, int) and (problem := other_vocabulary(ours, theirs)):
+                raise ConfigError(problem)
 
     def engine_settings(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self.settings).items() if name != "record"}

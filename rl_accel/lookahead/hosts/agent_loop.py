@@ -12,7 +12,7 @@ import ray
 
 from rl_accel.feature import AgentLoop
 from rl_accel.lookahead.core import Limits
-from rl_accel.lookahead.endpoint import TokenEndpoint
+from rl_accel.lookahead.endpoint import TokenEndpoint, open_session
 from rl_accel.lookahead.feature import COUNTED
 from rl_accel.lookahead.hosts.client import LookaheadClient, mask_drafts
 from rl_accel.lookahead.hosts.draft_server import NAME
@@ -78,11 +78,7 @@ class LookaheadAgentLoop(AgentLoop):
     def session(self) -> Any:
         """Return the HTTP session of this worker, whose event loop is one."""
         if self._session is None:
-            import aiohttp
-
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10), connector=aiohttp.TCPConnector(limit=0)
-            )
+            self._session = open_session()
         return self._session
 
     async def draft_url(self) -> str:

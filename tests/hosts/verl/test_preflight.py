@@ -16,7 +16,7 @@ from omegaconf import OmegaConf, open_dict
 from rl_accel import doctor, recipes
 from rl_accel.errors import ConfigError
 from rl_accel.hosts.verl import model_files
-from rl_accel.hosts.verl.prepare import BLOCK, accel_block, preflight, prepare
+from rl_accel.hosts.verl.prepare import BLOCK, accel_block, check, preflight, prepare
 
 ROLLOUT = "actor_rollout_ref.rollout"
 ACTOR = "actor_rollout_ref.actor"
@@ -100,6 +100,26 @@ def test_an_olmoe_that_vllm_computes_otherwise_is_refused(tmp_path):
     )
     with pytest.raises(ConfigError, match="an OLMoE"):
         preflight(config)
+
+
+def test_a_draft_of_another_tokenizer_is_refused(tmp_path):
+    """Models of one tokenizer are padded to different vocabularies, by less than a hundredth."""
+    policy, draft = tmp_path / "policy", tmp_path / "draft"
+    for folder in (policy, draft):
+        folder.mkdir()
+    (policy / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 152064}))
+    config = composed(
+        f"actor_rollout_ref.model.path={policy}", "rl_accel.draft.method=ahead", f"rl_accel.draft.model={draft}"
+    )
+    with pytest.raises(ConfigError, match="no model there"):
+        check(config)
+    for size, message in (
+        (32000, "a vocabulary of 32000 tokens, the policy one of 152064"),
+        (151936, "run_dir, which is not set"),
+    ):
+        (draft / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": size}))
+        with pytest.raises(ConfigError, match=message):
+            check(config)
 
 
 @pytest.mark.parametrize(("positions", "engine"), [(640, 640), (650, 650), (4096, 656)])
