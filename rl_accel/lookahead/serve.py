@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--hint",
         action="store_true",
-        help="give the target each draft as its token draft; it drafts by rl_accel's das, head or auto",
+        help="give the target each draft as its token draft; it drafts by das, head, auto or ahead",
     )
     found.add_argument("--always", action="store_true", help="drafts for every text, measured faster or not")
     found.add_argument("--max-tokens", type=int, default=4096, help="of an answer (default: 4096)")
