@@ -97,6 +97,8 @@ class AheadClient:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             )
         self._lost = False
+        self._poll = select.poll()
+        self._poll.register(self._link, select.POLLIN)
 
     @property
     def pid(self) -> int:
@@ -143,7 +145,7 @@ class AheadClient:
 
     def read(self, seconds: float = 0.0) -> bool:
         """Take all packets that are there, waiting so long for the first; whether there was one."""
-        if self._lost or (seconds > 0.0 and not select.select([self._link], [], [], seconds)[0]):
+        if self._lost or (seconds > 0.0 and not self._poll.poll(1e3 * seconds)):
             return False
         found = False
         while True:

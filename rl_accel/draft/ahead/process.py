@@ -14,6 +14,7 @@ import time
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from rl_accel.draft.ahead.lean import model_of
 from rl_accel.draft.ahead.messages import MAX_BYTES, Kind, Packet, Sampling
@@ -88,6 +89,7 @@ def main() -> None:
     end_with_parent()
     os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the engine may have bound itself to other cores
     torch.set_num_threads(1)
+    disable_progress_bar()
     model = model_of(AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval())
     trial = Text(model.new_cache(), [0], Sampling(temperature=1.0), limit=8)  # the first passes are slow
     for _ in range(4):

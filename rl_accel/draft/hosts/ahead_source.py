@@ -190,10 +190,11 @@ class AheadSource:
             text = self._texts.pop(name)
             if text is not None:
                 self.client.end(text)
-        while len(self.client.drafts) > self._max_texts() + 1:
-            name, text = next((n, t) for n, t in reversed(self._texts.items()) if t is not None)
-            self._texts[name] = None
-            self.client.end(text)
+        followed = [name for name, text in self._texts.items() if text is not None]
+        for name in followed[self._max_texts() + 1 :]:
+            text, self._texts[name] = self._texts[name], None
+            if text is not None:
+                self.client.end(text)
 
     def _wait(self, texts: list[Draft | None], wanted_N: npt.NDArray[np.int64], chance: float) -> None:
         """Wait for tokens that are likelier to be accepted than the engine writes one in that time."""
