@@ -31,7 +31,7 @@ URL = f"{LOOK}.draft=http://127.0.0.1:9"
         ((URL, f"{LOOK}.delimiter=''"), "delimiter is empty"),
         ((URL, f"{LOOK}.draft_gpus=-1"), "must not be negative"),
         ((URL, f"{LOOK}.draft_args='--x \"'"), "No closing quotation"),
-        ((URL, f"{LOOK}.hint=true"), "draft.method=das, head, auto; it is none"),
+        ((URL, f"{LOOK}.hint=true"), "draft.method=das, head, auto, ahead; it is none"),
         ((f"{LOOK}.draft='ftp://host'",), "no http URL"),
         ((f"{LOOK}.draft='http://'",), "no http URL"),
         ((URL, "actor_rollout_ref.model.lora_rank=8"), "LoRA"),
