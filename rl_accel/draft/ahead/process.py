@@ -6,6 +6,7 @@ ends with the engine. Its model is computed in float32 on one core.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -34,7 +35,11 @@ class Loop:
         self._changed = False
 
     def run(self) -> None:
-        """Work until the engine is gone."""
+        """Work until the engine is gone.
+
+        Raises:
+            ConnectionError: if it goes in the middle.
+        """
         while True:
             number = self.writer.next()
             if not self._read(wait=number is None):
@@ -52,8 +57,6 @@ class Loop:
                 data = self.link.recv(MAX_BYTES, flags)
             except BlockingIOError:
                 return True
-            except ConnectionError:
-                return False
             if not data:
                 return False
             self._take(Packet.unpack(data))
@@ -78,10 +81,7 @@ class Loop:
         if text.num_ahead > 1:  # the first one after a change has more than one token to read
             self.seconds += RATE * (seconds - self.seconds) if self.seconds else seconds
         packet = Packet(Kind.TOKENS, number, text.num_read, position, seconds=self.seconds, tokens=[token])
-        try:
-            self.link.send(packet.pack())
-        except ConnectionError:
-            raise SystemExit(0) from None
+        self.link.send(packet.pack())
 
 
 def main() -> None:
@@ -95,8 +95,9 @@ def main() -> None:
     for _ in range(4):
         trial.write(model)
     link = socket.socket(fileno=settings["descriptor"])
-    link.send(Packet(Kind.READY, position=model.vocab_size).pack())
-    Loop(link, Writer(model, settings["stop_token_ids"], settings["max_ahead"], settings["vocab_size"])).run()
+    with contextlib.suppress(ConnectionError):
+        link.send(Packet(Kind.READY, position=model.vocab_size).pack())
+        Loop(link, Writer(model, settings["stop_token_ids"], settings["max_ahead"], settings["vocab_size"])).run()
 
 
 if __name__ == "__main__":
