@@ -16,6 +16,7 @@ import numpy.typing as npt
 from rl_accel.identity import FIELD
 
 HINT = "hint"
+NO_LIMIT = 1 << 30
 
 
 def hint_of(extra_args: Any, vocab_size: int) -> list[int]:
@@ -38,18 +39,22 @@ class Hints:
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
-        self._hints: dict[str, tuple[int, npt.NDArray[np.int32]]] = {}
+        self._hints: dict[str, tuple[int, int, npt.NDArray[np.int32]]] = {}
+        """Request -> tokens of its prompt, tokens of prompt and response at most, hint."""
         self.num_offered = 0
         """Tokens since they were last asked for."""
 
-    def begin(self, name: str, num_prompt_tokens: int, extra_args: Any) -> None:
+    def begin(self, name: str, num_prompt_tokens: int, extra_args: Any, max_tokens: int = NO_LIMIT) -> None:
         """Keep the hint of a request, if it has one.
+
+        Args:
+            max_tokens: longest response.
 
         Raises:
             ValueError: for a hint that is no list of tokens of the vocabulary.
         """
         if hint := hint_of(extra_args, self.vocab_size):
-            self._hints[name] = num_prompt_tokens, np.array(hint, np.int32)
+            self._hints[name] = num_prompt_tokens, num_prompt_tokens + max_tokens, np.array(hint, np.int32)
 
     def end(self, name: str) -> None:
         """Forget a request; it may have none."""
@@ -62,7 +67,7 @@ class Hints:
         return name in self._hints
 
     def length(self, name: str) -> int:
-        return len(self._hints[name][1])
+        return len(self._hints[name][2])
 
     def take_offered(self) -> int:
         """Return and reset how many tokens were offered."""
@@ -72,14 +77,19 @@ class Hints:
     def draft(self, name: str, text: npt.NDArray[np.int32], max_draft: int) -> list[int]:
         """Return what the hint says next, at most `max_draft` tokens; [] once the text has left it.
 
+        A draft stops a token before the longest response: the target adds one.
+
         Args:
             text: int32 [T], prompt and response so far.
         """
-        num_prompt_tokens, hint = self._hints[name]
+        num_prompt_tokens, max_length, hint = self._hints[name]
+        room = min(max_draft, max_length - len(text) - 1)
+        if room <= 0:
+            return []
         written = text[num_prompt_tokens:]
         if len(written) >= len(hint) or not np.array_equal(written, hint[: len(written)]):
             self.end(name)
             return []
-        found = hint[len(written) : len(written) + max_draft].tolist()
+        found = hint[len(written) : len(written) + room].tolist()
         self.num_offered += len(found)
         return found

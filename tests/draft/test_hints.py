@@ -43,3 +43,11 @@ def test_requests_without_one_cost_nothing(carried) -> None:
     hints.begin("a", 2, carried)
     assert len(hints) == 0
     hints.end("a")
+
+
+def test_a_draft_leaves_room_for_the_targets_token() -> None:
+    hints = Hints(vocab_size=10)
+    hints.begin("a", 2, extra([1, 2, 3, 4]), max_tokens=3)
+    text = np.array([5, 5, 1], np.int32)
+    assert hints.draft("a", text, 8) == [2] and hints.draft("a", text[:2], 8) == [1, 2]
+    assert hints.draft("a", np.array([5, 5, 1, 2], np.int32), 8) == []

@@ -63,8 +63,6 @@ class DASProposer:
         self._keep_in_history: dict[str, bool] = {}
         self._anonymous: set[str] = set()
         self._foreign_tokens = 0
-        self._max_lengths: dict[str, int] = {}
-        """Of requests with a hint: tokens of prompt and response at most."""
         self._undrafted: set[str] = set()
         """Live requests without drafts; they are not in `_keep_in_history`."""
         self.faults = Faults()
@@ -193,14 +191,11 @@ class DASProposer:
     def _offer_hints(
         self, drafts: list[list[int]], ids: list[str], rows: list[int], num_tokens: np.ndarray, token_ids: np.ndarray
     ) -> None:
-        """Let the hint of a request stand before what else would be drafted. It stops a token before the limit."""
+        """Let the hint of a request stand before what else would be drafted."""
         for row in rows:
             if ids[row] in self.hints:
-                left = self._max_lengths[ids[row]] - int(num_tokens[row]) - 1
-                room = min(self.config.max_draft, left)
-                if room > 0:
-                    hint = self.hints.draft(ids[row], token_ids[row, : num_tokens[row]], room)
-                    drafts[row] = hint or drafts[row]
+                hint = self.hints.draft(ids[row], token_ids[row, : num_tokens[row]], self.config.max_draft)
+                drafts[row] = hint or drafts[row]
 
     def _ask(
         self, names: list[str], token_ids: np.ndarray, rows: np.ndarray, num_tokens: np.ndarray
@@ -243,18 +238,13 @@ class DASProposer:
 
     def _take_hint(self, name: str, num_prompt_tokens: int, max_tokens: int, params: Any) -> None:
         try:
-            self.hints.begin(name, num_prompt_tokens, getattr(params, "extra_args", None))
+            self.hints.begin(name, num_prompt_tokens, getattr(params, "extra_args", None), max_tokens)
         except ValueError as error:
             self.faults.note(MALFORMED, "request %.60s is served without its hint", ascii(name), error=error)
         if name in self.hints:
             # With the prompt, by `first_step.py`; vLLM pads such a draft with tokens that are none.
             spoken = self.runner.requests[name].prev_num_draft_len
             self.hints.num_offered += min(spoken, self.hints.length(name))
-            self._max_lengths[name] = num_prompt_tokens + max_tokens
-
-    def _forget_hint(self, name: str) -> None:
-        self.hints.end(name)
-        self._max_lengths.pop(name, None)
 
     def _leave_out(self, name: str, error: DraftError) -> None:
         """Go on without drafts for one request, and forget what it said."""
@@ -263,7 +253,7 @@ class DASProposer:
         self._undrafted.add(name)
         self._keep_in_history.pop(name, None)
         self._anonymous.discard(name)
-        self._forget_hint(name)
+        self.hints.end(name)
         if name in self.drafter:
             self.drafter.end(name, keep=False)
 
@@ -288,7 +278,7 @@ class DASProposer:
 
     def _end(self, name: str) -> None:
         assert self.drafter is not None
-        self._forget_hint(name)
+        self.hints.end(name)
         if name in self._anonymous:
             self._anonymous.discard(name)
             self._foreign_tokens += self.drafter.num_generated(name)
