@@ -12,7 +12,7 @@ import torch
 
 from rl_accel.errors import CommError, NotLiveError
 from rl_accel.kernels.codec import layout, reference
-from rl_accel.kernels.codec.layout import packed_bytes
+from rl_accel.kernels.codec.layout import Rows, packed_bytes
 from rl_accel.kernels.common.noise import fold_key
 
 BACKENDS = ("auto", "torch", "cpp", "triton")
@@ -142,6 +142,98 @@ def dequantize_add(block: torch.Tensor, out: torch.Tensor, bits: int = 4, group_
     dequantize(block, out.numel(), bits, group_size, out=out, add=True, **options)
 
 
+def quantize_rows(
+    x: torch.Tensor,
+    rows: Rows,
+    bits: int = 4,
+    group_size: int = 128,
+    rounding: str = "nearest",
+    seed: int = 0,
+    offset: int = 0,
+    *,
+    step: int = 0,
+    subtract: torch.Tensor | None = None,
+    hadamard: bool = False,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Quantize pieces of a tensor into D blocks in one call: what each of D receivers gets.
+
+    Args:
+        rows: which values go where; its `numel` is a multiple of `group_size`.
+        out: uint8 [D, packed_bytes(rows.numel, bits, group_size)]; made of zeros if None. Groups that no piece covers
+            stay as they are.
+        x, bits, group_size, rounding, seed, step, offset, subtract, hadamard, backend: as `quantize`; the noise of
+            position i of all rows is that of offset + i.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CommError: for a wrong shape, dtype, device or format.
+    """
+    layout.check_format(bits, group_size)
+    _check_values("x", x)
+    if subtract is not None:
+        _check_values("subtract", subtract, x.numel(), x.device)
+    _check_rows(rows, x, group_size)
+    shape = (rows.num_rows, packed_bytes(rows.numel, bits, group_size))
+    if out is None:
+        out = torch.zeros(shape, dtype=torch.uint8, device=x.device)
+    _checked_buffer(out.view(-1) if out.is_contiguous() else out, shape[0] * shape[1], x.device)
+    if len(rows.pieces_K4):
+        load_backend(backend, x.device).quantize_rows(
+            out.view(-1),
+            rows,
+            x.view(-1),
+            None if subtract is None else subtract.view(-1),
+            bits,
+            group_size,
+            _is_stochastic(rounding),
+            fold_key(seed, step),
+            _checked_offset(offset, group_size),
+            hadamard,
+        )
+    return out
+
+
+def dequantize_rows(
+    blocks: torch.Tensor,
+    rows: Rows,
+    out: torch.Tensor,
+    bits: int = 4,
+    group_size: int = 128,
+    *,
+    hadamard: bool = False,
+    add: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Write pieces of D blocks, or the sums of R times D blocks, to where they are in a tensor, in one call.
+
+    Args:
+        blocks: uint8 [R, D * B] or [D * B], contiguous; B = packed_bytes(rows.numel, bits, group_size). Summed in
+            order, in float32.
+        rows: which values go where.
+        out: float32 or bfloat16, contiguous. Values that no piece names stay as they are.
+        hadamard, add, backend: as `dequantize`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CommError: for a wrong shape, dtype, device or format.
+    """
+    layout.check_format(bits, group_size)
+    blocks = _checked_blocks(blocks, rows.num_rows * packed_bytes(rows.numel, bits, group_size))
+    _check_values("out", out, None, blocks.device)
+    _check_rows(rows, out, group_size)
+    if len(rows.pieces_K4):
+        load_backend(backend, blocks.device).dequantize_rows(
+            out.view(-1), blocks, rows, bits, group_size, hadamard, add
+        )
+    return out
+
+
 def requantize(
     blocks: torch.Tensor,
     numel: int,
@@ -197,6 +289,13 @@ def _check_values(name: str, x: torch.Tensor, numel: int | None = None, device: 
         raise CommError(f"{name} must have {numel} values; got {x.numel()}")
     if device is not None and x.device != device:
         raise CommError(f"{name} must be on {device}; it is on {x.device}")
+
+
+def _check_rows(rows: Rows, x: torch.Tensor, group_size: int) -> None:
+    if rows.numel % group_size:
+        raise CommError(f"rows must be whole groups of {group_size} values; got {rows.numel}")
+    if rows.min_tensor_numel > x.numel():
+        raise CommError(f"rows name values up to {rows.min_tensor_numel}; the tensor has {x.numel()}")
 
 
 def _checked_buffer(out: torch.Tensor | None, num_bytes: int, device: torch.device) -> torch.Tensor:

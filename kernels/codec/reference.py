@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from rl_accel.kernels.codec.layout import HADAMARD_BLOCK, TINY, max_code, padded
+from rl_accel.kernels.codec.layout import HADAMARD_BLOCK, TINY, Rows, max_code, padded
 from rl_accel.kernels.common.hadamard import hadamard as transform
 from rl_accel.kernels.common.noise import rounding_noise
 
@@ -61,6 +61,67 @@ def dequantize(
         sum_P = transform(sum_P, HADAMARD_BLOCK) * (1.0 / HADAMARD_BLOCK)
     sum_N = sum_P[: out_N.numel()]
     out_N.copy_(out_N.float() + sum_N if add else sum_N)
+
+
+def quantize_rows(
+    out_B: torch.Tensor,
+    rows: Rows,
+    x_N: torch.Tensor,
+    subtract_N: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    stochastic: bool,
+    key: int,
+    offset: int,
+    hadamard: bool,
+) -> None:
+    """Quantize pieces of `x - subtract` into rows; the noise of position i of all rows is that of (key, offset + i).
+    Groups that no piece covers keep what `out` has there.
+
+    Args:
+        out_B: uint8 [D * packed_bytes(rows.numel)], written.
+    """
+    blocks_DB = out_B.view(rows.num_rows, -1)
+    for start, count, target, span in rows.pieces_K4.tolist():
+        row, first = divmod(target, rows.numel)
+        block_B = torch.empty(span * bits // 8 + span // group_size * 4, dtype=torch.uint8, device=x_N.device)
+        values_P = torch.zeros(span, dtype=torch.float32, device=x_N.device)
+        part = slice(start, start + count)
+        values_P[:count] = x_N[part].float() - (0.0 if subtract_N is None else subtract_N[part].float())
+        if hadamard:
+            values_P = transform(values_P, HADAMARD_BLOCK)
+        _encode(block_B, values_P, bits, group_size, stochastic, key, offset + target)
+        codes, scales = _ranges(rows, first, span, bits, group_size)
+        blocks_DB[row, codes] = block_B[: span * bits // 8]
+        blocks_DB[row, scales] = block_B[span * bits // 8 :]
+
+
+def dequantize_rows(
+    out_N: torch.Tensor, blocks_RDB: torch.Tensor, rows: Rows, bits: int, group_size: int, hadamard: bool, add: bool
+) -> None:
+    """Write the sums of R layers of rows, piece by piece, to where the pieces are in `out`, or add them.
+
+    Args:
+        blocks_RDB: uint8 [R, D * packed_bytes(rows.numel)].
+    """
+    layers_RDB = blocks_RDB.view(blocks_RDB.shape[0], rows.num_rows, -1)
+    for start, count, target, span in rows.pieces_K4.tolist():
+        row, first = divmod(target, rows.numel)
+        codes, scales = _ranges(rows, first, span, bits, group_size)
+        piece_RB = torch.cat([layers_RDB[:, row, codes], layers_RDB[:, row, scales]], dim=1)
+        # The padding of a piece may be more than its last group.
+        padded_P = torch.zeros(span, dtype=torch.float32, device=out_N.device)
+        dequantize(padded_P, piece_RB, bits, group_size, hadamard, add=False)
+        sum_N, into = padded_P[:count], out_N[start : start + count]
+        into.copy_(into.float() + sum_N if add else sum_N)
+
+
+def _ranges(rows: Rows, first: int, span: int, bits: int, group_size: int) -> tuple[slice, slice]:
+    """Where in a row the codes and the scales of `span` values from `first` on are."""
+    codes, scales = rows.numel * bits // 8, first // group_size * 4
+    return slice(first * bits // 8, (first + span) * bits // 8), slice(
+        codes + scales, codes + scales + span // group_size * 4
+    )
 
 
 def requantize(

@@ -9,8 +9,10 @@ Equality with the specification rests on three things: no fused multiply-add (`e
 `div_rn` for the one division, and no flushing of denormals (Triton's default). `tests/kernels/test_codec_triton.py`
 finds all three in the PTX.
 
-Shapes: N values, B bytes of one block, R blocks to sum. A tile is G groups of K runs of 32 values, held as two halves
-[G, K, 16], values j and j + 16 of each run: the two nibbles of byte j, and the pairs of the last Hadamard stage.
+Rows of blocks are the second axis of the grid; a table says per group where its values are in the tensor.
+
+Shapes: N values, B bytes of one block, R blocks to sum, D rows. A tile is G groups of K runs of 32 values, held as two
+halves [G, K, 16], values j and j + 16 of each run: the two nibbles of byte j, and the pairs of the last Hadamard stage.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from rl_accel.kernels.codec.layout import Rows
 from rl_accel.kernels.common.triton import hadamard_stage, mix32, rounding_noise
 
 TILE = 4096
@@ -28,7 +31,7 @@ TILE = 4096
 WARPS = 8
 _LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": False}
 # Of type int64 and not specialized, so that a new key, step or number of groups compiles nothing anew.
-_SCALARS = ["num_groups", "from_num_groups", "key", "offset"]
+_SCALARS = ["num_groups", "from_num_groups", "layer_bytes", "key", "offset"]
 
 
 @triton.jit
@@ -39,17 +42,17 @@ def _rotate(low, high):
 
 
 @triton.jit
-def _load_half(x_ptr, subtract_ptr, offsets, remaining):
-    x = tl.load(x_ptr + offsets, mask=offsets < remaining, other=0.0).to(tl.float32)
+def _load_half(x_ptr, subtract_ptr, offsets, mask):
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if subtract_ptr is not None:
-        x -= tl.load(subtract_ptr + offsets, mask=offsets < remaining, other=0.0).to(tl.float32)
+        x -= tl.load(subtract_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     return x
 
 
 @triton.jit
-def _load_values(x_ptr, subtract_ptr, offsets, remaining, HADAMARD: tl.constexpr):
-    low = _load_half(x_ptr, subtract_ptr, offsets, remaining)
-    high = _load_half(x_ptr, subtract_ptr, offsets + 16, remaining)
+def _load_values(x_ptr, subtract_ptr, starts, within, counts, HADAMARD: tl.constexpr):
+    low = _load_half(x_ptr, subtract_ptr, starts + within, within < counts)
+    high = _load_half(x_ptr, subtract_ptr, starts + within + 16, within + 16 < counts)
     if HADAMARD:
         low, high = _rotate(low, high)
     return low, high
@@ -74,10 +77,12 @@ def _decode(block_ptr, num_groups, first, run, lane, BITS: tl.constexpr, GROUP: 
 
 
 @triton.jit
-def _decode_sum(blocks_ptr, num_groups, first, run, lane, R: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+def _decode_sum(
+    blocks_ptr, layer_bytes, num_groups, first, run, lane, R: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr
+):
     low, high = _decode(blocks_ptr, num_groups, first, run, lane, BITS, GROUP)
     for _ in range(1, R):
-        blocks_ptr += num_groups.to(tl.int64) * (GROUP * BITS // 8 + 4)
+        blocks_ptr += layer_bytes.to(tl.int64)
         next_low, next_high = _decode(blocks_ptr, num_groups, first, run, lane, BITS, GROUP)
         low += next_low
         high += next_high
@@ -154,11 +159,13 @@ def _offsets(G: tl.constexpr, K: tl.constexpr):  # [G, K, 16], of the low halves
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _quantize_kernel(
-    out_ptr,  # uint8 [B]
+    out_ptr,  # uint8 [D, B]
     x_ptr,  # [N]
     subtract_ptr,  # [N] or None
+    starts_ptr,  # int64 [D * num_groups], or None: one row of all values
+    counts_ptr,  # int32, values of each group; -1 leaves the group alone
     numel,
-    num_groups: tl.int64,
+    num_groups: tl.int64,  # of a row
     key: tl.int64,
     offset: tl.int64,
     BITS: tl.constexpr,
@@ -168,40 +175,52 @@ def _quantize_kernel(
     G: tl.constexpr,
     K: tl.constexpr,  # times 32: GROUP, or a part of it if G is 1
 ):
+    row = tl.program_id(1).to(tl.int64)
     first_group = tl.program_id(0).to(tl.int64) * G
-    first = first_group * GROUP
-    remaining = tl.minimum(numel - first, G * GROUP).to(tl.int32)
-    offsets = _offsets(G, K)
-    x_ptr += first
-    if subtract_ptr is not None:
-        subtract_ptr += first
-
-    low, high = _load_values(x_ptr, subtract_ptr, offsets, remaining, HADAMARD)
-    magnitude = _magnitude(low, high)
-    for start in range(K * 32, GROUP, K * 32):
-        next_low, next_high = _load_values(x_ptr, subtract_ptr, offsets + start, remaining, HADAMARD)
-        magnitude = tl.maximum(magnitude, _magnitude(next_low, next_high))
-
     groups = first_group + tl.arange(0, G)[:, None, None]
     mask = groups < num_groups
+    within = (tl.arange(0, K)[None, :, None] * 32) + tl.arange(0, 16)[None, None, :]
+    if starts_ptr is None:
+        x_ptr += first_group * GROUP
+        if subtract_ptr is not None:
+            subtract_ptr += first_group * GROUP
+        starts = tl.arange(0, G)[:, None, None] * GROUP
+        counts = tl.minimum(numel - groups * GROUP, GROUP).to(tl.int32)
+    else:
+        of_group = row * num_groups.to(tl.int64) + groups
+        starts = tl.load(starts_ptr + of_group, mask=mask, other=0)
+        counts = tl.load(counts_ptr + of_group, mask=mask, other=-1)
+        mask &= counts >= 0
+
+    low, high = _load_values(x_ptr, subtract_ptr, starts, within, counts, HADAMARD)
+    magnitude = _magnitude(low, high)
+    for start in range(K * 32, GROUP, K * 32):
+        next_low, next_high = _load_values(x_ptr, subtract_ptr, starts, within + start, counts, HADAMARD)
+        magnitude = tl.maximum(magnitude, _magnitude(next_low, next_high))
+
+    out_ptr += row * num_groups.to(tl.int64) * (GROUP * BITS // 8 + 4)
     scales_ptr = (out_ptr + num_groups.to(tl.int64) * (GROUP * BITS // 8)).to(tl.pointer_type(tl.int32)) + groups
     live, inverse = _store_scales(scales_ptr, mask, magnitude, BITS)
 
     codes_ptr = out_ptr + first_group * (GROUP * BITS // 8)
-    index = offset.to(tl.int64) + first
+    index = offset.to(tl.int64) + (row * num_groups.to(tl.int64) + first_group) * GROUP
     key = key.to(tl.int64)
+    offsets = _offsets(G, K)
     _store_codes(codes_ptr, offsets, mask, low, high, live, inverse, index, key, BITS, GROUP, STOCHASTIC, G)
     for start in range(K * 32, GROUP, K * 32):
-        low, high = _load_values(x_ptr, subtract_ptr, offsets + start, remaining, HADAMARD)
+        low, high = _load_values(x_ptr, subtract_ptr, starts, within + start, counts, HADAMARD)
         _store_codes(codes_ptr, offsets + start, mask, low, high, live, inverse, index, key, BITS, GROUP, STOCHASTIC, G)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _dequantize_kernel(
     out_ptr,  # [N]
-    blocks_ptr,  # uint8 [R, B]
+    blocks_ptr,  # uint8 [R, D, B]
+    starts_ptr,  # int64 [D * num_groups], or None: one row of all values
+    counts_ptr,  # int32, values of each group
     numel,
-    num_groups: tl.int64,
+    num_groups: tl.int64,  # of a row
+    layer_bytes: tl.int64,  # D * B
     R: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -209,19 +228,31 @@ def _dequantize_kernel(
     ADD: tl.constexpr,
     G: tl.constexpr,
 ):
+    row = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * G
-    offsets = _offsets(G, 1)
     run = tl.arange(0, G)[:, None, None]
     lane = tl.arange(0, 16)[None, None, :]
-    low, high = _decode_sum(blocks_ptr, num_groups, first, run, lane, R, BITS, GROUP)
+    blocks_ptr += row * num_groups.to(tl.int64) * (GROUP * BITS // 8 + 4)
+    low, high = _decode_sum(blocks_ptr, layer_bytes, num_groups, first, run, lane, R, BITS, GROUP)
     if HADAMARD:
         low, high = _rotate(low, high)
         low *= 0.03125
         high *= 0.03125
-    out_ptr += first * 32
-    remaining = tl.minimum(numel - first * 32, G * 32).to(tl.int32)
-    _store_half(out_ptr + offsets, offsets < remaining, low, ADD)
-    _store_half(out_ptr + offsets + 16, offsets + 16 < remaining, high, ADD)
+    if starts_ptr is None:
+        offsets = _offsets(G, 1)
+        out_ptr += first * 32
+        remaining = tl.minimum(numel - first * 32, G * 32).to(tl.int32)
+        _store_half(out_ptr + offsets, offsets < remaining, low, ADD)
+        _store_half(out_ptr + offsets + 16, offsets + 16 < remaining, high, ADD)
+    else:
+        RUNS: tl.constexpr = GROUP // 32
+        of_group = row * num_groups.to(tl.int64) + (first + run) // RUNS
+        known = first + run < num_groups.to(tl.int64) * RUNS
+        within = ((first + run) % RUNS).to(tl.int32) * 32 + lane
+        ptrs = out_ptr + tl.load(starts_ptr + of_group, mask=known, other=0) + within
+        counts = tl.load(counts_ptr + of_group, mask=known, other=-1)
+        _store_half(ptrs, within < counts, low, ADD)
+        _store_half(ptrs + 16, within + 16 < counts, high, ADD)
 
 
 @triton.jit
@@ -254,11 +285,12 @@ def _requantize_kernel(
     run = tl.arange(0, G)[:, None, None] * K + tl.arange(0, K)[None, :, None]
     lane = tl.arange(0, 16)[None, None, :]
 
-    low, high = _decode_sum(blocks_ptr, from_num_groups, first, run, lane, R, FROM_BITS, FROM_GROUP)
+    layer_bytes = from_num_groups * (FROM_GROUP * FROM_BITS // 8 + 4)
+    low, high = _decode_sum(blocks_ptr, layer_bytes, from_num_groups, first, run, lane, R, FROM_BITS, FROM_GROUP)
     magnitude = _magnitude(low, high)
     for start in range(K, GROUP // 32, K):
         next_low, next_high = _decode_sum(
-            blocks_ptr, from_num_groups, first + start, run, lane, R, FROM_BITS, FROM_GROUP
+            blocks_ptr, layer_bytes, from_num_groups, first + start, run, lane, R, FROM_BITS, FROM_GROUP
         )
         magnitude = tl.maximum(magnitude, _magnitude(next_low, next_high))
 
@@ -272,7 +304,9 @@ def _requantize_kernel(
     key = key.to(tl.int64)
     _store_codes(codes_ptr, offsets, mask, low, high, live, inverse, index, key, BITS, GROUP, STOCHASTIC, G)
     for start in range(K, GROUP // 32, K):
-        low, high = _decode_sum(blocks_ptr, from_num_groups, first + start, run, lane, R, FROM_BITS, FROM_GROUP)
+        low, high = _decode_sum(
+            blocks_ptr, layer_bytes, from_num_groups, first + start, run, lane, R, FROM_BITS, FROM_GROUP
+        )
         _store_codes(
             codes_ptr, offsets + start * 32, mask, low, high, live, inverse, index, key, BITS, GROUP, STOCHASTIC, G
         )
@@ -291,14 +325,39 @@ def quantize(
 ) -> None:
     """Quantize `x - subtract`; arguments as `reference.quantize`."""
     num_groups = triton.cdiv(x_N.numel(), group_size)
-    if not num_groups:
-        return
+    if num_groups:
+        shape = 1, num_groups, None, None
+        _launch_quantize(out_B, x_N, subtract_N, shape, bits, group_size, stochastic, key, offset, hadamard)
+
+
+def quantize_rows(
+    out_B: torch.Tensor,
+    rows: Rows,
+    x_N: torch.Tensor,
+    subtract_N: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    stochastic: bool,
+    key: int,
+    offset: int,
+    hadamard: bool,
+) -> None:
+    """Quantize pieces of `x - subtract` into rows; arguments as `reference.quantize_rows`."""
+    shape = rows.num_rows, rows.numel // group_size, *rows.groups(group_size, x_N.device)
+    _launch_quantize(out_B, x_N, subtract_N, shape, bits, group_size, stochastic, key, offset, hadamard)
+
+
+def _launch_quantize(out_B, x_N, subtract_N, shape, bits, group_size, stochastic, key, offset, hadamard) -> None:
+    """`shape`: rows, groups of a row, and the table of `Rows.groups` or twice None."""
+    num_rows, num_groups, starts_G, counts_G = shape
     G, K = _tile(group_size)
     with _device(out_B):
-        _quantize_kernel[(triton.cdiv(num_groups, G),)](
+        _quantize_kernel[(triton.cdiv(num_groups, G), num_rows)](
             out_B,
             x_N,
             subtract_N,
+            starts_G,
+            counts_G,
             x_N.numel(),
             num_groups,
             _signed(key),
@@ -317,14 +376,32 @@ def dequantize(
     out_N: torch.Tensor, blocks_RB: torch.Tensor, bits: int, group_size: int, hadamard: bool, add: bool
 ) -> None:
     """Write or add the sum of R blocks; arguments as `reference.dequantize`."""
-    if not out_N.numel():
-        return
+    if out_N.numel():
+        shape = 1, triton.cdiv(out_N.numel(), group_size), None, None
+        _launch_dequantize(out_N, blocks_RB, shape, bits, group_size, hadamard, add)
+
+
+def dequantize_rows(
+    out_N: torch.Tensor, blocks_RDB: torch.Tensor, rows: Rows, bits: int, group_size: int, hadamard: bool, add: bool
+) -> None:
+    """Write or add the sums of R layers of rows; arguments as `reference.dequantize_rows`."""
+    shape = rows.num_rows, rows.numel // group_size, *rows.groups(group_size, out_N.device)
+    _launch_dequantize(out_N, blocks_RDB, shape, bits, group_size, hadamard, add)
+
+
+def _launch_dequantize(out_N, blocks_RB, shape, bits, group_size, hadamard, add) -> None:
+    num_rows, num_groups, starts_G, counts_G = shape
+    # A single block may end before its last group does: no programs for what is not there.
+    numel = out_N.numel() if starts_G is None else num_groups * group_size
     with _device(out_N):
-        _dequantize_kernel[(triton.cdiv(out_N.numel(), TILE),)](
+        _dequantize_kernel[(triton.cdiv(numel, TILE), num_rows)](
             out_N,
             blocks_RB,
+            starts_G,
+            counts_G,
             out_N.numel(),
-            triton.cdiv(out_N.numel(), group_size),
+            num_groups,
+            blocks_RB.shape[1],
             R=blocks_RB.shape[0],
             BITS=bits,
             GROUP=group_size,

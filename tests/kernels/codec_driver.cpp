@@ -3,6 +3,7 @@
 //
 //   codec_driver random SEED SECONDS     random calls: instruction sets agree, what comes back is near what went in
 //   codec_driver threads SEED SECONDS    calls that start threads, from several threads at once
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -155,6 +156,48 @@ void random_calls(Random& random, const std::vector<std::string>& sets) {
   });
 }
 
+// Pieces in rows: instruction sets agree, and each piece holds what a block of its own would.
+void random_rows(Random& random, const std::vector<std::string>& sets) {
+  const Format format = any_format(random);
+  const Rounding rounding = any_rounding(random, format);
+  const std::size_t num_rows = 1 + below(random, 3), groups = 1 + below(random, 9), group = format.group_size;
+  const bool hadamard = below(random, 2);
+  std::vector<Piece> pieces;
+  std::size_t numel = 0;
+  for (std::size_t row = 0; row < num_rows; ++row)
+    for (std::size_t first = 0; first < groups;) {
+      const std::size_t span = std::min(1 + below(random, 4), groups - first), count = below(random, span * group + 1);
+      const auto position = (row * groups + first) * group;
+      pieces.push_back({static_cast<std::int64_t>(numel), static_cast<std::int64_t>(count),
+                        static_cast<std::int64_t>(position), static_cast<std::int64_t>(span * group)});
+      numel += count;
+      first += span;
+    }
+  std::shuffle(pieces.begin(), pieces.end(), random);
+  const Rows rows{num_rows, groups * group, pieces.data(), pieces.size()};
+  const auto x = any_values<float>(random, numel, below(random, 3) == 0);
+  const std::size_t row_bytes = format.packed_bytes(groups * group);
+  const auto out = agreed<std::uint8_t>(sets, num_rows * row_bytes, 4, {}, [&](std::uint8_t* to) {
+    quantize_rows(to, rows, {x.data(), Dtype::kFloat32}, {}, format, rounding, hadamard, 1);
+  });
+  const auto back = agreed<float>(sets, numel, 1, {}, [&](float* to) {
+    dequantize_rows(to, Dtype::kFloat32, rows, out.data(), 1, format, hadamard, false, 1);
+  });
+  for (const Piece& piece : pieces) {
+    const auto count = static_cast<std::size_t>(piece.count);
+    Buffer<std::uint8_t> block(format.packed_bytes(count), 0);
+    Buffer<float> alone(count, 0);
+    quantize(block.data(), count, {x.data() + piece.start, Dtype::kFloat32}, {}, format,
+             {rounding.stochastic, rounding.key, rounding.offset + static_cast<std::uint64_t>(piece.target)}, hadamard,
+             1);
+    dequantize(alone.data(), Dtype::kFloat32, count, block.data(), 1, format, hadamard, false, 1);
+    for (std::size_t i = 0; i < count; ++i) {
+      const float ours = back.data()[static_cast<std::size_t>(piece.start) + i];
+      require(ours == alone.data()[i] || (std::isnan(ours) && std::isnan(alone.data()[i])), "pieces are blocks");
+    }
+  }
+}
+
 // A call that is split gives what one that is not does, from two threads at once.
 void threads(std::uint64_t seed, double seconds) {
   const std::size_t numel = (std::size_t{3} << 19) + 77;
@@ -203,6 +246,7 @@ int main(int argc, char** argv) {
         Random random(seed + runs);
         try {
           random_calls(random, sets);
+          random_rows(random, sets);
         } catch (const std::exception&) {
           std::cerr << "seed " << seed + runs << "\n";
           throw;

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rl_accel.kernels.codec import _codec, cpp, reference
 from rl_accel.kernels.codec import api as codec
-from rl_accel.kernels.codec.layout import max_code, packed_bytes, padded
+from rl_accel.kernels.codec.layout import Rows, max_code, packed_bytes, padded
 from rl_accel.kernels.common.noise import rounding_noise
 
 INSTRUCTIONS = ("scalar", "avx2", "avx512")
@@ -146,6 +146,52 @@ def check_requantize(blocks, numel, from_bits, from_group_size, bits, group_size
     ours.check()
 
 
+def random_rows(seed: int, group_size: int) -> tuple[Rows, int]:
+    """Rows in which pieces of a tensor lie in any order, some empty, with gaps; and how many values the tensor has."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def below(n: int) -> int:
+        return int(torch.randint(n, (), generator=generator))
+
+    num_rows, groups_per_row = 1 + below(4), 1 + below(40)
+    pieces, start = [], 0
+    for row in range(num_rows):
+        group = 0
+        while group < groups_per_row:
+            span = min(1 + below(12), groups_per_row - group)
+            count = below(span * group_size + 1)
+            if below(4):
+                pieces.append((start, count, (row * groups_per_row + group) * group_size, span * group_size))
+                start += count + below(3)
+            group += span
+    rows = Rows.of(num_rows, groups_per_row * group_size, [pieces[i] for i in torch.randperm(len(pieces))])
+    rows.check_integrity(group_size)
+    return rows, start + 7
+
+
+def check_rows(seed, kind, dtype, other, bits, group_size, stochastic, hadamard, add) -> None:
+    rows, numel = random_rows(seed, group_size)
+    x = shifted(values(numel, kind, dtype, seed), seed % 9)
+    subtract = None if other is None else values(numel, kind, other, seed + 1)
+    num_bytes = rows.num_rows * packed_bytes(rows.numel, bits, group_size)
+    theirs = torch.full((num_bytes,), 0xA5, dtype=torch.uint8)
+    args = (rows, x, subtract, bits, group_size, stochastic, 3, 5 * group_size, hadamard)
+    reference.quantize_rows(theirs, *args)
+    ours = Guarded(num_bytes, torch.uint8, 4)
+    cpp.quantize_rows(ours.inside, *args)
+    check_equal(ours.inside, theirs)
+    ours.check()
+    for layers in (1, 3):
+        blocks = torch.stack([theirs.roll(4 * layer) for layer in range(layers)])
+        held = values(numel, kind, dtype, seed + 2)
+        expected, got = held.clone(), Guarded(numel, dtype, 1)
+        got.inside.copy_(held)
+        reference.dequantize_rows(expected, blocks, rows, bits, group_size, hadamard, add)
+        cpp.dequantize_rows(got.inside, blocks, rows, bits, group_size, hadamard, add)
+        check_equal(got.inside, expected)
+        got.check()
+
+
 def blocks_of(numel: int, count: int, bits: int, group_size: int, any_bytes: bool, seed: int = 0) -> torch.Tensor:
     """Blocks of normal values, or any bytes at all; they start 4 bytes behind an aligned address."""
     num_bytes = packed_bytes(numel, bits, group_size)
@@ -268,6 +314,59 @@ def test_any_shape(data) -> None:
     check_requantize(blocks, numel, bits, group_size, to_bits, to_group_size, stochastic, key, offset)
 
 
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_rows(data) -> None:
+    draw = data.draw
+    _codec.set_instructions(draw(st.sampled_from(supported())))
+    check_rows(
+        draw(st.integers(0, 10**6)),
+        draw(st.sampled_from(KINDS)),
+        draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from((None, *DTYPES))),
+        draw(st.sampled_from((4, 8))),
+        2 ** draw(st.integers(5, 13)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.booleans()),
+    )
+
+
+def test_one_row_of_everything_is_a_block() -> None:
+    for numel in SIZES[1:]:
+        x = values(numel, "normal", torch.float32)
+        rows = Rows.of(1, padded(numel, 128), [(0, numel, 0, padded(numel, 128))])
+        for rounding, hadamard in (("nearest", False), ("stochastic", True)):
+            block = codec.quantize(x, 4, 128, rounding, 7, hadamard=hadamard)
+            check_equal(codec.quantize_rows(x, rows, 4, 128, rounding, 7, hadamard=hadamard)[0], block)
+            back = codec.dequantize_rows(block, rows, torch.zeros(numel), 4, 128, hadamard=hadamard)
+            check_equal(back, codec.dequantize(block, numel, 4, 128, hadamard=hadamard))
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [(0, 10, 64, 128)],  # no multiple of the group
+        [(0, 300, 0, 256)],  # more values than positions
+        [(0, 10, 128, 256)],  # over the end of a row
+        [(0, 10, 0, 128), (10, 10, 0, 128)],  # twice the same positions
+        [(0, 10, 512, 128)],  # beyond the last row
+        [(-1, 10, 0, 128)],
+    ],
+)
+def test_rows_that_cannot_be_are_refused(pieces) -> None:
+    with pytest.raises(codec.CommError, match="apart"):
+        Rows.of(2, 256, pieces).check_integrity(128)
+
+
+def test_rows_of_another_tensor_are_refused() -> None:
+    rows = Rows.of(1, 128, [(100, 50, 0, 128)])
+    with pytest.raises(codec.CommError, match="up to 150"):
+        codec.quantize_rows(torch.zeros(149), rows)
+    with pytest.raises(codec.CommError, match="whole groups"):
+        codec.quantize_rows(torch.zeros(150), rows, 4, 256)
+
+
 @pytest.mark.parametrize("group_size", [128, 32768])
 def test_results_do_not_depend_on_threads(num_threads, group_size) -> None:
     numel = 5 * (1 << 19) + 17
@@ -283,7 +382,12 @@ def test_results_do_not_depend_on_threads(num_threads, group_size) -> None:
         cpp.requantize(again, blocks, numel, 4, group_size, 4, group_size, True, 4, 0)
         wide = torch.full((packed_bytes(numel, 8, 4096),), 0xA5, dtype=torch.uint8)
         cpp.requantize(wide, blocks, numel, 4, group_size, 8, 4096, False, 0, 0)
-        found.append((block, back, again, wide))
+        rows = Rows.of(2, padded(numel, group_size), [(9, numel - 9, 0, padded(numel - 9, group_size))])
+        both = torch.full((2 * block.numel(),), 0xA5, dtype=torch.uint8)
+        cpp.quantize_rows(both, rows, x, subtract, 4, group_size, True, 3, 0, True)
+        rows_back = torch.full((numel,), torch.nan)
+        cpp.dequantize_rows(rows_back, both.view(1, -1), rows, 4, group_size, True, False)
+        found.append((block, back, again, wide, both, rows_back))
     for others in found[1:]:
         for ours, theirs in zip(others, found[0], strict=True):
             check_equal(ours, theirs)

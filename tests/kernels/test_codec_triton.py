@@ -18,8 +18,8 @@ import sys
 import pytest
 import torch
 
-from rl_accel.kernels.codec.api import dequantize, quantize, requantize
-from rl_accel.kernels.codec.layout import packed_bytes
+from rl_accel.kernels.codec.api import dequantize, dequantize_rows, quantize, quantize_rows, requantize
+from rl_accel.kernels.codec.layout import Rows, packed_bytes
 from rl_accel.kernels.common.noise import fold_key, rounding_noise
 
 FORMATS = [(4, 32), (4, 128), (4, 2048), (8, 32), (8, 512)]
@@ -225,6 +225,38 @@ def check_alignment(device: str) -> None:
         check_requantize(device, torch.stack([block, block]), numel, (4, 128), (8, 128), shift=shift)
 
 
+ROWS = {
+    128: Rows.of(3, 1024, [(700, 1000, 0, 1024), (0, 130, 1280, 256), (200, 0, 2048, 128), (250, 257, 2304, 768)]),
+    8192: Rows.of(2, 16384, [(5, 8000, 8192, 8192), (9100, 16384, 16384, 16384)]),
+}
+"""Group size -> pieces with gaps, empty ones and ones that end inside a group; of 2,000 and 26,000 values."""
+
+
+def check_rows(device: str) -> None:
+    for (group, rows), bits in itertools.product(ROWS.items(), (4, 8)):
+        numel = 2000 if group == 128 else 26_000
+        for dtype, hadamard in itertools.product(DTYPES, (False, True)):
+            x, held = values(numel).to(dtype), values(numel, 1).to(dtype)
+            options = {"rounding": "stochastic", "seed": 3, "offset": 5 * group, "hadamard": hadamard}
+            before = torch.full((rows.num_rows, packed_bytes(rows.numel, bits, group)), 255, dtype=torch.uint8)
+            want = quantize_rows(x, rows, bits, group, subtract=held, out=before.clone(), backend="torch", **options)
+            out, buffer = guarded(before, device)
+            inside = [guarded(tensor, device)[0] for tensor in (x, held)]
+            quantize_rows(inside[0], rows, bits, group, subtract=inside[1], out=out, backend="triton", **options)
+            assert torch.equal(out.cpu(), want), (bits, group, dtype, hadamard)
+            assert untouched(buffer, out.numel())
+            for layers, add in ((1, True), (3, False)):
+                blocks = torch.stack([want.view(-1).roll(4 * layer) for layer in range(layers)])
+                expected = dequantize_rows(
+                    blocks, rows, held.clone(), bits, group, hadamard=hadamard, add=add, backend="torch"
+                )
+                got, buffer = guarded(held, device)
+                blocks = guarded(blocks, device)[0]
+                dequantize_rows(blocks, rows, got, bits, group, hadamard=hadamard, add=add, backend="triton")
+                assert_same_values(got, expected, (bits, group, dtype, hadamard, layers))
+                assert untouched(buffer, got.numel())
+
+
 CHECKS = {
     "sizes": lambda device: check_sizes(device, CUDA_SIZES if device == "cuda" else SIZES),
     "large groups": check_large_groups,
@@ -237,6 +269,7 @@ CHECKS = {
     "sums": check_sums,
     "requantizing": check_requantizing,
     "alignment": check_alignment,
+    "rows": check_rows,
 }
 
 
@@ -310,6 +343,13 @@ COMPILED = {
         blocks_of(1, 4096, 4, 2048), 4096, 4, 2048, out=values(4096).bfloat16(), add=True, backend="triton"
     ),
     "dequantize a rotated sum": lambda: dequantize(blocks_of(4, 4096, 4, 128), 4096, hadamard=True, backend="triton"),
+    "quantize rows": lambda: quantize_rows(values(2000), ROWS[128], 4, 128, hadamard=True, backend="triton"),
+    "dequantize rows": lambda: dequantize_rows(
+        quantize_rows(values(2000), ROWS[128], 4, 128, backend="torch").view(1, -1),
+        ROWS[128],
+        torch.zeros(2000),
+        backend="triton",
+    ),
     "requantize": lambda: requantize(blocks_of(4, 4096, 8, 512), 4096, 8, 512, 4, 128, "stochastic", backend="triton"),
     "requantize one group": lambda: requantize(blocks_of(2, 33, 8, 512), 33, 8, 512, 4, 8192, backend="triton"),
 }

@@ -18,6 +18,10 @@ Values values(Address data, bool bfloat16) {
   return {reinterpret_cast<const void*>(data), bfloat16 ? Dtype::kBfloat16 : Dtype::kFloat32};
 }
 
+Rows rows(std::size_t num_rows, std::size_t numel, Address pieces, std::size_t num_pieces) {
+  return {num_rows, numel, reinterpret_cast<const Piece*>(pieces), num_pieces};
+}
+
 std::uint8_t* bytes(Address data) { return reinterpret_cast<std::uint8_t*>(data); }
 
 }  // namespace
@@ -40,6 +44,26 @@ NB_MODULE(_codec, m) {
          std::size_t group_size, bool hadamard, bool add, unsigned threads) {
         dequantize(reinterpret_cast<void*>(out), bfloat16 ? Dtype::kBfloat16 : Dtype::kFloat32, numel, bytes(blocks),
                    num_blocks, {bits, group_size}, hadamard, add, threads);
+      },
+      Unlocked());
+  m.def(
+      "quantize_rows",
+      [](Address out, std::size_t num_rows, std::size_t numel, Address pieces, std::size_t num_pieces, Address x,
+         bool x_bfloat16, Address subtract, bool subtract_bfloat16, int bits, std::size_t group_size, bool stochastic,
+         std::uint64_t key, std::uint64_t offset, bool hadamard, unsigned threads) {
+        quantize_rows(bytes(out), rows(num_rows, numel, pieces, num_pieces), values(x, x_bfloat16),
+                      values(subtract, subtract_bfloat16), {bits, group_size}, {stochastic, key, offset}, hadamard,
+                      threads);
+      },
+      Unlocked());
+  m.def(
+      "dequantize_rows",
+      [](Address out, bool bfloat16, std::size_t num_rows, std::size_t numel, Address pieces, std::size_t num_pieces,
+         Address blocks, std::size_t num_layers, int bits, std::size_t group_size, bool hadamard, bool add,
+         unsigned threads) {
+        dequantize_rows(reinterpret_cast<void*>(out), bfloat16 ? Dtype::kBfloat16 : Dtype::kFloat32,
+                        rows(num_rows, numel, pieces, num_pieces), bytes(blocks), num_layers, {bits, group_size},
+                        hadamard, add, threads);
       },
       Unlocked());
   m.def(
