@@ -13,6 +13,7 @@ its turn of a few steps, in an order that changes, and what is attached is all t
     bf16_two_level  the same inside nodes first
     zeropp          bit widths of ZeRO++: int8 weights, int4 gradients, groups of 2048
     sdp4bit         the defaults, always on
+    sdp4bit_overlap the same; weights arrive while the next forward pass runs
     sdp4bit_auto    the defaults: plain where the link is too fast to gain
     weights_only, gradients_only   on request (--arms)
 
@@ -22,7 +23,8 @@ ratio     DeepSpeed's time / the arm's, median and range over blocks; above 1 is
           bf16_two_level, the best without codes
 wire      MB that a node sends to the others in a step, as its interface counts them (headers and repeats included)
 compute   seconds of a step outside the two collectives, also waiting for other ranks at the gradients' norm
-gradients, weights   seconds inside the collectives, codec and waiting included; mean of the ranks
+gradients, weights   seconds inside the collectives, codec and waiting included; mean of the ranks. Of sdp4bit_overlap:
+          what is left of them to wait for; `hidden` is the part of sdp4bit's that is not
 bound     the bytes at the rate plus the least compute of all arms: no codec, no latency, no waiting. A token bucket
           lets a few kilobytes through at once
 bits      a value that must cross, counted in steps of their own without a limit: of P values each node needs 1/N of the
@@ -85,6 +87,7 @@ def arms(ranks: int, backend: str) -> dict[str, dict[str, Any] | None]:
         "bf16_two_level": {**common, **plain},
         "zeropp": asdict(SDP4BitConfig.zeropp()) | common,
         "sdp4bit": common,
+        "sdp4bit_overlap": {**common, "overlap_weights": True},
         "sdp4bit_auto": {**common, "bypass": "auto"},
         "weights_only": {**common, "gradients": False},
         "gradients_only": {**common, "weights": False},
@@ -155,7 +158,9 @@ class Bench:
         if options.buckets > 1:
             bucket = 12 * options.layers * options.width**2 // options.buckets
         zero = {**ZERO1, "reduce_bucket_size": bucket, "round_robin_gradients": options.round_robin}
-        answers = ranks.order(do="build", width=options.width, layers=options.layers, zero=zero)
+        answers = ranks.order(
+            do="build", width=options.width, layers=options.layers, zero=zero, sequences=options.sequences
+        )
         self.num_parameters: int = answers[0]
         print(f"{self.num_parameters} parameters, {options.nodes} nodes of {options.ranks} ranks")
 
@@ -165,7 +170,7 @@ class Bench:
         found = {}
         print("\nbits a value that must cross   gradients   weights   codec: gradients   weights")
         for name in self.settings:
-            if name == "sdp4bit_auto":
+            if name in ("sdp4bit_auto", "sdp4bit_overlap"):
                 continue
             answers = self._measure(name, SPLIT_STEPS, split=True)
             places = answers[:: self.options.ranks]
@@ -228,6 +233,8 @@ def show(rate: str, found: dict[str, Arm]) -> None:
             statistics.median(seconds) if seconds else math.nan
             for seconds in (arm.compute_s, arm.gradients_s, arm.weights_s)
         )
+        if name == "sdp4bit_overlap" and "sdp4bit" in found:
+            print(f"of the time of the weights hidden: {hidden(arm, found['sdp4bit']):.2f}")
         print(
             f"{name:<15} {arm.p50:7.3f} {arm.p95:7.3f}  {min(arm.medians):6.3f} to {max(arm.medians):6.3f}  "
             f"{middle:6.2f}x ({low:5.2f} to {high:5.2f})  {of_bf16} {statistics.mean(arm.sent) / 1e6:8.3f} "
@@ -248,6 +255,12 @@ def ratios(arm: Arm, incumbent: Arm) -> tuple[float, float, float]:
     return statistics.median(found), min(found), max(found)
 
 
+def hidden(arm: Arm, sync: Arm) -> float:
+    """Part of the time of the weights that a step does not wait for: by the shorter steps, block by block."""
+    saved = [before - after for before, after in zip(sync.medians, arm.medians, strict=True)]
+    return statistics.median(saved) / statistics.median(sync.weights_s)
+
+
 def rows_of(rate: str, found: dict[str, Arm]) -> list[dict[str, Any]]:
     """Results of one rate. `sdp4bit` has the plain names; other arms add theirs."""
     rows = []
@@ -262,6 +275,8 @@ def rows_of(rate: str, found: dict[str, Arm]) -> list[dict[str, Any]]:
         times: dict[str, Any] = {"ratio_range": [low, high], "p95": arm.p95}
         if FAIR in found:
             times["ratio_to_bf16"] = ratios(arm, found[FAIR])[0]
+        if name == "sdp4bit_overlap" and "sdp4bit" in found:
+            times["hidden"] = hidden(arm, found["sdp4bit"])
         if arm.compute_s:
             times |= {"compute_s": statistics.median(arm.compute_s)}
             times |= {"gradients_s": statistics.median(arm.gradients_s), "weights_s": statistics.median(arm.weights_s)}
@@ -360,6 +375,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--arms", default=",".join(TIMED), help="which to time; deepspeed must be among them")
+    parser.add_argument("--sequences", type=int, default=1, help="a step and rank: more computation")
     parser.add_argument("--buckets", type=int, default=1, help="of gradients")
     parser.add_argument("--round-robin", action="store_true", help="switch round_robin_gradients on")
     parser.add_argument("--backend", default="auto", help="of the codec: auto, torch or cpp")

@@ -25,6 +25,8 @@ from rl_accel.comm import SDP4BitConfig, attach
 from rl_accel.quickstart.tiny_gpt import MarkovText, TinyGPT, loss_of
 
 LENGTH = 32
+_COUNTED = ("gradients_s", "weights_s", "gradient_inter_bytes", "weight_inter_bytes")
+"""Figures of a handle that grow from step to step."""
 NUM_BATCHES = 8
 
 
@@ -42,15 +44,15 @@ class Rank:
         self._engine: Any = None
         self._kept: list[Any] = []
 
-    def build(self, width: int, layers: int, zero: dict[str, Any]) -> int:
-        """Make the engine: TinyGPT in bfloat16, one sequence a step and rank; returns its number of parameters."""
+    def build(self, width: int, layers: int, zero: dict[str, Any], sequences: int = 1) -> int:
+        """Make the engine: TinyGPT in bfloat16, `sequences` a step and rank; returns its number of parameters."""
         import deepspeed
 
         torch.manual_seed(0)
         model = TinyGPT(width, layers, length=LENGTH)
         num_parameters = sum(weight.numel() for weight in model.parameters())
         config = {
-            "train_micro_batch_size_per_gpu": 1,
+            "train_micro_batch_size_per_gpu": sequences,
             "bf16": {"enabled": True},
             "gradient_clipping": 1.0,
             "zero_allow_untested_optimizer": True,
@@ -59,14 +61,14 @@ class Rank:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         text = MarkovText(LENGTH)
-        self._batches = [text.batch(1, seed=1000 * dist.get_rank() + i) for i in range(NUM_BATCHES)]
+        self._batches = [text.batch(sequences, seed=1000 * dist.get_rank() + i) for i in range(NUM_BATCHES)]
         self._num_steps = 0
         return num_parameters
 
     def measure(
         self, settings: dict[str, Any] | None, steps: int, state: str | None = None, split: bool = False
     ) -> dict[str, Any]:
-        """Train some steps.
+        """Train some steps, after one that does not count: what a step leaves to the next one is in the times of both.
 
         Args:
             settings: of SDP4BitConfig; None: DeepSpeed with nothing attached; {"optimizer": {...}}: attributes of its
@@ -87,6 +89,9 @@ class Rank:
         handle = None if settings is None or own else attach(self._engine, SDP4BitConfig(**settings))
         if handle is not None and state in self._states:
             handle.load_state_dict(self._states[state])
+        self._backward()
+        self._engine.step()
+        before_steps = {} if handle is None else handle.stats()
         seconds, marks = [], []
         for _ in range(steps):
             marks.append(_count())
@@ -105,6 +110,8 @@ class Rank:
         }
         if handle is not None:
             answer["stats"] = handle.stats()
+            for name in _COUNTED:
+                answer["stats"][name] -= before_steps[name]
             if state is not None:
                 self._states[state] = handle.state_dict()
             handle.detach()

@@ -15,134 +15,62 @@ Bytes sent by one rank for P parameters, L ranks on each of N nodes, G values a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from rl_accel.comm import wire
 from rl_accel.comm.config import SDP4BitConfig
+from rl_accel.comm.reduction import Reduction
 from rl_accel.comm.topology import Topology
-from rl_accel.kernels.codec.layout import padded
+from rl_accel.comm.traffic import Traffic
 from rl_accel.kernels.common.noise import fold_key
 
 _all_gather_single = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )  # its name until torch 2.12
-_HOP_ONE, _HOP_TWO = 1, 2
+_GATHER = 3
+"""Key of the noise of `gather_sum`, beside those of the reduction's hops."""
 _WISH = 4
 """Bytes of a rank's wish for weights in full: a whole word, so that scales stay aligned."""
 
 
-@dataclass
-class Traffic:
-    """Bytes that this rank sent to others, and what for."""
-
-    gradient_intra: int = 0
-    gradient_inter: int = 0
-    weight_intra: int = 0
-    weight_inter: int = 0
-    gradient_values: int = 0
-    """Gradient values that went through `reduce_scatter`."""
-    weight_values: int = 0
-    """Weights that `gather_difference` renewed."""
-
-
-@dataclass
 class QuantizedCollectives:
-    """The collectives of one data-parallel group. All ranks make the same calls in the same order."""
+    """The collectives of one data-parallel group. All ranks make the same calls in the same order.
 
-    topology: Topology
-    config: SDP4BitConfig
-    calls: int = 0
-    """`reduce_scatter` calls so far: part of the key of the rounding noise, kept in checkpoints."""
-    traffic: Traffic = field(default_factory=Traffic)
+    Attributes:
+        reduction: sums of gradients whose buckets wait for each other.
+        traffic: bytes sent so far.
+    """
 
-    def reduce_scatter(self, blocks: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        """Sum the ranks' blocks; each rank keeps the sum of the block with its own number.
+    def __init__(self, topology: Topology, config: SDP4BitConfig):
+        self.topology, self.config = topology, config
+        self.traffic = Traffic()
+        self.reduction = Reduction(topology, config, self.traffic)
+
+    def reduce_scatter(self, values: torch.Tensor, sizes: Sequence[int], out: torch.Tensor) -> torch.Tensor:
+        """Sum the ranks' values at once; each rank keeps the block with its own number.
 
         Args:
-            blocks: one contiguous float32 or bfloat16 tensor per rank; block d has the same size on all ranks.
-            out: float32 or bfloat16, as large as the block of this rank; written.
+            values: float32, bfloat16 or float16, contiguous: one block per rank.
+            sizes: values of each block, the same on all ranks; may be 0.
+            out: float32, bfloat16 or float16, as large as the block of this rank; written.
 
         Returns:
             `out`.
         """
-        top, config = self.topology, self.config
-        self.calls += 1
-        self.traffic.gradient_values += sum(block.numel() for block in blocks)
-        first = wire.Format(config.intra_bits, config.gradient_group_size, config.backend)
-        second = wire.Format(config.inter_bits, config.gradient_group_size, config.backend)
-        if top.world_size == 1:
-            return out.copy_(blocks[0].view_as(out))
-        if top.local_group is None:
-            return self._scatter_one_hop(blocks, out, second, _HOP_TWO)
-        if top.cross_group is None:
-            return self._scatter_one_hop(blocks, out, first, _HOP_ONE)
-        return self._scatter_two_hops(blocks, out, first, second)
+        rank = self.topology.rank
+        own = sum(sizes[:rank])
+        if self.topology.world_size == 1:
+            self.traffic.gradient_values += values.numel()
+            return out.copy_(values.view_as(out))
 
-    def _scatter_one_hop(self, blocks, out, format: wire.Format, hop: int) -> torch.Tensor:
-        top = self.topology
-        group = top.cross_group if hop == _HOP_TWO else top.local_group
-        # With one level, group ranks and places in it are the same order as `nodes`.
-        order = [ranks[0] for ranks in top.nodes] if hop == _HOP_TWO else list(top.nodes[0])
-        sizes = [format.num_bytes(blocks[rank].numel()) for rank in order]
-        send = self._encode([blocks[rank] for rank in order], sizes, format, hop, rotate=self.config.hadamard)
-        received = self._exchange(send, sizes, format.num_bytes(out.numel()), group, hop)
-        return format.decode_sum(received, out, rotated=self.config.hadamard)
+        def deliver(start: int, part: torch.Tensor) -> None:
+            out[start - own : start - own + part.numel()].copy_(part)
 
-    def _scatter_two_hops(self, blocks, out, first: wire.Format, second: wire.Format) -> torch.Tensor:
-        top, rotate = self.topology, self.config.hadamard
-        node, place = top.node, top.local_rank
-        # To each rank of the node goes what its counterparts on all nodes, itself included, shall own.
-        columns = [[blocks[ranks[peer]] for ranks in top.nodes] for peer in range(top.local_size)]
-        sizes = [[first.num_bytes(block.numel()) for block in column] for column in columns]
-        send = self._encode(
-            [block for column in columns for block in column],
-            [size for column in sizes for size in column],
-            first,
-            _HOP_ONE,
-            rotate,
-        )
-        received = self._exchange(send, [sum(column) for column in sizes], sum(sizes[place]), top.local_group, _HOP_ONE)
-        parts = received.split(sizes[place], dim=1)
-
-        numels = [block.numel() for block in columns[place]]
-        second_sizes = [second.num_bytes(numel) for numel in numels]
-        middle = torch.empty(sum(second_sizes), dtype=torch.uint8, device=out.device)
-        key = self._key(_HOP_TWO)
-        offset = 0
-        for part, numel, piece in zip(parts, numels, middle.split(second_sizes), strict=True):
-            if numel:
-                rounding = self.config.gradient_rounding
-                second.recode(part.contiguous(), numel, first, piece, rounding, key, offset, rotate=rotate)
-            offset += padded(numel, self.config.gradient_group_size)
-        received = self._exchange(middle, second_sizes, second_sizes[node], top.cross_group, _HOP_TWO)
-        return second.decode_sum(received, out, rotated=rotate)
-
-    def _encode(self, blocks, sizes, format: wire.Format, hop: int, rotate: bool) -> torch.Tensor:
-        send = torch.empty(sum(sizes), dtype=torch.uint8, device=blocks[0].device)
-        key, offset = self._key(hop), 0
-        for block, piece in zip(blocks, send.split(sizes), strict=True):
-            if block.numel():
-                format.encode(block, piece, self.config.gradient_rounding, key, offset, rotate=rotate)
-            offset += padded(block.numel(), self.config.gradient_group_size)
-        return send
-
-    def _key(self, hop: int) -> int:
-        return fold_key(self.config.seed, self.calls, hop, self.topology.rank)
-
-    def _exchange(self, send, sizes: list[int], own: int, group, hop: int) -> torch.Tensor:
-        """All-to-all of one piece per peer; returns [peers, bytes of the own piece]."""
-        peers = len(sizes)
-        received = torch.empty(peers, own, dtype=torch.uint8, device=send.device)
-        dist.all_to_all_single(received.view(-1), send, [own] * peers, sizes, group=group)
-        sent = send.numel() - sizes[dist.get_rank(group)]
-        if hop == _HOP_ONE:
-            self.traffic.gradient_intra += sent
-        else:
-            self.traffic.gradient_inter += sent
-        return received
+        self.reduction.add(values, list(enumerate(sizes)), deliver)
+        self.reduction.flush()
+        return out
 
     def gather_difference(
         self, held: torch.Tensor, new_shard: torch.Tensor, old_shard: torch.Tensor, resync: bool | None = None
@@ -200,9 +128,10 @@ class QuantizedCollectives:
         format = wire.Format(max(8, slowest), self.config.gradient_group_size, self.config.backend)
         rotate = self.config.hadamard
         block = torch.zeros(format.num_bytes(max(sizes)), dtype=torch.uint8, device=own.device)
+        key = fold_key(self.config.seed, self.reduction.calls, _GATHER, self.topology.rank)
         if own.numel():
             piece = block[: format.num_bytes(own.numel())]
-            format.encode(own, piece, self.config.gradient_rounding, self._key(3), 0, rotate=rotate)
+            format.encode(own, piece, self.config.gradient_rounding, key, 0, rotate=rotate)
         parts = [torch.empty(size, dtype=own.dtype, device=own.device) for size in sizes]
         for rank, piece in self._gather(block, of_gradients=True):
             if sizes[rank]:

@@ -26,6 +26,9 @@ class SDP4BitConfig:
     """Values per scale. The paper's 2,048 saves 0.23 bits a weight and lets one large weight set the scale of many."""
     weight_difference: bool = True
     """False quantizes the weights themselves: a control that trains worse (paper table 3), nothing to use."""
+    overlap_weights: bool = False
+    """Let weights arrive while the next forward pass runs; each layer waits for its own (DeepSpeed ZeRO 1 and 2). Who
+    reads parameters outside a forward pass, a state dict or the optimizer calls `handle.wait()` before."""
     sharded_weights: bool = False
     """Where no rank holds all weights (FSDP2): keep a copy of them on every rank to send differences to. It takes the
     memory of a whole replica, 2 bytes a weight in bfloat16, and saves the gather of the backward pass as well."""
@@ -42,6 +45,8 @@ class SDP4BitConfig:
     gradient_rounding: str = "nearest"
     """`nearest` or the paper's `stochastic`, which adds noise and takes longer. Weight differences are always rounded
     to nearest: their error is fed back."""
+    max_buffer_mib: int = 512
+    """Memory for what is on the way at one time, of gradients and of weights, in MiB."""
     local_size: int | None = None
     """Ranks per node. None: as the launcher or the host names say."""
     start_step: int = 0
@@ -68,6 +73,8 @@ class SDP4BitConfig:
                 raise ConfigError(f"comm.{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         if self.local_size is not None and self.local_size < 1:
             raise ConfigError(f"comm.local_size must be at least 1; got {self.local_size}")
+        if self.max_buffer_mib < 1:
+            raise ConfigError(f"comm.max_buffer_mib must be at least 1; got {self.max_buffer_mib}")
         for name in ("start_step", "check_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"comm.{name} must not be negative; got {getattr(self, name)}")

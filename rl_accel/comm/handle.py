@@ -59,6 +59,7 @@ class CommHandle:
         self.wants_resync = False
         """Whether this rank asked for the next weights in full; its host's glue clears it when they were sent."""
         self._num_resyncs = 0
+        self._waits: list[Callable[[], None]] = []
         self._undo: list[Callable[[], None]] = []
         self._weights: Callable[[], Iterable[torch.Tensor]] | None = None
 
@@ -122,6 +123,14 @@ class CommHandle:
             "Load it there too and go on"
         )
 
+    def any_wants_resync(self) -> bool:
+        """Whether some rank wants the weights in full; all wishes are granted then. Collective."""
+        wish = torch.tensor([int(self.wants_resync)], device=self._device)
+        self.wants_resync = False
+        if self.topology.world_size > 1:
+            dist.all_reduce(wish, dist.ReduceOp.MAX, group=self.topology.group)
+        return bool(wish.item())
+
     def resync(self) -> None:
         """Send the next weights in full, on all ranks, whoever of them asks. Weights that are changed on the rank that
         owns them are noticed without it; it heals replicas that differ otherwise."""
@@ -137,12 +146,17 @@ class CommHandle:
         live = wanted and self.topology.world_size > 1 and self.steps >= self.config.start_step
         return live and self._bypass[what].quantized
 
+    def trying(self, what: str) -> bool:
+        """Whether the time of this step decides something: nothing may go on beside it."""
+        return self._bypass[what].trying
+
     @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Count the seconds of a collective, `gradients` or `weights`. In steps whose time decides something the ranks
-        meet first: the time that one waits for a slower one is not the link's. On an accelerator only these steps are
-        timed, and wait for the device."""
-        self._calls[what] += 1
+    def timed(self, what: str, calls: int = 1) -> Iterator[None]:
+        """Count the seconds of a collective, `gradients` or `weights`; `calls` is 0 for what ends earlier calls.
+
+        In steps whose time decides something the ranks meet first: the time that one waits for a slower one is not the
+        link's. On an accelerator only these steps are timed, and wait for the device."""
+        self._calls[what] += calls
         wait = self._device.type != "cpu"
         if self._bypass[what].trying:
             # A sum of nothing: what dist.barrier is, on the device that it may only guess.
@@ -162,16 +176,18 @@ class CommHandle:
         """Tell that an optimizer step ended. Collective in steps that decide or check.
 
         Raises:
-            NotLiveError: if gradients should have gone out quantized and none did, from the second step on: the host
-                reduces them elsewhere.
+            NotLiveError: if gradients should have gone out quantized and none did, from the second step on, or only a
+                part of them: the host reduces them elsewhere.
             CommError: if replicas were compared and differ.
         """
-        none_came = self.collectives.calls == self._calls_before
+        if self.collectives.reduction.pending:
+            raise NotLiveError(f"{self.host} ended a step while buckets of gradients waited for their reduction")
+        none_came = self.collectives.reduction.calls == self._calls_before
         # The gradients of the first step may have been reduced before `attach`.
         if none_came and self._seen_steps and self._chosen("gradients", self.config.gradients):
             raise NotLiveError(f"4-bit gradients were asked for, and {self.host} reduced none through them in a step")
         self._seen_steps += 1
-        self._calls_before = self.collectives.calls
+        self._calls_before = self.collectives.reduction.calls
         for what, bypass in self._bypass.items():
             if self.steps >= self.config.start_step and getattr(self.config, what):
                 calls = self._calls[what]
@@ -191,6 +207,7 @@ class CommHandle:
         """
         if self._weights is None:
             raise CommError(f"{self.host} holds no replicas of its weights to compare")
+        self.wait()
         prints: list[str] = [""] * self.topology.world_size
         dist.all_gather_object(prints, f"{fingerprint(self._weights()):016x}", group=self.topology.group)
         if len(set(prints)) > 1:
@@ -235,7 +252,7 @@ class CommHandle:
         return {
             "config": asdict(self.config),
             "steps": self.steps,
-            "calls": self.collectives.calls,
+            "calls": self.collectives.reduction.calls,
             "bypass": {what: bypass.state_dict() for what, bypass in self._bypass.items()},
         }
 
@@ -264,7 +281,7 @@ class CommHandle:
 
     def _take_up(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
-        self.collectives.calls = self._calls_before = state["calls"]
+        self.collectives.reduction.calls = self._calls_before = state["calls"]
         for what, bypass in self._bypass.items():
             enabled = bypass.enabled
             bypass.load_state_dict({**state["bypass"][what], "enabled": enabled})
@@ -283,6 +300,16 @@ class CommHandle:
                 setattr(target, name, before)
 
         self.on_detach(undo)
+
+    def on_wait(self, wait: Callable[[], None]) -> None:
+        """Tell how to wait for weights that arrive while the host goes on."""
+        self._waits.append(wait)
+
+    def wait(self) -> None:
+        """Wait until this rank holds all weights of the last step. Modules, their state dicts and the optimizer do so
+        by themselves; who reads parameters directly with `overlap_weights` calls it before."""
+        for wait in self._waits:
+            wait()
 
     def on_detach(self, undo: Callable[[], None]) -> None:
         """Remember how to take back one change to the host."""

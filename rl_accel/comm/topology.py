@@ -80,8 +80,11 @@ def arrange(names: list[str]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(ranks) for ranks in nodes)
 
 
-def build(group: dist.ProcessGroup, local_size: int | None = None) -> Topology:
+def build(group: dist.ProcessGroup, local_size: int | None = None, purpose: str = "") -> Topology:
     """Find the nodes and make the process groups of both levels. Collective over `group`.
+
+    Args:
+        purpose: what the groups are for; collectives of different purposes may run at the same time.
 
     Raises:
         CommError: if `local_size` does not divide the group.
@@ -92,21 +95,23 @@ def build(group: dist.ProcessGroup, local_size: int | None = None) -> Topology:
     nodes = arrange(node_names(group, local_size))
     node = next(i for i, ranks in enumerate(nodes) if rank in ranks)
     place = nodes[node].index(rank)
-    local = _subgroup(group, nodes[node]) if len(nodes[0]) > 1 else None
-    cross = _subgroup(group, tuple(ranks[place] for ranks in nodes)) if len(nodes) > 1 else None
+    local = _subgroup(group, nodes[node], purpose) if len(nodes[0]) > 1 else None
+    cross = _subgroup(group, tuple(ranks[place] for ranks in nodes), purpose) if len(nodes) > 1 else None
     return Topology(group, nodes, rank, local, cross)
 
 
-_subgroups: dict[tuple[dist.ProcessGroup, tuple[int, ...]], dist.ProcessGroup] = {}
+_subgroups: dict[tuple[dist.ProcessGroup, tuple[int, ...], str], dist.ProcessGroup] = {}
 """Groups made so far. A group costs threads and connections, and PyTorch cannot make one a second time after it was
 destroyed: the new one finds the addresses of the old one in the store."""
 
 
-def _subgroup(group: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+def _subgroup(group: dist.ProcessGroup, ranks: tuple[int, ...], purpose: str) -> dist.ProcessGroup:
     """Only the members call, so groups of one data-parallel group need nothing of the rest of the world."""
-    if len(ranks) == dist.get_world_size(group):
+    if len(ranks) == dist.get_world_size(group) and not purpose:
         return group
-    if (group, ranks) not in _subgroups:
+    key = (group, ranks, purpose)
+    if key not in _subgroups:
         members = [dist.get_global_rank(group, rank) for rank in ranks]
-        _subgroups[group, ranks] = dist.new_group(members, use_local_synchronization=True)
-    return _subgroups[group, ranks]
+        about = f"rl_accel {purpose}" if purpose else None
+        _subgroups[key] = dist.new_group(members, use_local_synchronization=True, group_desc=about)
+    return _subgroups[key]

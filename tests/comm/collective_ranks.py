@@ -12,6 +12,9 @@ import torch.distributed as dist
 from rl_accel.comm import topology
 from rl_accel.comm.collectives import QuantizedCollectives
 from rl_accel.comm.config import SDP4BitConfig
+from rl_accel.comm.difference import DifferenceRing
+from rl_accel.comm.plan import make_plan
+from rl_accel.comm.traffic import Traffic
 from rl_accel.kernels.codec import api as codec
 from rl_accel.kernels.codec.layout import packed_bytes, padded
 from rl_accel.kernels.common.noise import fold_key
@@ -33,59 +36,54 @@ def contribution(rank: int, destination: int, numel: int, dtype: torch.dtype) ->
 
 
 def simulated(shape, config: SDP4BitConfig, sizes, destination: int, dtype, calls: int) -> torch.Tensor:
-    """What rank `destination` should get, from every rank's contribution, one block at a time."""
-    nodes, local_size = shape.nodes, shape.local_size
+    """What rank `destination` should get, from every rank's contribution, one piece at a time."""
+    nodes = shape.nodes
     group = config.gradient_group_size
+    plan = make_plan(list(enumerate(sizes)), shape, group)
+    out = torch.full((sizes[destination],), float("nan"))
+    first_of_block = sum(sizes[:destination])
     node = next(i for i, ranks in enumerate(nodes) if destination in ranks)
-    place = nodes[node].index(destination)
-    numel = sizes[destination]
 
     def key(hop: int, rank: int) -> int:
         return fold_key(config.seed, calls, hop, rank)
 
-    def first_offset() -> int:
-        order = [ranks[peer] for peer in range(local_size) for ranks in nodes]
-        return sum(padded(sizes[rank], group) for rank in order[: order.index(destination)])
-
-    def one_hop_offset(order) -> int:
-        return sum(padded(sizes[rank], group) for rank in order[: list(order).index(destination)])
-
-    def encoded(rank: int, bits: int, hop: int, offset: int) -> torch.Tensor:
-        x = contribution(rank, destination, numel, dtype)
+    def encoded(rank: int, piece, bits: int, hop: int, offset: int) -> torch.Tensor:
+        x = torch.cat([contribution(rank, d, numel, dtype) for d, numel in enumerate(sizes)])
+        x = x[piece.start : piece.start + piece.count]
         x = x.float() if dtype == torch.float16 else x
         return codec.quantize(
             x, bits, group, config.gradient_rounding, key(hop, rank), offset, hadamard=config.hadamard, backend="torch"
         )
 
-    def decoded(blocks, bits: int) -> torch.Tensor:
-        return codec.dequantize(torch.stack(blocks), numel, bits, group, hadamard=config.hadamard, backend="torch")
+    for place in range(shape.local_size):
+        target = place * plan.rows.numel
+        for other, column in enumerate(plan.columns[place]):
+            for piece in column.pieces:
+                here, target = target, target + padded(piece.count, group)
+                if other != node or piece.owner != destination:
+                    continue
+                blocks = []
+                for ranks in nodes:
+                    if shape.local_size == 1:
+                        blocks.append(encoded(ranks[0], piece, config.inter_bits, 2, here))
+                        continue
+                    parts = torch.stack([encoded(rank, piece, config.intra_bits, 1, here) for rank in ranks])
+                    if len(nodes) == 1:
+                        blocks = list(parts)
+                        continue
+                    args = (piece.count, config.intra_bits, group, config.inter_bits, group, config.gradient_rounding)
+                    offset = here - place * plan.rows.numel
+                    blocks.append(codec.requantize(parts, *args, key(2, ranks[place]), offset, backend="torch"))
+                bits = config.intra_bits if len(nodes) == 1 else config.inter_bits
+                total = codec.dequantize(
+                    torch.stack(blocks), piece.count, bits, group, hadamard=config.hadamard, backend="torch"
+                )
+                out[piece.start - first_of_block :][: piece.count] = total
+    return out
 
-    if len(nodes) == 1:
-        offset = one_hop_offset(nodes[0])
-        return decoded([encoded(rank, config.intra_bits, 1, offset) for rank in nodes[0]], config.intra_bits)
-    if local_size == 1:
-        order = [ranks[0] for ranks in nodes]
-        offset = one_hop_offset(order)
-        return decoded([encoded(rank, config.inter_bits, 2, offset) for rank in order], config.inter_bits)
-    middle = []
-    for ranks in nodes:
-        blocks = torch.stack([encoded(rank, config.intra_bits, 1, first_offset()) for rank in ranks])
-        column = [other[place] for other in nodes]
-        middle.append(
-            codec.requantize(
-                blocks,
-                numel,
-                config.intra_bits,
-                group,
-                config.inter_bits,
-                group,
-                config.gradient_rounding,
-                key(2, ranks[place]),
-                one_hop_offset(column),
-                backend="torch",
-            )
-        )
-    return decoded(middle, config.inter_bits)
+
+def blocks_in_one(rank: int, sizes, dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat([contribution(rank, d, numel, dtype) for d, numel in enumerate(sizes)])
 
 
 def check_reduce_scatter(group, results) -> None:
@@ -102,9 +100,8 @@ def check_reduce_scatter(group, results) -> None:
                     SDP4BitConfig(intra_bits=8, inter_bits=16),
                 ):
                     collectives = QuantizedCollectives(shape, config)
-                    blocks = [contribution(rank, d, numel, dtype) for d, numel in enumerate(sizes)]
                     out = torch.full((sizes[rank],), float("nan"), dtype=torch.float32)
-                    assert collectives.reduce_scatter(blocks, out) is out
+                    assert collectives.reduce_scatter(blocks_in_one(rank, sizes, dtype), sizes, out) is out
                     exact = sum(contribution(r, rank, sizes[rank], dtype).double() for r in range(world_size))
                     case = (name, local_size, dtype, config)
                     if world_size > 1 and config.intra_bits < 16 and config.inter_bits < 16:
@@ -117,6 +114,74 @@ def check_reduce_scatter(group, results) -> None:
         results.setdefault("shapes", []).append((shape.num_nodes, shape.local_size))
 
 
+def check_queue(group) -> None:
+    """Buckets of contiguous partitions, as DeepSpeed fills them: sums are those of one bucket after the other, every
+    link carries the same, in the exchange and in each of its chunks, and chunks change nothing."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    partition = 40_000
+    owners = [(r, partition) for r in reversed(range(world_size))]
+    buckets = [owners[:1], [(world_size - 1, 3000), (0, 5000)], [(0, 100)], owners[1:]]
+    for local_size in [n for n in (1, 2, 4) if world_size % n == 0]:
+        shape = topology.build(group, local_size)
+        found = []
+        for max_buffer_mib, together in ((512, True), (512, False), (1, True)):
+            config = SDP4BitConfig(gradient_rounding="stochastic", max_buffer_mib=max_buffer_mib)
+            collectives = QuantizedCollectives(shape, config)
+            sums: dict[tuple[int, int], torch.Tensor] = {}
+            for number, slices in enumerate(buckets):
+                numel = sum(count for _, count in slices)
+
+                def deliver(start, part, number=number, sums=sums):
+                    sums[number, start] = part.clone()
+
+                values = contribution(rank, 10 + number, numel, torch.float32)
+                collectives.reduction.add(values, slices, deliver)
+                values.fill_(float("nan"))  # the bucket's memory is used again
+                if not together:
+                    collectives.reduction.flush()
+            assert collectives.reduction.pending == (len(buckets) if together else 0)
+            collectives.reduction.flush()
+            check_sums(buckets, sums, rank, world_size)
+            found.append((sums, collectives.traffic))
+        for other, traffic in found[1:]:
+            assert other.keys() == found[0][0].keys()
+            assert all(torch.equal(found[0][0][key], other[key]) for key in other)
+            assert traffic == found[0][1]
+        check_links(group, shape, found[0][1], buckets)
+
+
+def check_sums(buckets, sums, rank: int, world_size: int) -> None:
+    """This rank got exactly what it owns, once, near the true sum."""
+    for number, slices in enumerate(buckets):
+        numel = sum(count for _, count in slices)
+        exact = sum(contribution(r, 10 + number, numel, torch.float32).double() for r in range(world_size))
+        owned, start = torch.zeros(numel, dtype=torch.bool), 0
+        for owner, count in slices:
+            owned[start : start + count] = owner == rank
+            start += count
+        got = torch.full((numel,), float("nan"), dtype=torch.float64)
+        for (bucket, first), part in sums.items():
+            if bucket == number:
+                assert got[first : first + part.numel()].isnan().all(), "a value came twice"
+                got[first : first + part.numel()] = part.double()
+        assert torch.equal(~got.isnan(), owned)
+        if owned.any():
+            assert (got - exact)[owned].norm() < 0.3 * exact[owned].norm()
+
+
+def check_links(group, shape, traffic, buckets) -> None:
+    """Each rank sends to other nodes as much as any other, in spite of the buckets' owners."""
+    sent = torch.tensor([traffic.gradient_intra, traffic.gradient_inter], dtype=torch.float64)
+    everyone = [torch.empty_like(sent) for _ in range(shape.world_size)]
+    dist.all_gather(everyone, sent, group=group)
+    intra, inter = torch.stack(everyone).T
+    assert bool(intra.any()) == (shape.local_size > 1) and bool(inter.any()) == (shape.num_nodes > 1)
+    assert inter.max() <= 1.06 * inter.mean(), (shape, inter)  # groups are whole
+    total = sum(count for slices in buckets for _, count in slices)
+    needed = packed_bytes(total, 4, 128) * (shape.num_nodes - 1) / shape.world_size
+    assert traffic.gradient_inter <= 1.05 * needed + 4 * 68 * shape.num_nodes
+
+
 def check_traffic(group, results) -> None:
     """Bytes counted are those of the formulas in the head of collectives.py."""
     world_size = dist.get_world_size()
@@ -126,7 +191,7 @@ def check_traffic(group, results) -> None:
         numel = 4096
         total = numel * world_size
         collectives = QuantizedCollectives(shape, SDP4BitConfig())
-        collectives.reduce_scatter([torch.ones(numel)] * world_size, torch.empty(numel))
+        collectives.reduce_scatter(torch.ones(total), [numel] * world_size, torch.empty(numel))
         held = torch.zeros(total)
         collectives.gather_difference(held, torch.ones(numel), torch.zeros(numel))
         traffic = collectives.traffic
@@ -141,9 +206,10 @@ def check_stochastic_rounding_is_unbiased(group) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     config = SDP4BitConfig(gradient_rounding="stochastic")
     collectives = QuantizedCollectives(topology.build(group, 2 if world_size % 2 == 0 else None), config)
-    blocks = [contribution(rank, d, 256, torch.float32) for d in range(world_size)]
+    sizes = [256] * world_size
+    values = blocks_in_one(rank, sizes, torch.float32)
     exact = sum(contribution(r, rank, 256, torch.float32).double() for r in range(world_size))
-    draws = torch.stack([collectives.reduce_scatter(blocks, torch.empty(256)).double() for _ in range(300)])
+    draws = torch.stack([collectives.reduce_scatter(values, sizes, torch.empty(256)).double() for _ in range(300)])
     # 256 means of 300 draws: one beyond 5.5 standard errors comes once in 100,000 runs.
     assert ((draws.mean(0) - exact).abs() <= 5.5 * draws.std(0) / 300**0.5 + 1e-6).all()
 
@@ -153,10 +219,10 @@ def check_bad_values_reach_the_owner(group) -> None:
     for local_size in [n for n in (1, 2, 4) if world_size % n == 0]:
         collectives = QuantizedCollectives(topology.build(group, local_size), SDP4BitConfig())
         for bad in (float("nan"), float("inf"), float("-inf")):
-            blocks = [contribution(rank, d, 512, torch.bfloat16) for d in range(world_size)]
+            values = blocks_in_one(rank, [512] * world_size, torch.bfloat16)
             if rank == 0:
-                blocks[world_size - 1][300] = bad
-            out = collectives.reduce_scatter(blocks, torch.empty(512))
+                values[512 * (world_size - 1) + 300] = bad
+            out = collectives.reduce_scatter(values, [512] * world_size, torch.empty(512))
             poisoned = ~torch.isfinite(out)
             assert poisoned[300] == (rank == world_size - 1)
             assert not poisoned[:256].any()
@@ -187,6 +253,85 @@ def check_gather(group) -> None:
                 assert gap <= max(first_gap, torch.tensor(0.02)), (gap, first_gap)
                 if dtype == torch.float32 and numel:
                     assert gap < 1e-4
+
+
+def check_ring(group) -> None:
+    """Replicas of contiguous shards: equal on all ranks to what one rank computes alone, in chunks of any size, in the
+    order of any priority, with the bytes of the formula."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    numels = [70_000, 0, 33, 129_001]
+    reverse = lambda flat, first, count: -first  # noqa: E731
+    for local_size in [n for n in (1, 2, 4) if world_size % n == 0]:
+        shape = topology.build(group, local_size, "ring")
+        cases = [
+            (torch.float32, SDP4BitConfig(), None),
+            (torch.bfloat16, SDP4BitConfig(max_buffer_mib=1), reverse),
+            (torch.float16, SDP4BitConfig(weight_group_size=2048), None),
+            (torch.bfloat16, SDP4BitConfig(weight_bits=16), None),
+            (torch.bfloat16, SDP4BitConfig(weight_bits=8, weight_difference=False), None),
+        ]
+        for dtype, config, priority in cases:
+            traffic = Traffic()
+            ring = DifferenceRing(shape, config, traffic, numels, torch.device("cpu"), priority)
+            assert sorted(ring.order) == list(range(len(ring.chunks)))
+            if local_size == 1:
+                assert len(ring.chunks) > 3 * world_size, "no flat tensor was cut"
+            flats = [contribution(7, i, world_size * n, dtype) for i, n in enumerate(numels)]
+            expected = [flat.clone() for flat in flats]
+            for step in range(3):
+                new = [contribution(20 + step, i, world_size * n, dtype) for i, n in enumerate(numels)]
+                own = [flat.view(world_size, -1)[rank] for flat in flats]
+                blocks = ring.encode([x.view(world_size, -1)[rank] for x in new], own)
+                done = list(ring.run(blocks, flats))
+                assert done == list(range(1, len(ring.chunks) + 1))
+                for held, goal in zip(expected, new, strict=True):
+                    renew_alone(held.view(world_size, -1), goal.view(world_size, -1), ring, config)
+                for flat, held in zip(flats, expected, strict=True):
+                    assert torch.equal(flat, held), (local_size, dtype, config, step)
+            check_ring_traffic(shape, config, traffic, sum(numels) * world_size)
+
+
+def renew_alone(held, goal, ring, config) -> None:
+    """What all ranks' shards become, part by part."""
+    for shard, target in zip(held, goal, strict=True):
+        part = max(1, next(cut.part for cut in ring._cuts if cut.numel == shard.numel()))
+        for first in range(0, shard.numel(), part):
+            x, old = target[first : first + part], shard[first : first + part]
+            if config.weight_bits == 16:
+                old.copy_(x.bfloat16())
+                continue
+            subtract = old.float() if config.weight_difference else None
+            block = codec.quantize(
+                x.float() if x.dtype == torch.float16 else x,
+                config.weight_bits,
+                config.weight_group_size,
+                subtract=subtract.to(x.dtype) if subtract is not None and x.dtype != torch.float16 else subtract,
+                backend="torch",
+            )
+            out = old.float() if x.dtype == torch.float16 else old.clone()
+            add = config.weight_difference
+            codec.dequantize(
+                block,
+                x.numel(),
+                config.weight_bits,
+                config.weight_group_size,
+                out=out,
+                add=add,
+                backend="torch",
+            )
+            old.copy_(out)
+
+
+def check_ring_traffic(shape, config, traffic, total: int) -> None:
+    bits = config.weight_bits + (0 if config.weight_bits == 16 else 32 / config.weight_group_size)
+    world_size, nodes, local = shape.world_size, shape.num_nodes, shape.local_size
+    inter = 3 * total * bits / 8 * (nodes - 1) / world_size
+    # A link carries all chunks but those that its far end owns; parts are whole groups.
+    assert traffic.weight_inter <= 1.1 * inter + 3 * 3 * world_size * 2048
+    assert bool(traffic.weight_inter) == (nodes > 1)
+    if local > 1:
+        intra = 3 * total * bits / 8 * (local - 1) / local * (1 + 1 / world_size)
+        assert 0.9 * intra < traffic.weight_intra < 1.1 * intra + 3 * 3 * world_size * 2048
 
 
 def check_one_rank_asks_for_all_in_full(group) -> None:
@@ -236,8 +381,8 @@ def check_backends_agree(group) -> None:
     outs = []
     for backend in ("torch", "cpp"):
         collectives = QuantizedCollectives(shape, replace(SDP4BitConfig(), backend=backend))
-        blocks = [contribution(rank, d, 5000 + d, torch.bfloat16) for d in range(world_size)]
-        out = collectives.reduce_scatter(blocks, torch.empty(5000 + rank))
+        sizes = [5000 + d for d in range(world_size)]
+        out = collectives.reduce_scatter(blocks_in_one(rank, sizes, torch.bfloat16), sizes, torch.empty(5000 + rank))
         held = torch.cat([contribution(9, d, 3000, torch.bfloat16) for d in range(world_size)])
         new = held.view(world_size, -1)[rank] * 1.01
         collectives.gather_difference(held, new, held.view(world_size, -1)[rank].clone())
@@ -252,7 +397,7 @@ def die_in_the_middle(group) -> None:
     for call in range(5):
         if rank == 1 and call == 2:
             os._exit(7)
-        collectives.reduce_scatter([torch.ones(1 << 16)] * world_size, torch.empty(1 << 16))
+        collectives.reduce_scatter(torch.ones(world_size << 16), [1 << 16] * world_size, torch.empty(1 << 16))
 
 
 def main() -> None:
@@ -261,10 +406,13 @@ def main() -> None:
     if sys.argv[1:] == ["die"]:
         return die_in_the_middle(group)
     check_reduce_scatter(group, results)
+    if dist.get_world_size() > 1:
+        check_queue(group)
     check_traffic(group, results)
     check_stochastic_rounding_is_unbiased(group)
     check_bad_values_reach_the_owner(group)
     check_gather(group)
+    check_ring(group)
     check_one_rank_asks_for_all_in_full(group)
     check_gather_sum(group)
     check_backends_agree(group)

@@ -60,7 +60,8 @@ class QuantizedReduceScatter(ReduceScatter):
             if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
                 raise CommError("4-bit communication does not cover FSDP2's gradient divide factors")
             world_size = self.handle.topology.world_size
-            self.handle.collectives.reduce_scatter(input_tensor.view(-1).chunk(world_size), output_tensor)
+            sizes = [output_tensor.numel()] * world_size
+            self.handle.collectives.reduce_scatter(input_tensor.view(-1), sizes, output_tensor)
             if op == dist.ReduceOp.AVG:
                 output_tensor.div_(world_size)
             return None

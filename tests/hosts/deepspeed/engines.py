@@ -41,9 +41,9 @@ def ds_config(stage: int, dtype: str = "bf16", ga: int = 1, grad_accum_dtype: st
     return config
 
 
-def make_engine(config: dict, seed: int = 0, build=deepspeed.initialize):
+def make_engine(config: dict, seed: int = 0, build=deepspeed.initialize, layers: int = 1, width: int = 32):
     torch.manual_seed(seed)
-    model = TinyGPT(width=32, layers=1, length=32)
+    model = TinyGPT(width, layers, length=32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     return build(model=model, optimizer=optimizer, config=config)[0]
 

@@ -12,6 +12,7 @@ SCRIPT = Path(__file__).with_name("engine_ranks.py")
 CASES = [
     "sixteen_bits_is_deepspeed",
     "four_bits_train",
+    "overlap_is_the_same_run",
     "detach_restores",
     "resume_is_bit_equal",
     "a_skipped_step_sends_no_weights",

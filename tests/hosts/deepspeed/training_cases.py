@@ -7,6 +7,7 @@ import re
 import signal
 import tempfile
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -69,6 +70,89 @@ def case_four_bits_train() -> None:
         crossing = stats["gradient_values"] / stats["local_size"] * (stats["num_nodes"] - 1) / stats["num_nodes"]
         if crossing and "small" not in name and "bf16_optimizer" not in name and "stage3" not in name:
             assert 4.25 <= 8 * stats["gradient_inter_bytes"] / crossing < 4.6, (name, stats)
+
+
+def case_overlap_is_the_same_run() -> None:
+    """Weights that arrive while the next forward pass runs: each layer has its own when it begins, though the links of
+    rank 1 are slow, and the run is the one without overlap, bit for bit."""
+    if dist.get_world_size() == 1:
+        return
+    for name in ("stage1", "stage2_ga_overlap", "bf16_optimizer"):
+        plain, ours = (make_engine(ENGINES[name], layers=4, width=128) for _ in range(2))
+        handle = attach(plain, four_bit())
+        train(plain, 6)
+        handle.detach()
+        handle = attach(ours, four_bit(overlap_weights=True))
+        watched = _WatchedForwards(ours.module, handle)
+        train(ours, 2)
+        watched.late = 0
+        with slow_links(0.02 if dist.get_rank() == 1 else 0.0):
+            train(ours, 4, first=2)
+        assert watched.wrong == 0, name
+        late = torch.tensor(watched.late)
+        dist.all_reduce(late)
+        assert late >= 4, (name, "no forward pass began before all weights were there", int(late))
+        watched.remove()
+        handle.wait()
+        assert torch.equal(weights_of(ours), weights_of(plain)), name
+        assert same_on_all_ranks(weights_of(ours))
+        saved = torch.cat([tensor.float().flatten() for tensor in ours.module.state_dict().values()])
+        with slow_links(0.02):
+            train(ours, 1, first=6)
+            again = torch.cat([tensor.float().flatten() for tensor in ours.module.state_dict().values()])
+        assert same_on_all_ranks(again) and not torch.equal(saved, again)
+        handle.detach()
+
+
+class _WatchedForwards:
+    """Compares what layers had when they began with what they should have had."""
+
+    def __init__(self, module, handle):
+        self.module, self.handle = module, handle
+        self.wrong = self.late = 0
+        self._seen: dict[torch.nn.Module, torch.Tensor] = {}
+        self._hooks = [part.register_forward_pre_hook(self._look) for part in (module, *module.blocks)]
+        self._hooks.append(module.register_forward_hook(self._compare))
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _look(self, part, _) -> None:
+        if part is self.module:  # what no layer holds must be there, and layers need not be
+            self._seen = {None: _joined(self._outside()), self.module: _joined(self.module.parameters())}
+        else:
+            self._seen[part] = _joined(part.parameters())
+
+    def _compare(self, *_) -> None:
+        self.handle.wait()
+        right = {part: _joined(part.parameters()) for part in self.module.blocks} | {None: _joined(self._outside())}
+        self.wrong += sum(not torch.equal(self._seen[part], right[part]) for part in right)
+        self.late += not torch.equal(self._seen[self.module], _joined(self.module.parameters()))
+
+    def _outside(self):
+        inside = {id(p) for p in self.module.blocks.parameters()}
+        return [p for p in self.module.parameters() if id(p) not in inside]
+
+
+def _joined(parameters) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in parameters]).clone()
+
+
+@contextmanager
+def slow_links(seconds: float):
+    """Make every exchange with another node take so long at least on this rank."""
+    send = dist.batch_isend_irecv
+
+    def slowly(operations):
+        time.sleep(seconds)
+        return send(operations)
+
+    dist.batch_isend_irecv = slowly
+    try:
+        yield
+    finally:
+        dist.batch_isend_irecv = send
 
 
 def case_detach_restores() -> None:

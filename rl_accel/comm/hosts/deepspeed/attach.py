@@ -65,7 +65,7 @@ def _join(engine: Any, handle: CommHandle) -> None:
         _count_steps(optimizer, handle)
         gradients.attach_stage3(optimizer, handle)
     else:
-        weights.attach(optimizer, handle)
+        weights.attach(engine.module, optimizer, handle)
         if handle.config.gradients and name == "BF16_Optimizer":
             gradients.attach_bf16_optimizer(engine, handle)
         elif handle.config.gradients:

@@ -36,7 +36,9 @@ HOST_SYMBOLS: dict[str, dict[str, tuple[str, ...]]] = {
             "divide",
             "process_group",
         ),
+        f"{STAGE12}:DeepSpeedZeroOptimizer.reduce_ipg_grads": ("self", "comm_dtype"),
         f"{STAGE12}:DeepSpeedZeroOptimizer._add_to_grad_partition_buffer": ("output", "source"),
+        f"{STAGE12}:DeepSpeedZeroOptimizer.get_gradient_for_reduction": ("self", "param"),
         f"{STAGE12}:all_gather_dp_groups": (
             "groups_flat",
             "partitioned_param_groups",

@@ -1,7 +1,10 @@
 """The gradient reduction of each optimizer class of DeepSpeed, quantized.
 
 - ZeRO-1, ZeRO-2: `optimizer.allreduce_and_scatter`, replaced on the instance. DeepSpeed all-reduces a whole bucket
-  there, already averaged, and each rank keeps the slices that are its own; here each slice goes to its rank alone.
+  there, already averaged, and each rank keeps the slices that are its own. Here buckets wait for each other
+  (rl_accel/comm/reduction.py) until `optimizer.reduce_ipg_grads` has reduced the last one; it is replaced too. What a
+  rank owns is then written to where DeepSpeed keeps it by that time: its buffer of the partition, or the gradients of
+  the parameters, which it has moved out of the bucket.
 - BF16_Optimizer: `engine.allreduce_bucket`, replaced on the instance. Its norm looks at the gradients of all ranks, so
   the reduced shards are gathered again, 8 bits.
 - ZeRO-3: the name `reduce_scatter_coalesced` of the module stage3, for calls from an attached optimizer's
@@ -14,21 +17,19 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from rl_accel.comm.handle import CommHandle
 
 
-def joined(slices: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+def joined(slices: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return 1-D slices as one tensor; a view where they follow each other in memory."""
-    if not slices:
-        return like.new_empty(0)
     first = slices[0]
-    if len(slices) == 1:
-        return first
     position, one_storage = first.storage_offset(), first.untyped_storage().data_ptr()
     for part in slices:
         if part.untyped_storage().data_ptr() != one_storage or part.storage_offset() != position:
@@ -38,37 +39,86 @@ def joined(slices: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
 
 
 def attach_stage12(optimizer: Any, handle: CommHandle) -> None:
-    """Replace `allreduce_and_scatter` on the optimizer."""
-    original = optimizer.allreduce_and_scatter
-    rank, world_size = handle.topology.rank, handle.topology.world_size
+    """Replace `allreduce_and_scatter` and `reduce_ipg_grads` on the optimizer."""
+    scatter, reduce_ipg_grads = optimizer.allreduce_and_scatter, optimizer.reduce_ipg_grads
+    rank = handle.topology.rank
 
-    @functools.wraps(original)
+    @functools.wraps(scatter)
     def allreduce_and_scatter(self, bucket, communication_data_type, *args, divide=True, process_group=None, **kwargs):
         with handle.timed("gradients"):
             if not handle.quantize_gradients() or divide or not bucket:
-                return original(
+                return scatter(
                     bucket, communication_data_type, *args, divide=divide, process_group=process_group, **kwargs
                 )
-            by_rank: list[list[torch.Tensor]] = [[] for _ in range(world_size)]
-            outputs = []
+            slices, owned = [], []
+            start = 0
             for ranks, piece, *output in bucket:
                 (destination,) = ranks if isinstance(ranks, frozenset) else (ranks,)
-                by_rank[destination].append(piece.view(-1))
-                if destination == rank:
-                    outputs.append(output[0] if output else None)
-            like = bucket[0][1]
-            blocks = [joined(slices, like) for slices in by_rank]
-            accumulates = any(output is not None for output in outputs)
-            out = torch.empty_like(blocks[rank], dtype=torch.float32) if accumulates else blocks[rank]
-            handle.collectives.reduce_scatter(blocks, out)
-            pieces = out.split([piece.numel() for piece in by_rank[rank]])
-            for piece, output, reduced in zip(by_rank[rank], outputs, pieces, strict=True):
-                self._add_to_grad_partition_buffer(output, reduced)
-                if reduced.data_ptr() != piece.data_ptr():
-                    piece.copy_(reduced)
+                slices.append((destination, piece.numel()))
+                if destination == rank and output and output[0] is not None:
+                    owned.append((start, output[0].view(-1)))
+                start += piece.numel()
+            if owned:
+                deliver = functools.partial(_add_to_partition, self, owned)
+            else:
+                deliver = functools.partial(_write_to_gradients, self, _owned_gradients(self, communication_data_type))
+            handle.collectives.reduction.add(joined([piece.view(-1) for _, piece, *_ in bucket]), slices, deliver)
             return None
 
+    @functools.wraps(reduce_ipg_grads)
+    def reducing(self, comm_dtype=None):
+        result = reduce_ipg_grads(comm_dtype)
+        if comm_dtype is None and handle.collectives.reduction.pending:
+            accelerator = get_accelerator()
+            stream = self.reduction_stream if self.overlap_comm else accelerator.current_stream()
+            with accelerator.stream(stream), handle.timed("gradients", calls=0):
+                handle.collectives.reduction.flush()
+        return result
+
     handle.replace(optimizer, "allreduce_and_scatter", allreduce_and_scatter)
+    handle.replace(optimizer, "reduce_ipg_grads", reducing)
+
+
+def _add_to_partition(optimizer: Any, owned: list[tuple[int, torch.Tensor]], start: int, values: torch.Tensor) -> None:
+    """Add sums to the buffer of the partition. `owned`: (index in the bucket, slice of the buffer)."""
+    for output, part in _overlaps(owned, start, values):
+        optimizer._add_to_grad_partition_buffer(output, part)
+
+
+def _write_to_gradients(optimizer: Any, owned: list[tuple[int, Any]], start: int, values: torch.Tensor) -> None:
+    """Write sums into the gradients of parameters. `owned`: (index in the bucket, (parameter, first, values))."""
+    found = [
+        (at, optimizer.get_gradient_for_reduction(parameter).view(-1)[first : first + count])
+        for at, (parameter, first, count) in owned
+    ]
+    for gradient, part in _overlaps(found, start, values):
+        gradient.copy_(part)
+
+
+def _overlaps(owned: Iterable[tuple[int, torch.Tensor]], start: int, values: torch.Tensor):
+    """Yield the parts of what is owned that values [start, start + n) of the bucket fall on, with their values."""
+    end = start + values.numel()
+    for at, tensor in owned:
+        low, high = max(at, start), min(at + tensor.numel(), end)
+        if low < high:
+            yield tensor[low - at : high - at], values[low - start : high - start]
+
+
+def _owned_gradients(optimizer: Any, dtype: torch.dtype) -> list[tuple[int, Any]]:
+    """Return what this rank owns of DeepSpeed's current bucket: (index in it, (parameter, first value, values))."""
+    owned = []
+    start = 0
+    for group, index, param_id in optimizer.ipg_buckets[dtype].params:
+        parameter = optimizer.bit16_groups[group][index]
+        partition = dist.get_rank(group=optimizer.real_dp_process_group[group])
+        if param_id in optimizer.grad_start_offset[group][partition]:
+            first = int(optimizer.grad_start_offset[group][partition][param_id])
+            inserted = int(optimizer.grad_partition_insertion_offset[group][partition][param_id])
+            count = min(parameter.numel() - first, int(optimizer.partition_size[group]) - inserted)
+            if count > 0:
+                owned.append((start + first, (parameter, first, count)))
+        start += parameter.numel()
+    return owned
 
 
 def attach_bf16_optimizer(engine: Any, handle: CommHandle) -> None:
@@ -84,10 +134,10 @@ def attach_bf16_optimizer(engine: Any, handle: CommHandle) -> None:
             flat = self.flatten(bucket)
             if self.gradient_average:
                 flat.div_(dp_world_size or world_size)
-            blocks = [block.contiguous() for block in flat.tensor_split(world_size)]
-            own = torch.empty_like(blocks[rank], dtype=torch.float32)
-            handle.collectives.reduce_scatter(blocks, own)
-            parts = handle.collectives.gather_sum(own, [block.numel() for block in blocks])
+            sizes = [block.numel() for block in flat.tensor_split(world_size)]
+            own = torch.empty(sizes[rank], dtype=torch.float32, device=flat.device)
+            handle.collectives.reduce_scatter(flat, sizes, own)
+            parts = handle.collectives.gather_sum(own, sizes)
             return flat.copy_(torch.cat(parts))
 
     handle.replace(engine, "allreduce_bucket", allreduce_bucket)
@@ -143,11 +193,18 @@ def averaged_shards(tensors: Sequence[torch.Tensor], handle: CommHandle) -> list
     """Return this rank's shard of the mean of each tensor: shard r is values [r * c, (r + 1) * c), c = ceil(n / W)."""
     rank, world_size = handle.topology.rank, handle.topology.world_size
     sizes = [-(-tensor.numel() // world_size) for tensor in tensors]
-    blocks = [
-        torch.cat([t.reshape(-1)[r * size : (r + 1) * size] for t, size in zip(tensors, sizes, strict=True)])
-        for r in range(world_size)
+    shards_WC = torch.cat([_in_shards(tensor, world_size) for tensor in tensors], dim=1)
+    shards_WC.div_(world_size)
+    total = sum(sizes)
+    out = handle.collectives.reduce_scatter(shards_WC.view(-1), [total] * world_size, shards_WC.new_empty(total))
+    parts = out.split(sizes)
+    # The last shards of a tensor may lack values, or all of them.
+    return [
+        part[: max(0, min(size, tensor.numel() - rank * size))]
+        for part, size, tensor in zip(parts, sizes, tensors, strict=True)
     ]
-    for block in blocks:
-        block.div_(world_size)
-    out = handle.collectives.reduce_scatter(blocks, torch.empty_like(blocks[rank]))
-    return list(out.split([len(t.reshape(-1)[rank * n : (rank + 1) * n]) for t, n in zip(tensors, sizes, strict=True)]))
+
+
+def _in_shards(tensor: torch.Tensor, world_size: int) -> torch.Tensor:
+    flat = tensor.reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % world_size)).view(world_size, -1)

@@ -5,27 +5,36 @@ the optimizer's module. A dispatcher on that name finds by the list of flat grou
 other callers get the function that was there before. The slice as the other ranks still hold it is copied before
 the step: one shard, P/W weights, for as long as `step` runs. A step skipped for overflow returns before the gather.
 
+With `overlap_weights` the step returns when the own shard is renewed; the rest arrives while the next forward pass
+runs, and each layer waits for its own weights. State dicts, steps, offloading and `handle.wait()` wait for all.
+
 What a step changes is small and fits 4 bits; what `safe_set_full_fp32_param` or a loaded checkpoint changes does not,
 and much of it is written where tensors count no versions. So the shards, held and master, are fingerprinted after a
 step and before the next one, and if one changed in between, all go out in full. Cost: two readings of 6 P/W bytes a
-step.
+step, and an all-reduce of one number.
 
-Host symbols: `stage_1_and_2.all_gather_dp_groups`, `bf16_optimizer.all_gather_dp_groups`, `optimizer.step`; the flat
-weights, shards and master shards are `bit16_groups_flat`, `parallel_partitioned_bit16_groups` and
-`single_partition_of_fp32_groups`, or `bf16_groups_flat`, `bf16_partitioned_groups` and `fp32_groups_flat_partition`.
+Host symbols: `stage_1_and_2.all_gather_dp_groups`, `bf16_optimizer.all_gather_dp_groups`, `optimizer.step`,
+`.offload_states`; the flat weights, shards and master shards are `bit16_groups_flat`,
+`parallel_partitioned_bit16_groups` and `single_partition_of_fp32_groups`, or `bf16_groups_flat`,
+`bf16_partitioned_groups` and `fp32_groups_flat_partition`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from rl_accel.comm import topology
+from rl_accel.comm.background import Background
+from rl_accel.comm.difference import DifferenceRing
 from rl_accel.comm.fingerprint import Watch
 from rl_accel.comm.handle import CommHandle
+from rl_accel.comm.units import OUTSIDE, Units
 
 _NAMES = {
     "DeepSpeedZeroOptimizer": (
@@ -40,7 +49,7 @@ _NAMES = {
 class _Gather:
     """One optimizer's weights: copies shards before a step, sends what changed in it."""
 
-    def __init__(self, optimizer: Any, handle: CommHandle):
+    def __init__(self, module: torch.nn.Module, optimizer: Any, handle: CommHandle):
         self.handle = handle
         flat_name, parts_name, masters_name = _NAMES[type(optimizer).__name__]
         self.groups_flat: list[torch.Tensor] = getattr(optimizer, flat_name)
@@ -49,12 +58,58 @@ class _Gather:
         self.old_shards: list[torch.Tensor] | None = None
         self.watch = Watch(self._own_shards)
         self.watch.look()
+        self.units = Units(module, self.groups_flat)
+        self._ring: DifferenceRing | None = None
+        self._needs: dict[int, int] = {}
+        """Unit -> chunks that must be there before it runs."""
+        self._overlaps = handle.config.overlap_weights
+        self._learned = False
+        """Whether a forward pass has shown which units are entered."""
+        self.background = Background(self.groups_flat[0].device)
+
+    @property
+    def ring(self) -> DifferenceRing:
+        """Made when it is first used: it has groups of its own where it shall run beside other collectives."""
+        if self._ring is None:
+            handle, config = self.handle, self.handle.config
+            top = handle.topology
+            if self._overlaps:
+                top = topology.build(top.group, config.local_size, "weights")
+            numels = [parts[0].numel() for parts in self.partitioned]
+            self._ring = DifferenceRing(
+                top, config, handle.collectives.traffic, numels, self.groups_flat[0].device, self.units.priority
+            )
+        return self._ring
+
+    def _learn(self) -> None:
+        """Work out what each unit has to wait for; those that no forward entered count as outside."""
+        ring, rank_numels = self.ring, [parts[0].numel() for parts in self.partitioned]
+        for position, index in enumerate(ring.order):
+            chunk = ring.chunks[index]
+            first = chunk.owner * rank_numels[chunk.flat] + chunk.start
+            for number in self.units.needing(chunk.flat, first, chunk.count):
+                number = number if number in self.units.entered else OUTSIDE
+                self._needs[number] = position + 1
+        self._learned = True
+
+    def entering(self, number: int) -> None:
+        """A unit is about to run."""
+        if self.background.running:
+            with self.handle.timed("weights", calls=0):
+                self.background.wait(self._needs.get(number, 0))
+
+    def wait(self) -> None:
+        """Wait until all weights are there."""
+        if self.background.running:
+            with self.handle.timed("weights", calls=0):
+                self.background.wait()
 
     def _own_shards(self) -> list[torch.Tensor]:
         rank = self.handle.topology.rank
         return [*self.masters, *(parts[rank] for parts in self.partitioned)]
 
     def before_step(self) -> None:
+        self.wait()
         if self.handle.quantize_weights():
             rank = self.handle.topology.rank
             self.old_shards = [parts[rank].detach().clone() for parts in self.partitioned]
@@ -69,21 +124,32 @@ class _Gather:
         if self.handle.weights_quantized:
             self.watch.look()
 
-    def send(self) -> None:
+    def send(self, in_full: Callable[[], Any]) -> Any:
+        """Bring what changed to all ranks, or everything by `in_full` if some rank asks for it."""
         assert self.old_shards is not None
-        rank = self.handle.topology.rank
-        in_full = False
-        for flat, parts, old in zip(self.groups_flat, self.partitioned, self.old_shards, strict=True):
-            new = parts[rank].detach().clone()
-            in_full |= self.handle.collectives.gather_difference(flat.detach(), new, old, self.handle.wants_resync)
-        if in_full:
+        if self.handle.any_wants_resync():
             self.handle.count_resync()
-        self.handle.wants_resync = False
+            return in_full()
+        rank, ring = self.handle.topology.rank, self.ring
+        own = [parts[rank].detach() for parts in self.partitioned]
+        new = [shard.clone() for shard in own]
+        for shard, old in zip(own, self.old_shards, strict=True):
+            shard.copy_(old)
+        blocks = ring.encode(new, own)
+        flats = [flat.detach() for flat in self.groups_flat]
+        if self._overlaps and self.units.entered and not self._learned:
+            self._learn()
+        if self._learned and not self.handle.trying("weights"):
+            self.background.start(lambda: ring.run(blocks, flats))
+        else:
+            for _ in ring.run(blocks, flats):
+                pass
+        return None
 
 
-def attach(optimizer: Any, handle: CommHandle) -> None:
+def attach(module: torch.nn.Module, optimizer: Any, handle: CommHandle) -> None:
     """Send weight differences in `optimizer.step`, and count its steps."""
-    gather = _Gather(optimizer, handle) if handle.config.weights else None
+    gather = _Gather(module, optimizer, handle) if handle.config.weights else None
     step = optimizer.step
 
     @functools.wraps(step)
@@ -101,11 +167,33 @@ def attach(optimizer: Any, handle: CommHandle) -> None:
         return result
 
     handle.replace(optimizer, "step", stepping)
-    if gather is not None:
-        handle.on_load(gather.watch.forget)  # all ranks hold the weights of the checkpoint
-        dispatcher = _dispatcher(type(optimizer).__module__)
-        dispatcher.gathers[id(gather.groups_flat)] = gather
-        handle.on_detach(lambda: dispatcher.remove(id(gather.groups_flat)))
+    if gather is None:
+        return
+    handle.on_load(gather.watch.forget)  # all ranks hold the weights of the checkpoint
+    dispatcher = _dispatcher(type(optimizer).__module__)
+    dispatcher.gathers[id(gather.groups_flat)] = gather
+    handle.on_detach(lambda: dispatcher.remove(id(gather.groups_flat)))
+    if handle.config.overlap_weights:
+        _wait_where_needed(module, optimizer, handle, gather)
+
+
+def _wait_where_needed(module: torch.nn.Module, optimizer: Any, handle: CommHandle, gather: _Gather) -> None:
+    handle.on_wait(gather.wait)
+    hooks = gather.units.hook(gather.entering)
+    hooks.append(module.register_state_dict_pre_hook(lambda *_: gather.wait()))
+    hooks.append(module.register_load_state_dict_pre_hook(lambda *_: gather.wait()))
+    for hook in hooks:
+        handle.on_detach(hook.remove)
+    offload = getattr(optimizer, "offload_states", None)
+    if offload is not None:
+
+        @functools.wraps(offload)
+        def offloading(self, *args, **kwargs):
+            gather.wait()
+            return offload(*args, **kwargs)
+
+        handle.replace(optimizer, "offload_states", offloading)
+    handle.on_detach(gather.wait)  # the first thing to be undone
 
 
 class _Dispatcher:
@@ -121,11 +209,12 @@ class _Dispatcher:
             gather = self.gathers.get(id(groups_flat))
             if gather is None:
                 return self.original(groups_flat, *args, **kwargs)
+            gather.wait()
             with gather.handle.timed("weights"):
                 if gather.old_shards is None:
                     gather.handle.wants_resync = False
                     return self.original(groups_flat, *args, **kwargs)
-                return gather.send()
+                return gather.send(lambda: self.original(groups_flat, *args, **kwargs))
 
         all_gather_dp_groups.rl_accel_dispatcher = self  # type: ignore[attr-defined]
         module.all_gather_dp_groups = all_gather_dp_groups
