@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -229,6 +229,11 @@ class Rank:
 
     def attach(self, engine: Any, optimizer: Any) -> None:
         """Bind to a `DeepSpeedEngine`, or to the root module of FSDP2, before the first backward pass."""
+
+    def held_weights(self) -> Iterator[tuple[str, Any]] | None:
+        """Return (name in the module's state dict, whole tensor) of the weights that passes over the model compute
+        with, where these are not what its parameters hold; None where they are. All ranks run it to its end."""
+        return None
 
     def begin_inference(self, micro_batch: Any) -> None:
         """The model is about to run over a micro-batch of verl's without gradients, such as for old log-probs."""

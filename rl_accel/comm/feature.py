@@ -14,7 +14,7 @@ FEATURE = Feature(
             "gradient_intra_bytes",
             "bytes",
             "mean",
-            "sent by a rank to others of its node in an update; 0 where plain communication was used",
+            "sent by a rank to others of its node since the last update; 0 where plain communication was used",
         ),
         Metric("gradient_inter_bytes", "bytes", "mean", "the same to other nodes"),
         Metric("weight_intra_bytes", "bytes", "mean", "the same of weights, inside the node"),

@@ -55,13 +55,16 @@ class CommHandle:
         """Whether the ranks have made sure, since the last step ended, that their choices are the same."""
         self._loaded: dict[str, Any] | None = None
         """A state to take up when all ranks have it."""
-        self._on_load: list[Callable[[], None]] = []
+        self._on_load: list[Callable[[Any], None]] = []
+        self._held_state: Callable[[], Any] | None = None
         self.wants_resync = False
         """Whether this rank asked for the next weights in full; its host's glue clears it when they were sent."""
         self._num_resyncs = 0
         self._waits: list[Callable[[], None]] = []
         self._undo: list[Callable[[], None]] = []
         self._weights: Callable[[], Iterable[torch.Tensor]] | None = None
+        self._share = 0
+        self._whole_weights: Callable[[], Iterator[tuple[str, torch.Tensor]]] | None = None
 
     @property
     def topology(self) -> Topology:
@@ -208,12 +211,13 @@ class CommHandle:
         if self._weights is None:
             raise CommError(f"{self.host} holds no replicas of its weights to compare")
         self.wait()
-        prints: list[str] = [""] * self.topology.world_size
-        dist.all_gather_object(prints, f"{fingerprint(self._weights()):016x}", group=self.topology.group)
-        if len(set(prints)) > 1:
-            shown = ", ".join(f"rank {rank} {text}" for rank, text in enumerate(prints))
+        prints: list[tuple[int, str]] = [(0, "")] * self.topology.world_size
+        own = self._share, f"{fingerprint(self._weights()):016x}"
+        dist.all_gather_object(prints, own, group=self.topology.group)
+        if len(set(prints)) > len({share for share, _ in prints}):
+            shown = ", ".join(f"rank {rank} {text}" for rank, (_, text) in enumerate(prints))
             raise CommError(f"the ranks of {self.host} hold different weights after step {self.steps}: {shown}")
-        return prints[0]
+        return " ".join(text for _, text in sorted(set(prints)))
 
     def stats(self) -> dict[str, Any]:
         """Figures of this rank since `attach`.
@@ -246,7 +250,8 @@ class CommHandle:
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on bit for bit: counters of the rounding noise and the choices made."""
+        """What a resumed run needs to go on bit for bit: counters of the rounding noise, the choices made, and on FSDP2
+        what the other nodes hold of this rank's shard."""
         if self._loaded is not None:
             return {**self._loaded, "config": asdict(self.config)}
         return {
@@ -254,6 +259,7 @@ class CommHandle:
             "steps": self.steps,
             "calls": self.collectives.reduction.calls,
             "bypass": {what: bypass.state_dict() for what, bypass in self._bypass.items()},
+            "held": self._held_state() if self._held_state is not None else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -273,11 +279,17 @@ class CommHandle:
             raise CommError("this is not a state that state_dict() of a handle of 4-bit communication gave")
         self._loaded = state
         for callback in self._on_load:
-            callback()
+            callback(state.get("held"))
 
-    def on_load(self, callback: Callable[[], None]) -> None:
-        """Call when a state was loaded: the weights are then those that all ranks hold."""
+    def on_load(self, callback: Callable[[Any], None]) -> None:
+        """Call when a state was loaded: the weights are then those that all ranks hold. The callback is given what
+        `register_held` saved, None if nothing did."""
         self._on_load.append(callback)
+
+    def register_held(self, save: Callable[[], Any]) -> None:
+        """Tell what a checkpoint must have of the weights that the other ranks hold of this one's, where the host does
+        not save them."""
+        self._held_state = save
 
     def _take_up(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
@@ -315,9 +327,18 @@ class CommHandle:
         """Remember how to take back one change to the host."""
         self._undo.append(undo)
 
-    def register_replicas(self, weights: Callable[[], Iterable[torch.Tensor]]) -> None:
-        """Tell what every rank holds alike, for `check_replicas`."""
-        self._weights = weights
+    def register_replicas(self, weights: Callable[[], Iterable[torch.Tensor]], share: int = 0) -> None:
+        """Tell what every rank of the same `share` holds alike, for `check_replicas`."""
+        self._weights, self._share = weights, share
+
+    def register_whole_weights(self, weights: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> None:
+        """Tell how to read whole weights where passes compute with others than the module's parameters."""
+        self._whole_weights = weights
+
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]] | None:
+        """Return (name in the state dict, copy of the whole weight) of what passes over the model compute with, one
+        unit after the other; all ranks run it to its end. None where the module's parameters are these weights."""
+        return None if self._whole_weights is None or not self.attached else self._whole_weights()
 
     def detach(self) -> None:
         """Give the host its own communication back. Held weights stay; the next step sends them in full."""

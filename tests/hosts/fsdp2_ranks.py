@@ -22,7 +22,7 @@ TEXT = MarkovText(length=32)
 
 
 def four_bit(**changes) -> SDP4BitConfig:
-    local_size = 2 if dist.get_world_size() % 2 == 0 else 1
+    local_size = 2 if dist.get_world_size() == 4 else 1
     return SDP4BitConfig(**{"local_size": local_size, "bypass": "never", **changes})
 
 
@@ -72,7 +72,7 @@ def check_training() -> None:
         start = full(plain)
         plain_norms, norms = [], []
         plain_losses = train(plain, plain_optimizer, 3, norms=plain_norms)
-        for changes in ({}, {"sharded_weights": True}):
+        for changes in ({"sharded_weights": False}, {"sharded_weights": True}):
             ours, optimizer = make(**policy)
             exact = four_bit(intra_bits=16, inter_bits=16, weight_bits=16, **changes)
             handle = attach(ours, exact, optimizer)
@@ -93,8 +93,8 @@ def check_training() -> None:
             stats = handle.stats()
             if dist.get_world_size() > 1:
                 assert stats["gradient_values"] >= 3 * start.numel()
-                assert bool(stats["weight_values"]) == bool(changes)
-            if changes and dist.get_world_size() > 1:
+                assert bool(stats["weight_values"]) == changes["sharded_weights"]
+            if changes["sharded_weights"] and dist.get_world_size() > 1:
                 handle.check_replicas()
                 # After the first step, differences go out once a step; backward is served from the copy.
                 assert stats["weight_values"] <= 2 * 1.1 * start.numel()
@@ -116,7 +116,7 @@ def check_a_smaller_mesh_after_forward() -> None:
     handle.check_replicas()
     assert runs[0][:2] == runs[1][:2], runs
     assert torch.equal(runs[0][2], runs[1][2])
-    assert handle.stats()["weight_values"] >= 2 * runs[0][2].numel()
+    assert handle.stats()["weight_values"] >= 2 * runs[0][2].numel() / 2  # of a place, in two steps
     handle.detach()
 
     model, optimizer = make(reshard_after_forward=2, **POLICIES["bf16"])
@@ -266,7 +266,9 @@ def check_detach_and_refusals() -> None:
     world_size = dist.get_world_size()
     model, optimizer = make()
     handle = attach(model, four_bit(sharded_weights=True), optimizer)
-    assert comms(model) == [(DifferenceAllGather, QuantizedReduceScatter)] * 3
+    # One rank has no other node to send weights to.
+    gather = DefaultAllGather if world_size == 1 else DifferenceAllGather
+    assert comms(model) == [(gather, QuantizedReduceScatter)] * 3
     train(model, optimizer, 1)
     handle.detach()
     assert comms(model) == [(DefaultAllGather, DefaultReduceScatter)] * 3
@@ -284,8 +286,8 @@ def check_detach_and_refusals() -> None:
         assert comms(model) == [(DefaultAllGather, DefaultReduceScatter)] * 3
 
     refused("optimizer=", model, four_bit(), None)
-    refused("sharded_weights", model, four_bit(gradients=False), optimizer)
-    refused("check_every", model, four_bit(check_every=1), optimizer)
+    refused("sharded_weights", model, four_bit(gradients=False, sharded_weights=False), optimizer)
+    refused("check_every", model, four_bit(check_every=1, sharded_weights=False), optimizer)
     if world_size > 1:
         refused("disagree", model, four_bit(seed=dist.get_rank()), optimizer)
     if world_size == 4:

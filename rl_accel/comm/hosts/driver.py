@@ -20,7 +20,12 @@ class CommDriver(Driver):
 
     def rank_settings(self, config: DictConfig, role: str) -> dict[str, Any]:
         served = [*with_strategy(config, "fsdp2"), *with_strategy(config, "deepspeed")]
-        return self.settings.settings() if role in served and role != FORWARD_ONLY else {}
+        if role not in served or role == FORWARD_ONLY:
+            return {}
+        settings = self.settings.settings()
+        if config.actor_rollout_ref.model.get("lora_rank", 0):
+            settings["sharded_weights"] = False  # adapters are sent to the rollout engines as they are
+        return settings
 
     def summary(self, config: DictConfig) -> str:
         return "4-bit communication (lossy)" if self.settings.enabled else ""
@@ -42,9 +47,6 @@ def _check(config: DictConfig, comm: Any, zero_stage: int) -> None:
     for role in with_strategy(config, "fsdp2"):
         if role == FORWARD_ONLY:
             continue
-        _refuse_weights(
-            comm, "FSDP2 shards the weights, and verl sends the shards to the rollout engines", "leave it out"
-        )
         settings = node(config, role)
         if settings.get("fsdp_size", -1) not in (-1, ranks):
             raise ConfigError(

@@ -1,12 +1,13 @@
 """4-bit communication for FSDP2 (`torch.distributed.fsdp.fully_shard`), through its public custom collectives.
 
-Gradients: every sharded module gets a reduce-scatter of ours. Weights, only with `sharded_weights=true`: every module
-gets an all-gather that keeps what it gathered last, sends differences after an optimizer step, and serves the second
-gather of a step, in backward, from the copy. That copy is a whole replica, P weights in the all-gather's dtype on
-every rank, which gives up the memory that sharding saved. Collectives over other ranks than the mesh's, as the backward
-gather of `reshard_after_forward=<int>`, stay FSDP2's own.
+Gradients: every sharded module gets a reduce-scatter of ours. Weights: every module gets an all-gather with a secondary
+shard (rl_accel/comm/secondary.py), so that after an optimizer step 4-bit differences cross between nodes once, and all
+gathers of forward and backward passes stay inside the node. It takes P/L weights in the all-gather's dtype on every
+rank: a whole replica where a node has one rank, so there it is used only with `sharded_weights=true`. Collectives over
+other ranks than the mesh's, as the backward gather of `reshard_after_forward=<int>`, stay FSDP2's own. FSDP2 gathers
+the next module while this one computes; on an accelerator the codec and the exchange between nodes run in its stream.
 
-The copy must not outlive the weights. Who else than the optimizer changes them (an in-place edit, another optimizer,
+The shard must not outlive the weights. Who else than the optimizer changes them (an in-place edit, another optimizer,
 `dcp.load`, an average swapped in) changes the fingerprint of a shard, which is taken before each forward of the root
 module and around each step: versions of tensors do not tell, neither `torch._foreach_*` nor `.data` counts one. The
 ranks tell each other in an all-reduce of three numbers, because an edit on one rank must renew the copy on all, and
@@ -20,6 +21,7 @@ of more than one dimension, gradient divide factors, parameters of mixed dtypes 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -35,6 +37,7 @@ from rl_accel.comm.agreement import on_all_ranks
 from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.comm.fingerprint import Watch
 from rl_accel.comm.handle import CommHandle
+from rl_accel.comm.secondary import SecondaryShard
 from rl_accel.errors import CommError
 from rl_accel.kernels.codec import api as codec
 
@@ -68,13 +71,17 @@ class QuantizedReduceScatter(ReduceScatter):
 
 
 class DifferenceAllGather(AllGather):
-    """All-gather of one FSDP module that keeps what the ranks hold and sends what an optimizer step changed."""
+    """All-gather of one FSDP module that stays inside the node, and sends the other nodes what an optimizer step
+    changed before the first gather after it."""
 
     def __init__(self, handle: CommHandle, weights: _Weights):
         self.handle, self.weights = handle, weights
         self.plain = DefaultAllGather()
-        self.held: torch.Tensor | None = None
+        collectives = handle.collectives
+        self.secondary = SecondaryShard(handle.topology, handle.config, collectives.traffic)
         self.held_step = -1
+        self.saved: tuple[torch.Tensor, bool] | None = None
+        """Of a checkpoint that was loaded, until the next gather."""
 
     def allocate(self, size, *, dtype, device):
         return torch.empty(*size, dtype=dtype, device=device)
@@ -85,21 +92,42 @@ class DifferenceAllGather(AllGather):
             return self.plain(output_tensor, input_tensor, group, async_op)
         if input_tensor.dtype == torch.uint8:
             raise CommError("comm.sharded_weights does not cover FSDP modules with parameters of several dtypes")
-        if self.held_step != self.weights.count:
-            with self.handle.timed("weights"):
-                self._renew(output_tensor, input_tensor, group)
-            self.held_step = self.weights.count
-        output_tensor.copy_(self.held)
+        if self.held_step == self.weights.count and self.saved is None:
+            self.secondary.gather(output_tensor)
+            return None
+        with self.handle.timed("weights"):
+            self._renew(output_tensor, input_tensor, group)
+        self.held_step = self.weights.count
         return None
 
     def _renew(self, output: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup) -> None:
-        """Bring `held` up to date; `shard` is a part of `output`, which may be overwritten."""
-        if self.held is None or self.held_step < self.weights.full_from or not self.handle.quantize_weights():
-            self.plain(output, shard, group)
-            self.held = output.clone() if self.held is None else self.held.copy_(output)
+        """Bring the secondary shard up to date and gather; `shard` is a part of `output`, which is overwritten."""
+        if self.saved is not None:
+            shard = shard.clone()
+            held, is_new = self.saved
+            self.saved = None
+            self.plain(output, held.to(output), group)
+            self.secondary.fill(output)
+            if is_new:
+                return
+        elif self.secondary.held is None or self.held_step < self.weights.full_from:
+            self._fill(output, shard, group)
             return
-        own = self.held.view(self.handle.topology.world_size, -1)[self.handle.topology.rank]
-        self.handle.collectives.gather_difference(self.held, shard.contiguous(), own.clone())
+        if not self.handle.quantize_weights():
+            self._fill(output, shard, group)
+            return
+        self.secondary.renew(shard.contiguous())
+        self.secondary.gather(output)
+
+    def _fill(self, output: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup) -> None:
+        self.plain(output, shard, group)
+        self.secondary.fill(output)
+
+    def state(self) -> tuple[torch.Tensor, bool] | None:
+        """What the other nodes hold of this rank's shard, and whether they hold the last step's."""
+        if self.saved is not None or self.secondary.own is None:
+            return self.saved
+        return self.secondary.own.cpu().clone(), self.held_step == self.weights.count
 
 
 class _Weights:
@@ -125,6 +153,14 @@ class _Weights:
             self.full_from = self.count
             self.handle.count_resync()
 
+    def on_load(self, gathers: list[DifferenceAllGather], states: Any) -> None:
+        """A state was loaded, after its weights: the others hold what they held when it was saved."""
+        self._watch.forget()
+        self.count += 1
+        self.full_from = self.count
+        for gather, state in zip(gathers, states or [None] * len(gathers), strict=True):
+            gather.saved = state
+
     def after_step(self, *_: Any) -> None:
         self.count += 1
         self.handle.end_step()
@@ -143,8 +179,13 @@ def attach(module: Any, config: SDP4BitConfig, optimizer: torch.optim.Optimizer 
         _check(config, optimizer)
         facts |= {"settings": asdict(config), "torch": torch.__version__}
         facts["backend"] = codec.load_backend(config.backend, device).__name__
-    config = replace(config, weights=config.weights and config.sharded_weights)
-    handle = CommHandle(topology.build(group, config.local_size), config, "FSDP2", device)
+    shape = topology.build(group, config.local_size)
+    sends_weights = _sends_weights(config, shape)
+    with on_all_ranks(group):
+        if not sends_weights:
+            _check_what_is_left(config, shape)
+    config = replace(config, weights=sends_weights)
+    handle = CommHandle(shape, config, "FSDP2", device)
     weights = _Weights([parameter for parameter in module.parameters() if isinstance(parameter, DTensor)], handle)
     try:
         with on_all_ranks(group):
@@ -153,20 +194,76 @@ def attach(module: Any, config: SDP4BitConfig, optimizer: torch.optim.Optimizer 
     except BaseException:
         handle.detach()
         raise
+    memory = 0.0
     if config.weights:
-        handle.register_replicas(lambda: [gather.held for gather in gathers if gather.held is not None])
-    shape = handle.topology
+        shards = [gather.secondary for gather in gathers]
+        # The first place of each node is compared with the first places of the others, and so on.
+        handle.register_replicas(
+            lambda: [shard.held for shard in shards if shard.held is not None], share=shape.local_rank
+        )
+        handle.register_held(lambda: [gather.state() for gather in gathers])
+        handle.on_load(lambda states: weights.on_load(gathers, states))
+        handle.register_whole_weights(lambda: _whole_weights(module, parts, weights))
+        memory = sum(parameter.numel() for parameter in module.parameters()) / shape.local_size
     logger.info(
-        "4-bit communication on FSDP2: %d ranks, %d nodes of %d", shape.world_size, shape.num_nodes, shape.local_size
+        "4-bit communication on FSDP2: %d ranks, %d nodes of %d, secondary shards of %.1f million weights a rank",
+        shape.world_size,
+        shape.num_nodes,
+        shape.local_size,
+        memory / 1e6,
     )
     return handle
 
 
+def _whole_weights(module: Any, parts: list[FSDPModule], weights: _Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, copy) of every parameter as forward passes gather it, and of every buffer of the state dict."""
+    for part in parts:
+        part.reshard()
+    weights.before_forward()
+    names: dict[int, list[tuple[str, Any, str]]] = {id(part): [] for part in parts}
+    for name, owner, attribute, part in _parameters(module, "", module):
+        names[id(part)].append((name, owner, attribute))
+    for part in parts:
+        part.unshard()
+        for name, owner, attribute in names[id(part)]:
+            yield name, getattr(owner, attribute).detach().clone()
+        part.reshard()
+    parameters = {name for found in names.values() for name, _, _ in found}
+    for name, value in module.state_dict().items():
+        if name not in parameters:
+            yield name, value
+
+
+def _parameters(module: Any, prefix: str, part: Any) -> Iterator[tuple[str, Any, str, Any]]:
+    """Yield (name, module that has it, attribute, FSDP module that shards it)."""
+    part = module if isinstance(module, FSDPModule) else part
+    for attribute in module._parameters:
+        if module._parameters[attribute] is not None:
+            yield prefix + attribute, module, attribute, part
+    for name, child in module.named_children():
+        yield from _parameters(child, f"{prefix}{name}.", part)
+
+
+def _sends_weights(config: SDP4BitConfig, shape: topology.Topology) -> bool:
+    """Whether weights cross between nodes as differences: by default where that takes less than a replica."""
+    wanted = shape.local_size > 1 if config.sharded_weights is None else config.sharded_weights
+    return config.weights and wanted and shape.num_nodes > 1
+
+
+def _check_what_is_left(config: SDP4BitConfig, shape: topology.Topology) -> None:
+    """Refuse settings that need secondary shards, where there will be none."""
+    if not config.gradients:
+        raise CommError(
+            "FSDP2 shards its weights: comm.gradients=false leaves nothing without comm.sharded_weights=true and "
+            "several nodes"
+        )
+    if config.check_every:
+        raise CommError(
+            "comm.check_every needs replicas to compare: comm.sharded_weights=true on several nodes keeps some"
+        )
+
+
 def _check(config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> None:
-    if not config.sharded_weights and not config.gradients:
-        raise CommError("FSDP2 shards its weights: comm.gradients=false leaves nothing without sharded_weights=true")
-    if not config.sharded_weights and config.check_every:
-        raise CommError("comm.check_every needs replicas to compare, which FSDP2 has with comm.sharded_weights=true")
     if optimizer is None:
         raise CommError("attach to FSDP2 needs optimizer=, whose steps tell when weights changed")
 

@@ -1,13 +1,12 @@
 """4-bit communication on a training rank of verl.
 
-On DeepSpeed it covers weights and gradients, on FSDP2 gradients only: verl keeps shards and sends them to the rollout
-engines; a copy of the weights that gets differences (`sharded_weights`) would train another policy than the one that
-generates.
+Rollout engines get the weights that training computes with: on DeepSpeed the replicas, which the module holds, on FSDP2
+the secondary shards, where the parameters hold the optimizer's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rl_accel.comm import CommHandle, SDP4BitConfig, attach
@@ -36,13 +35,20 @@ class CommRank(Rank):
     def attach(self, engine: Any, optimizer: Any) -> None:
         self.handle = attach(engine, build(SDP4BitConfig, self.settings, "rl_accel.comm"), optimizer)
 
+    def held_weights(self) -> Iterator[tuple[str, Any]] | None:
+        assert self.handle is not None
+        return self.handle.whole_weights()
+
     def begin_update(self) -> None:
         assert self.handle is not None
-        self._before = self.handle.stats()
+        self._before = self._before or self.handle.stats()
 
     def metrics(self) -> dict[str, float]:
+        """Count from one update to the next: on FSDP2 the last step's weights are sent after it, when somebody gathers
+        them."""
         assert self.handle is not None
         before, after = self._before, self.handle.stats()
+        self._before = after
         found = {name: after[name] - before[name] for name in _COUNTED}
         return found | {f"{what}_quantized": before[f"{what}_quantized"] for what in ("gradients", "weights")}
 

@@ -28,6 +28,7 @@ from rl_accel.deepspeed.hosts.checks import check_engine
 from rl_accel.deepspeed.hosts.engine_config import make_ds_config, param_dtype, zero_stage
 from rl_accel.errors import ConfigError
 from rl_accel.hosts.deepspeed import load
+from rl_accel.hosts.verl.export import exported
 from rl_accel.hosts.verl.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -202,7 +203,8 @@ class DeepSpeedMixin:
         if self.zero_stage == 3:
             self.to(get_device_name())
         module = getattr(self.module, "module", self.module)
-        return weights.exported(module, self.model_config.hf_config.model_type, get_device_id()), None
+        tensors = weights.full_tensors(module)
+        return exported(tensors, module, self.model_config.hf_config.model_type, get_device_id()), None
 
     def get_per_tensor_param_shard(self, **kwargs):
         raise ConfigError("strategy=deepspeed sends whole weights; delta checkpoint engines need strategy=fsdp2")

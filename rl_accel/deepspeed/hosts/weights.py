@@ -1,7 +1,6 @@
 """Whole weights in and out of a DeepSpeed engine, a tensor at a time.
 
-Host symbols: `deepspeed.runtime.zero.GatheredParameters`; `convert_weight_keys` and `unfuse_moe_params` of verl, which
-give tensors the names that rollout engines read.
+Host symbols: `deepspeed.runtime.zero.GatheredParameters`.
 """
 
 from __future__ import annotations
@@ -56,14 +55,3 @@ def _gathered(parameter: nn.Parameter) -> torch.Tensor:
 
     with GatheredParameters([parameter]):
         return parameter.detach().clone()
-
-
-def exported(module: nn.Module, model_type: str, device: str | int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name as in a checkpoint, whole tensor on ``device``)."""
-    from verl.utils.model import convert_weight_keys
-    from verl.workers.engine.fsdp.utils import unfuse_moe_params
-
-    names = convert_weight_keys({name: name for name in module.state_dict()}, module)
-    outer = {inner: name for name, inner in names.items()}
-    tensors = ((outer[name], tensor.to(device, non_blocking=True)) for name, tensor in full_tensors(module))
-    return unfuse_moe_params(tensors, model_type)

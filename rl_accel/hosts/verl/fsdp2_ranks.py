@@ -1,22 +1,28 @@
 """Features on the training ranks of verl's own FSDP2 engine: their settings, and a named patch of `FSDPEngine`, which
 does nothing where no feature acts.
 
-Host symbols: `FSDPEngine._build_model_optimizer`, `.train_batch`, `.save_checkpoint`, `.load_checkpoint`;
+Host symbols: `FSDPEngine._build_model_optimizer`, `.train_batch`, `.save_checkpoint`, `.load_checkpoint`,
+`.get_per_tensor_param`, `.get_per_tensor_param_shard`, `._is_offload_param`; `load_fsdp_model_to_gpu`,
+`offload_fsdp_model_to_cpu`;
 `FSDPEngineWithLMHead.forward_step`; the settings class that a node `fsdp_config` names as its `_target_`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from verl.utils.device import get_device_id
+from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
 from verl.workers.config import FSDPEngineConfig
 
+from rl_accel.errors import ConfigError
+from rl_accel.hosts.verl.export import exported
 from rl_accel.hosts.verl.ranks import Ranks
 from rl_accel.patching import HostPatch
 
@@ -36,11 +42,19 @@ class RanksOnFSDP2(HostPatch):
 
     target = "verl.workers.engine.fsdp.transformer_impl:FSDPEngine._build_model_optimizer"
     parameters = ("self",)
+    methods = (
+        "_build_model_optimizer",
+        "train_batch",
+        "save_checkpoint",
+        "load_checkpoint",
+        "get_per_tensor_param",
+        "get_per_tensor_param_shard",
+    )
 
     @classmethod
     def replace(cls, module: ModuleType) -> None:
         engine = module.FSDPEngine
-        for name in ("_build_model_optimizer", "train_batch", "save_checkpoint", "load_checkpoint"):
+        for name in cls.methods:
             setattr(engine, name, getattr(cls, name)(getattr(engine, name)))
         with_head = module.FSDPEngineWithLMHead
         with_head.forward_step = cls.forward_step(with_head.forward_step)
@@ -84,6 +98,33 @@ class RanksOnFSDP2(HostPatch):
         return train_batch
 
     @staticmethod
+    def get_per_tensor_param(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def get_per_tensor_param(self, *args, **kwargs):
+            ranks = getattr(self, "fsdp2_ranks", None)
+            held = None if ranks is None else ranks.held_weights()
+            if held is None:
+                return original(self, *args, **kwargs)
+            tensors = _with_parameters_here(self, held)
+            return exported(tensors, self.module, self.model_config.hf_config.model_type, get_device_id()), None
+
+        return get_per_tensor_param
+
+    @staticmethod
+    def get_per_tensor_param_shard(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def get_per_tensor_param_shard(self, *args, **kwargs):
+            ranks = getattr(self, "fsdp2_ranks", None)
+            if ranks is not None and ranks.held_weights() is not None:
+                raise ConfigError(
+                    "checkpoint engines that send shards would send other weights than those that are trained with; "
+                    "set rl_accel.comm.sharded_weights=false"
+                )
+            return original(self, *args, **kwargs)
+
+        return get_per_tensor_param_shard
+
+    @staticmethod
     def save_checkpoint(original: Callable) -> Callable:
         @functools.wraps(original)
         def save_checkpoint(self, local_path, *args, **kwargs):
@@ -109,6 +150,17 @@ class RanksOnFSDP2(HostPatch):
             return result
 
         return load_checkpoint
+
+
+def _with_parameters_here(engine: Any, tensors: Iterable) -> Iterator:
+    """Bring parameters that verl keeps in host memory between phases to the device while `tensors` is read."""
+    if engine._is_offload_param:
+        load_fsdp_model_to_gpu(engine.module)
+    try:
+        yield from tensors
+    finally:
+        if engine._is_offload_param:
+            offload_fsdp_model_to_cpu(engine.module)
 
 
 def _path(engine: Any, local_path: str, what: str = "rl_accel") -> Path:

@@ -31,6 +31,11 @@ class Ranks:
         for role in self.roles.values():
             role.attach(engine, optimizer)
 
+    def held_weights(self) -> Iterator[tuple[str, Any]] | None:
+        """Return the whole weights that the model computes with, if a feature keeps others than its parameters."""
+        found = [weights for role in self.roles.values() if (weights := role.held_weights()) is not None]
+        return found[0] if found else None
+
     @contextmanager
     def inference(self, micro_batch: Any) -> Iterator[None]:
         """In here the model runs over a micro-batch without gradients."""

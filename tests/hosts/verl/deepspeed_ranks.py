@@ -387,11 +387,24 @@ def resume():
     return results
 
 
+def log_probs_with_exported_weights(engine):
+    """What another engine computes with the weights that rollout engines are sent, and these weights."""
+    sent = dict(engine.get_per_tensor_param()[0])
+    other = make_engine("fsdp2")
+    with torch.no_grad():
+        for name, parameter in other.module.named_parameters():
+            local = torch.distributed.tensor.distribute_tensor(sent[name], parameter.device_mesh, parameter.placements)
+            parameter.copy_(local)
+    return log_probs(other), sent
+
+
 def four_bits():
     """4-bit communication in the engine: beside plain communication, and across a checkpoint."""
     settings, results = {"bypass": "never", "check_every": 1}, {}
-    for kind in ENGINES:
-        comm = settings if kind in ("zero1", "zero2") else {"bypass": "never", "gradient_rounding": "stochastic"}
+    without_replicas = {"bypass": "never", "gradient_rounding": "stochastic"}
+    nodes = {**without_replicas, "local_size": 1, "sharded_weights": True, "inter_bits": 8}
+    cases = [(kind, kind, settings if kind in ("zero1", "zero2") else without_replicas) for kind in ENGINES]
+    for name, kind, comm in [*cases, ("fsdp2_weights", "fsdp2", nodes)]:
         root = shared_folder()
         plain, engine = make_engine(kind), make_engine(kind, comm=comm)
         train(plain, 0)
@@ -401,7 +414,7 @@ def four_bits():
         fresh = make_engine(kind, comm=comm)
         train(fresh, 7)
         fresh.load_checkpoint(str(root / "actor"), None, del_local_after_load=False)
-        results[kind] = {
+        results[name] = {
             "plain": [train(plain, step) for step in (1, 2)],
             "straight": straight,
             "resumed": [train(fresh, step) for step in (1, 2)],
@@ -409,9 +422,12 @@ def four_bits():
             "log_probs": (log_probs(plain), log_probs(engine)),
             "stats": (engine.fsdp2_ranks if kind == "fsdp2" else engine.ranks).roles["comm"].handle.stats(),
         }
+        if name == "fsdp2_weights":
+            results[name]["exported"] = log_probs_with_exported_weights(engine)
+            results[name]["masters"] = {n: p.full_tensor().detach() for n, p in engine.module.named_parameters()}
         with engine.train_mode():
             metrics = engine.train_batch(make_batch(3, 1), loss_of_lm)["metrics"]
-        results[kind]["metrics"] = {name: value for name, value in metrics.items() if name.startswith("rl_accel/comm/")}
+        results[name]["metrics"] = {key: value for key, value in metrics.items() if key.startswith("rl_accel/comm/")}
     return results
 
 

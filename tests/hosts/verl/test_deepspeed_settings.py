@@ -148,8 +148,6 @@ def test_communication_goes_into_verls_fsdp2_engine(make_config):
     ("overrides", "trainer", "message"),
     [
         (("actor_rollout_ref.actor.strategy=fsdp",), "fsdp", "serves actor_rollout_ref.actor.strategy=fsdp2 and deep"),
-        (("rl_accel.comm.sharded_weights=true",), "fsdp", "sends the shards to the rollout engines"),
-        (("rl_accel.comm.gradients=false",), "fsdp", "gradients=false"),
         (("actor_rollout_ref.actor.fsdp_config.fsdp_size=2", "trainer.n_gpus_per_node=4"), "fsdp", "leave it at -1"),
         (("actor_rollout_ref.actor.fsdp_config.offload_policy=true",), "fsdp", "CPU offload"),
         (("rl_accel.comm.local_size=3",), "deepspeed", "does not divide the 2 ranks"),

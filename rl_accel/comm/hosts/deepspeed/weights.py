@@ -169,7 +169,7 @@ def attach(module: torch.nn.Module, optimizer: Any, handle: CommHandle) -> None:
     handle.replace(optimizer, "step", stepping)
     if gather is None:
         return
-    handle.on_load(gather.watch.forget)  # all ranks hold the weights of the checkpoint
+    handle.on_load(lambda _: gather.watch.forget())  # all ranks hold the weights of the checkpoint
     dispatcher = _dispatcher(type(optimizer).__module__)
     dispatcher.gathers[id(gather.groups_flat)] = gather
     handle.on_detach(lambda: dispatcher.remove(id(gather.groups_flat)))
