@@ -3,7 +3,8 @@
 Known and not fitted: the rates, headers of Ethernet and TCP, the token buckets' bursts, the parameters of TinyGPT and
 how DeepSpeed fills its buckets with them. Compute is an input, as in the bench's own bound: the least `compute_s` of
 the arms at that rate, which contains waiting for other ranks. Fitted are the five constants of `Machine`, on the files
-`FITTED_ON`: the one with all arms and rates, and the one with the most ranks. All other files are judged.
+`FITTED_ON`: the one with all arms and rates, and the one with the most ranks. All other files are judged, though not
+blindly: the shape of the model was chosen with them in sight.
 """
 
 from __future__ import annotations

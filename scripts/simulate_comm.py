@@ -266,7 +266,7 @@ def _gpu_axis(axes: Any, gpus: list[str], label: str) -> None:
     axes.set_xticks([int(count) for count in gpus], gpus)
     axes.set_xlabel("GPUs")
     axes.set_ylabel(label)
-    axes.legend(fontsize=8, loc="center right")
+    axes.legend(fontsize=8, loc="upper right" if label != "s" else "lower right")
     axes.grid(alpha=0.3)
 
 
