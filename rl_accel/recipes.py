@@ -140,7 +140,10 @@ def compose(recipe: str, overrides: list[str], has_gpu: bool) -> DictConfig:
     trainers = [text.partition("=")[2] for text in overrides if text.startswith("trainer=")]
     overrides = [text for text in overrides if not text.startswith("trainer=")]
     for trainer in trainers[-1:]:
-        where, chosen = resolve_trainer(trainer, on_cpu=not has_gpu or name.split("/")[-1].startswith("cpu"))
+        size = name.split("/")[-1]
+        # On a cluster `ray start` says how many devices a node has, so there is nothing to add to the recipe's ranks.
+        on_cpu = (not has_gpu or size.startswith("cpu")) and not size.endswith("nodes")
+        where, chosen = resolve_trainer(trainer, on_cpu)
         folders, parts = [*folders, where], [*parts, f"/{chosen}"]
     search = "hydra.searchpath=[{}]".format(",".join(f"'file://{path}'" for path in folders))
     ConfigStore.instance().store(name=ROOT_CONFIG, node={"defaults": [*parts, "_self_"]})

@@ -25,6 +25,7 @@ FEATURE = Feature(
             "mean",
             "times that weights went out in full because something else than the optimizer had written them",
         ),
+        Metric("num_nodes", "nodes", "mean", "that the ranks are on, as the two levels see them"),
         Metric("gradients_s", "s", "mean", "in the collectives, quantized or plain; on a GPU of timed steps only"),
         Metric("weights_s", "s", "mean", "the same of weights"),
         Metric("gradients_quantized", "1", "mean", "share of updates whose gradients were quantized"),

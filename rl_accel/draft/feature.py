@@ -57,6 +57,7 @@ FEATURE = Feature(
         Metric("drafters_gone", "engines", "sum", "since the start: engines whose process that drafts ahead is gone"),
         Metric("history_refused", "engines", "sum", "since the start: snapshots not restored on resume"),
         Metric("history_not_saved", "engines", "sum", "since the start: snapshots not written, or not visible"),
+        Metric("history_shared", "segments", "sum", "since the start: segments that an engine took from another one"),
         Metric("history_not_shared", "segments", "sum", "since the start: segments that an engine did not take"),
     ),
     free=("record",),

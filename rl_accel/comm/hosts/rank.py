@@ -50,6 +50,7 @@ class CommRank(Rank):
         before, after = self._before, self.handle.stats()
         self._before = after
         found = {name: after[name] - before[name] for name in _COUNTED}
+        found["num_nodes"] = after["num_nodes"]
         return found | {f"{what}_quantized": before[f"{what}_quantized"] for what in ("gradients", "weights")}
 
     def state_dict(self) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class DraftTrainer(Trainer):
         self.live = settings.method in HISTORY_METHODS
         self.failures = {"history_refused": 0, "history_not_saved": 0, "history_not_shared": 0}
         """Since the start: snapshots that were not restored or not saved, segments that did not reach an engine."""
+        self.num_shared = 0
+        """Since the start: segments that an engine took from another one."""
 
     def restore(self) -> None:
         """After a resume: load the snapshots that the checkpoint holds, and close the epoch if it ended there."""
@@ -86,6 +88,7 @@ class DraftTrainer(Trainer):
         engines, name = self.trainer.engines, self.feature.name
         while segment := engines.call_some([server], name, "take_segment")[0]:
             taken = engines.call_some(others, name, "add_segment", segment)
+            self.num_shared += sum(map(bool, taken))
             self.failures["history_not_shared"] += len(others) - sum(map(bool, taken))
 
     def save(self) -> None:
@@ -110,7 +113,9 @@ class DraftTrainer(Trainer):
             _remove_others(folder, names)
 
     def metrics(self) -> dict[str, float]:
-        return {name: float(count) for name, count in self.failures.items()} if self.live else {}
+        if not self.live:
+            return {}
+        return {"history_shared": float(self.num_shared), **{name: float(n) for name, n in self.failures.items()}}
 
     def on_rollouts(self, step: int, epoch: int, keys: Sequence[str], rollouts: Any) -> None:
         if self.settings.record:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rl_accel import data, recipes
 from rl_accel.errors import ConfigError
 from rl_accel.feature import Driver
-from rl_accel.hosts.verl import model_files, ranges
+from rl_accel.hosts.verl import cluster, model_files, ranges
 
 MIN_FREE_MEMORY_CPU = 8 << 30
 """Bytes. A run of the tiny policy without a GPU was measured to need about 7 GB."""
@@ -67,6 +67,7 @@ def check_settings(config: DictConfig, drivers: Sequence[Driver]) -> None:
         _check_policy(config)
         _check_lengths(config)
         _check_batches(config)
+        cluster.check_settings(config)
         if config.trainer.device == "cpu":
             _check_without_gpu(config)
 
@@ -275,16 +276,12 @@ def _check_micro_batches(config: DictConfig) -> None:
 def _check_machine(config: DictConfig) -> None:
     if config.trainer.device == "cpu":
         _check_memory_without_gpu(config)
-    elif (
-        config.trainer.device == "cuda" and config.trainer.nnodes == 1 and not config.ray_kwargs.ray_init.get("address")
-    ):
+    elif config.trainer.device == "cuda" and config.trainer.nnodes == 1 and not cluster.address(config):
         _check_gpus(config)
 
 
 def _check_without_gpu(config: DictConfig) -> None:
     trainer, model, ray_init = config.trainer, config.actor_rollout_ref.model, config.ray_kwargs.ray_init
-    if trainer.nnodes > 1:
-        raise ConfigError(f"trainer.nnodes={trainer.nnodes}: without GPUs rl_accel runs on one machine")
     if model.get("lora_rank", 0) or OmegaConf.select(model, "lora.rank") or model.get("lora_adapter_path"):
         raise ConfigError(
             "actor_rollout_ref.model.lora_rank: LoRA needs a GPU; vLLM's CPU build repacks its weights and cannot take "
@@ -293,7 +290,9 @@ def _check_without_gpu(config: DictConfig) -> None:
     if config.actor_rollout_ref.actor.strategy == "fsdp":
         raise ConfigError("actor_rollout_ref.actor.strategy=fsdp: without a GPU use fsdp2 or deepspeed")
     logical = ray_init.get("num_gpus")
-    if logical is not None and not ray_init.get("address") and logical < trainer.n_gpus_per_node:
+    if cluster.address(config):
+        return  # `cluster.check_nodes` asks the cluster
+    if logical is not None and logical < trainer.n_gpus_per_node:
         raise ConfigError(
             f"trainer.n_gpus_per_node={trainer.n_gpus_per_node} ranks wait for ray_kwargs.ray_init.num_gpus={logical} "
             "logical devices: give both the same number"
@@ -301,7 +300,7 @@ def _check_without_gpu(config: DictConfig) -> None:
     # Held by verl for as long as it runs: 3 a rank, 1 a storage unit, 1 for TransferQueue; every start takes one more.
     units = OmegaConf.select(config, "transfer_queue.backend.SimpleStorage.num_data_storage_units") or 1
     needed, cores = 3 * trainer.n_gpus_per_node + units + 2, ray_init.get("num_cpus")
-    if cores is not None and not ray_init.get("address") and cores < needed:
+    if cores is not None and cores < needed:
         raise ConfigError(
             f"ray_kwargs.ray_init.num_cpus={cores}: verl would wait for ever for {needed} logical processors; give "
             "more, also where the machine has fewer"

@@ -21,12 +21,27 @@ from rl_accel.config import AccelConfig
 from rl_accel.errors import ConfigError
 from rl_accel.feature import Driver, features
 from rl_accel.hosts import versions
-from rl_accel.hosts.verl import ACTIVE_ENV, FOLDER, RUN_ENV, checks, model_files, training_roles
+from rl_accel.hosts.verl import ACTIVE_ENV, FOLDER, RUN_ENV, checks, cluster, model_files, training_roles
 
 logger = logging.getLogger(__name__)
 
 TRAINER_NAME = "rl_accel_sync"
 BLOCK = "actor_rollout_ref.rollout.custom.rl_accel"
+FORWARDED = (
+    "RL_ACCEL_DEVICE",
+    "TOKENIZERS_PARALLELISM",
+    "VERL_FILE_LOGGER_PATH",
+    "VERL_PLATFORM",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_LOGGING_LEVEL",
+    "VLLM_NO_USAGE_STATS",
+    "WANDB_DIR",
+    "WANDB_MODE",
+    "WANDB_RESUME",
+    "WANDB_RUN_ID",
+)
+"""Variables of the driver that Ray's processes get too: those of a cluster have the environment of `ray start`."""
 MANAGER_CLASS = "rl_accel.hosts.verl.agent_loop.IdentifiedAgentLoopManager"
 WORKER_EXTENSION = "rl_accel.hosts.verl.worker_extension.AcceleratedWorkerExtension"
 
@@ -76,6 +91,8 @@ def hook_run_ppo(module) -> None:
                 "rl_accel is set, and it drives verl's synchronous V1 trainer only (python -m verl.trainer.main_ppo), "
                 f"not {_class_name(task_runner_class)}. Remove the rl_accel block, or use that trainer"
             )
+        if accel_block(config) is not None and cluster.address(config):
+            task_runner_class = cluster.RunnerOnThisNode(task_runner_class, config)
         return original(config, task_runner_class, *args, **kwargs)
 
     module.run_ppo = run_ppo
@@ -219,18 +236,7 @@ def _needs_v1_runner(config: DictConfig, accel: AccelConfig) -> bool:
 
 def _set_worker_environment(config: DictConfig, accel: AccelConfig) -> None:
     """Ray processes of this run load the hooks (`plugin.py`), also on the nodes of an existing cluster."""
-    forwarded = {
-        name: os.environ[name]
-        for name in (
-            "VERL_PLATFORM",
-            "VLLM_CPU_KVCACHE_SPACE",
-            "VLLM_ENABLE_V1_MULTIPROCESSING",
-            "VERL_FILE_LOGGER_PATH",
-            "WANDB_DIR",
-            "WANDB_RUN_ID",
-        )
-        if name in os.environ
-    }
+    forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     ray_init = config.ray_kwargs.ray_init
     runtime_env: Any = OmegaConf.to_container(ray_init.get("runtime_env") or OmegaConf.create({}), resolve=True)
     ours = {ACTIVE_ENV: ",".join(feature.name for feature in accel.enabled()), RUN_ENV: os.urandom(4).hex()}

@@ -56,7 +56,11 @@ def composed(*overrides):
         ("trainer.n_gpus_per_node=0", "must be at least 1"),
         ("trainer.n_gpus_per_node=2", "num_gpus=1 logical devices"),
         ("ray_kwargs.ray_init.num_cpus=5", "would wait for ever for 6 logical processors"),
-        ("trainer.nnodes=2", "without GPUs rl_accel runs on one machine"),
+        ("trainer.nnodes=2", "no Ray cluster is given"),
+        (
+            "ray_kwargs.ray_init.address=auto",
+            "ray_kwargs.ray_init.num_cpus=32: the Ray cluster at auto was started with",
+        ),
         ("trainer.resume_mode=sometimes", "must be one of auto, disable, resume_path"),
         ("trainer.v1=5", "must be a group of settings"),
         ("trainer.balance_batch=maybe", "must be true or false"),
