@@ -9,10 +9,14 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 
 from rl_accel.errors import CommError
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Drawn when a machine starts; containers of one machine share it, and have host names of their own."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,22 @@ class Topology:
 
 def node_names(group: dist.ProcessGroup, local_size: int | None) -> list[str]:
     """Name of every rank's node: blocks of `local_size` ranks if given, else what the launcher says (torchrun's
-    GROUP_RANK), else the host name. Collective over `group`."""
+    GROUP_RANK), else the host. Collective over `group`."""
     if local_size is not None:
         return [str(rank // local_size) for rank in range(dist.get_world_size(group))]
-    own = f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}"
+    own = f"{host_name()}/{os.environ.get('GROUP_RANK', '')}"
     names: list[str] = [""] * dist.get_world_size(group)
     dist.all_gather_object(names, own, group=group)
     return names
+
+
+def host_name() -> str:
+    """Name of this host, unlike those of machines that were made of one image and are all called the same."""
+    try:
+        boot = BOOT_ID.read_text().strip()
+    except OSError:  # not Linux, or hidden by a container
+        boot = ""
+    return f"{socket.gethostname()}/{boot}"
 
 
 def arrange(names: list[str]) -> tuple[tuple[int, ...], ...]:
