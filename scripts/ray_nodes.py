@@ -20,12 +20,23 @@ import tempfile
 from pathlib import Path
 
 import psutil
+import slow_network
 from slow_network import INTERFACE, NetworkError, SlowNetwork, _processes_in
 
+TMP = Path("/tmp")
+"""Where Ray, verl and vLLM put their sockets, whatever TMPDIR says."""
 PORT = 6379
 OBJECT_STORE_BYTES = 300 << 20
 START_TIMEOUT_S = 120.0
 DROPPED_ENV = ("RAY_ADDRESS", "RL_ACCEL_RUN_ID")
+
+
+def check_machine() -> None:
+    """Raise NetworkError where nodes cannot be made, before anything is."""
+    slow_network.check_machine()
+    missing = [name for name in ("nsenter", "unshare", "mount") if shutil.which(name) is None]
+    if missing:
+        raise NetworkError(f"nodes need util-linux (apt install util-linux): {', '.join(missing)} not found")
 
 
 class RayNodes:
@@ -43,9 +54,7 @@ class RayNodes:
     """
 
     def __init__(self, num_nodes: int, hidden: Path, kept: list[Path], num_cpus: int = 16, num_gpus: int = 1):
-        missing = [name for name in ("nsenter", "unshare", "mount") if shutil.which(name) is None]
-        if missing:
-            raise NetworkError(f"nodes need util-linux (apt install util-linux): {', '.join(missing)} not found")
+        check_machine()
         self.num_nodes = num_nodes
         self._hidden = hidden.resolve()
         self._kept = [path.resolve() for path in kept]
@@ -130,7 +139,6 @@ class RayNodes:
         names = [f"{self.network.address(other)} node{other}" for other in range(self.num_nodes)]
         hosts.write_text("\n".join(["127.0.0.1 localhost", *names]) + "\n")
         root.mkdir()
-        tmp = Path(tempfile.gettempdir()).resolve()
         kept = [*self._kept, self._hidden] if node == 0 else self._kept
         lines = [
             "set -e",
@@ -140,10 +148,10 @@ class RayNodes:
             f"ip route add default dev {INTERFACE}",  # as a node has one: Ray and vLLM ask for its own address by it
             f"mount -t tmpfs -o mode=1777 tmpfs {root}",
         ]
-        for path in (path for path in kept if path.is_relative_to(tmp)):
-            inside = shlex.quote(str(root / path.relative_to(tmp)))
+        for path in (path for path in kept if path.is_relative_to(TMP)):
+            inside = shlex.quote(str(root / path.relative_to(TMP)))
             lines += [f"mkdir -p {inside}", f"mount --rbind {shlex.quote(str(path))} {inside}"]
-        lines.append(f"mount --rbind {root} {tmp}")
+        lines.append(f"mount --rbind {root} {TMP}")
         if node > 0:
             lines += [f"mkdir -p {shlex.quote(str(self._hidden))}"]
             lines += [f"mount -t tmpfs tmpfs {shlex.quote(str(self._hidden))}"]

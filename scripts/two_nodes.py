@@ -17,6 +17,7 @@ Both nodes share the cores, so step times say what the network costs and nothing
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import shutil
 import statistics
@@ -99,8 +100,8 @@ def run_arm(arm: str, runs: Path, rate: str, steps: int, overrides: list[str]) -
     path = runs / arm
     settings = [*COMMON, *ARMS[arm], f"trainer.total_training_steps={steps}", f"rl_accel.run_dir={path}", *overrides]
     command = [sys.executable, "-m", "rl_accel.train", "recipe=gsm8k_grpo/cpu_nodes", *settings]
-    # Compiled kernels, which a node of its own would have to compile once more.
-    compiled = Path(tempfile.gettempdir()) / "torchinductor_root"
+    # What torch has compiled, which a fresh node would have to compile once more: half a minute.
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
     compiled.mkdir(exist_ok=True)
     with RayNodes(NUM_NODES, hidden=runs, kept=[ROOT, Path(sys.prefix), compiled]) as nodes:
         nodes.network.set_rate(rate)
