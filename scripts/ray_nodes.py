@@ -16,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import psutil
@@ -25,6 +24,7 @@ from slow_network import INTERFACE, NetworkError, SlowNetwork, _processes_in
 
 TMP = Path("/tmp")
 """Where Ray, verl and vLLM put their sockets, whatever TMPDIR says."""
+SHM = Path("/dev/shm")
 PORT = 6379
 OBJECT_STORE_BYTES = 300 << 20
 START_TIMEOUT_S = 120.0
@@ -59,7 +59,6 @@ class RayNodes:
         self._hidden = hidden.resolve()
         self._kept = [path.resolve() for path in kept]
         self._resources = ["--num-cpus", str(num_cpus), "--num-gpus", str(num_gpus)]
-        self._scratch = Path(tempfile.mkdtemp(prefix="rl_accel_nodes"))
         self._holders: list[subprocess.Popen] = []
         self.network = SlowNetwork(num_nodes)
         try:
@@ -131,30 +130,27 @@ class RayNodes:
         self.network.close()
         for holder in self._holders:
             holder.wait()
-        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _make(self, node: int) -> None:
         """Start the process that holds a node's namespaces open; it ends with this one."""
-        hosts, root = self._scratch / "hosts", self._scratch / f"root{node}"
         names = [f"{self.network.address(other)} node{other}" for other in range(self.num_nodes)]
-        hosts.write_text("\n".join(["127.0.0.1 localhost", *names]) + "\n")
-        root.mkdir()
+        hosts = shlex.quote("\n".join(["127.0.0.1 localhost", *names]))
         kept = [*self._kept, self._hidden] if node == 0 else self._kept
         lines = [
             "set -e",
             f"hostname node{node}",
-            f"mount --bind {hosts} /etc/hosts",
-            "mount -t tmpfs tmpfs /dev/shm",
             f"ip route add default dev {INTERFACE}",  # as a node has one: Ray and vLLM ask for its own address by it
-            f"mount -t tmpfs -o mode=1777 tmpfs {root}",
+            f"mount -t tmpfs tmpfs {SHM}",  # what becomes /tmp
+            f"echo {hosts} > {SHM}/hosts",
+            f"mount --bind {SHM}/hosts /etc/hosts",
         ]
         for path in (path for path in kept if path.is_relative_to(TMP)):
-            inside = shlex.quote(str(root / path.relative_to(TMP)))
+            inside = shlex.quote(f"{SHM}/{path.relative_to(TMP)}")
             lines += [f"mkdir -p {inside}", f"mount --rbind {shlex.quote(str(path))} {inside}"]
-        lines.append(f"mount --rbind {root} {TMP}")
+        lines += [f"mount --rbind {SHM} {TMP}", f"mount -t tmpfs tmpfs {SHM}"]
         if node > 0:
-            lines += [f"mkdir -p {shlex.quote(str(self._hidden))}"]
-            lines += [f"mount -t tmpfs tmpfs {shlex.quote(str(self._hidden))}"]
+            hidden = shlex.quote(str(self._hidden))
+            lines += [f"mkdir -p {hidden}", f"mount -t tmpfs tmpfs {hidden}"]
         lines += ["echo ready", "exec cat"]
         command = ["unshare", "--mount", "--uts", "--propagation", "private", "sh", "-c", "\n".join(lines)]
         holder = subprocess.Popen(

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=8, help="GRPO steps of an arm (default: %(default)s)")
     parser.add_argument("--rate", default="100mbit", help="of each link, or none (default: %(default)s)")
     parser.add_argument("--runs", type=Path, default=ROOT / "outputs/two_nodes", help="folder of the runs, made anew")
-    parser.add_argument("--out", type=Path, help="folder for compare.md and two_nodes.json")
+    parser.add_argument("--out", type=Path, help="folder for two_nodes.md and .json, and comparisons")
     parser.add_argument("overrides", nargs="*", help="further settings of every arm")
     options = parser.parse_args(argv)
     unknown = [arm for arm in options.arms.split(",") if arm not in ARMS]
@@ -215,13 +215,15 @@ def summary(arm: str, result: dict[str, Any]) -> str:
 
 
 def report(results: dict[str, Any], runs: Path, out: Path) -> None:
-    """Write figures and the comparison of the runs to `out`."""
+    """Write figures to `out`, and there in a folder of each trainer what 4 bits changed."""
     out.mkdir(parents=True, exist_ok=True)
-    arms = list(results["arms"])
+    info = json.loads((runs / next(iter(results["arms"])) / "run.json").read_text())
+    results = {**{name: info[name] for name in ("git_sha", "machine", "versions")}, **results}
     (out / "two_nodes.json").write_text(json.dumps(results, indent=1) + "\n")
-    compare = [sys.executable, "-m", "rl_accel.compare", *(str(runs / arm) for arm in arms), "--out", str(out)]
-    if len(arms) > 1:
-        subprocess.run(compare, check=True, cwd=runs)
+    for arm in results["arms"]:
+        if f"{arm}_comm" in results["arms"]:
+            command = [sys.executable, "-m", "rl_accel.compare", arm, f"{arm}_comm", "--out", str(out.resolve() / arm)]
+            subprocess.run(command, check=True, cwd=runs)
     lines = [
         f"Links of {results['rate']}; medians without the first step; bytes by the interfaces' counters.",
         "",
