@@ -261,8 +261,8 @@ def hidden(arm: Arm, sync: Arm) -> float:
     return statistics.median(saved) / statistics.median(sync.weights_s)
 
 
-def rows_of(rate: str, found: dict[str, Arm]) -> list[dict[str, Any]]:
-    """Results of one rate. `sdp4bit` has the plain names; other arms add theirs."""
+def rows_of(shape: str, rate: str, found: dict[str, Arm]) -> list[dict[str, Any]]:
+    """Results of one rate, `shape` is <nodes>x<ranks>.<buckets>b. `sdp4bit` has the plain names, others add theirs."""
     rows = []
     best = incumbent_of(found)
     incumbent = found[best]
@@ -280,9 +280,9 @@ def rows_of(rate: str, found: dict[str, Arm]) -> list[dict[str, Any]]:
         if arm.compute_s:
             times |= {"compute_s": statistics.median(arm.compute_s)}
             times |= {"gradients_s": statistics.median(arm.gradients_s), "weights_s": statistics.median(arm.weights_s)}
-        rows.append({"name": f"comm.step_s.{rate}{suffix}", "value": arm.p50, "unit": "s", **shared, **times})
+        rows.append({"name": f"comm.step_s.{shape}.{rate}{suffix}", "value": arm.p50, "unit": "s", **shared, **times})
         ours, theirs = statistics.mean(arm.sent), statistics.mean(incumbent.sent)
-        row = {"name": f"comm.wire_bytes.{rate}{suffix}", "value": ours, "unit": "bytes a node and step"}
+        row = {"name": f"comm.wire_bytes.{shape}.{rate}{suffix}", "value": ours, "unit": "bytes a node and step"}
         rows.append({**row, "incumbent": theirs, "ratio": theirs / ours, "bound": None})
     return rows
 
@@ -317,7 +317,8 @@ def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
         for rate in options.rate:
             found = measured.measure_rate(rate)
             show(rate, found)
-            rows += rows_of(rate, found)
+            shape = f"{options.nodes}x{options.ranks}.{options.buckets}b"
+            rows += [{**row, "width": options.width} for row in rows_of(shape, rate, found)]
     return rows
 
 

@@ -40,7 +40,7 @@ ARMS = {
     "deepspeed": DEEPSPEED,
     "deepspeed_comm": (*DEEPSPEED, *COMM, "rl_accel.comm.check_every=1"),
     "fsdp2": (),
-    "fsdp2_comm": COMM,
+    "fsdp2_comm": (*COMM, "rl_accel.comm.sharded_weights=true"),
 }
 COMMON = (
     "rl_accel.draft.method=das",

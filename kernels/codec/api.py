@@ -12,7 +12,8 @@ import torch
 
 from rl_accel.errors import CommError, NotLiveError
 from rl_accel.kernels.codec import layout, reference
-from rl_accel.kernels.codec.layout import Rows, packed_bytes
+from rl_accel.kernels.codec.layout import packed_bytes
+from rl_accel.kernels.codec.rows import Rows
 from rl_accel.kernels.common.noise import fold_key
 
 BACKENDS = ("auto", "torch", "cpp", "triton")

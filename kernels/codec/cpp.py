@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from rl_accel.kernels.codec import _codec
-from rl_accel.kernels.codec.layout import Rows
+from rl_accel.kernels.codec.rows import Rows
 
 _BFLOAT16 = torch.bfloat16
 

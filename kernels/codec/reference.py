@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import torch
 
-from rl_accel.kernels.codec.layout import HADAMARD_BLOCK, TINY, Rows, max_code, padded
+from rl_accel.kernels.codec.layout import HADAMARD_BLOCK, TINY, max_code, padded
+from rl_accel.kernels.codec.rows import Rows
 from rl_accel.kernels.common.hadamard import hadamard as transform
 from rl_accel.kernels.common.noise import rounding_noise
 

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rl_accel.kernels.codec.layout import Rows
+from rl_accel.kernels.codec.rows import Rows
 from rl_accel.kernels.common.triton import hadamard_stage, mix32, rounding_noise
 
 TILE = 4096

@@ -26,7 +26,8 @@ from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.comm.ring import make_schedule
 from rl_accel.comm.topology import Topology
 from rl_accel.comm.traffic import Traffic
-from rl_accel.kernels.codec.layout import Rows, padded
+from rl_accel.kernels.codec.layout import padded
+from rl_accel.kernels.codec.rows import Rows
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.12
 

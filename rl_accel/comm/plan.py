@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from rl_accel.comm.topology import Topology
-from rl_accel.kernels.codec.layout import Rows, padded
+from rl_accel.kernels.codec.layout import padded
+from rl_accel.kernels.codec.rows import Rows
 
 TOLERANCE = 0.05
 """A place may have this much more than its even share before values move."""

@@ -21,7 +21,8 @@ from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.comm.difference import all_gather_single
 from rl_accel.comm.topology import Topology
 from rl_accel.comm.traffic import Traffic
-from rl_accel.kernels.codec.layout import Rows, padded
+from rl_accel.kernels.codec.layout import padded
+from rl_accel.kernels.codec.rows import Rows
 
 
 class SecondaryShard:

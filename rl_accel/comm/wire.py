@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from rl_accel.kernels.codec import api as codec
-from rl_accel.kernels.codec.layout import Rows, packed_bytes
+from rl_accel.kernels.codec.layout import packed_bytes
+from rl_accel.kernels.codec.rows import Rows
 
 
 @dataclass(frozen=True)

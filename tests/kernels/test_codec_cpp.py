@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from rl_accel.kernels.codec import _codec, cpp, reference
 from rl_accel.kernels.codec import api as codec
-from rl_accel.kernels.codec.layout import Rows, max_code, packed_bytes, padded
+from rl_accel.kernels.codec.layout import max_code, packed_bytes, padded
+from rl_accel.kernels.codec.rows import Rows
 from rl_accel.kernels.common.noise import rounding_noise
 
 INSTRUCTIONS = ("scalar", "avx2", "avx512")

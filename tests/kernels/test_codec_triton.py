@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from rl_accel.kernels.codec.api import dequantize, dequantize_rows, quantize, quantize_rows, requantize
-from rl_accel.kernels.codec.layout import Rows, packed_bytes
+from rl_accel.kernels.codec.layout import packed_bytes
+from rl_accel.kernels.codec.rows import Rows
 from rl_accel.kernels.common.noise import fold_key, rounding_noise
 
 FORMATS = [(4, 32), (4, 128), (4, 2048), (8, 32), (8, 512)]

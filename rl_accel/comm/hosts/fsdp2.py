@@ -7,11 +7,8 @@ rank: a whole replica where a node has one rank, so there it is used only with `
 other ranks than the mesh's, as the backward gather of `reshard_after_forward=<int>`, stay FSDP2's own. FSDP2 gathers
 the next module while this one computes; on an accelerator the codec and the exchange between nodes run in its stream.
 
-The shard must not outlive the weights. Who else than the optimizer changes them (an in-place edit, another optimizer,
-`dcp.load`, an average swapped in) changes the fingerprint of a shard, which is taken before each forward of the root
-module and around each step: versions of tensors do not tell, neither `torch._foreach_*` nor `.data` counts one. The
-ranks tell each other in an all-reduce of three numbers, because an edit on one rank must renew the copy on all, and
-then all gathers are full once. A forward of a part alone, or `unshard()`, does not look.
+What changes weights otherwise than by the optimizer is noticed (rl_accel/comm/sharded.py); `unshard()` alone does not
+look.
 
 Host symbols: `FSDPModule.set_custom_all_gather`, `set_custom_reduce_scatter`, `reshard`, `AllGather`, `ReduceScatter`
 and the defaults to go back to; `DTensor.device_mesh`; step hooks of `Optimizer`. Not covered: HSDP and other meshes
@@ -35,9 +32,9 @@ from torch.distributed.tensor import DTensor
 from rl_accel.comm import topology
 from rl_accel.comm.agreement import on_all_ranks
 from rl_accel.comm.config import SDP4BitConfig
-from rl_accel.comm.fingerprint import Watch
 from rl_accel.comm.handle import CommHandle
 from rl_accel.comm.secondary import SecondaryShard
+from rl_accel.comm.sharded import ShardedWeights
 from rl_accel.errors import CommError
 from rl_accel.kernels.codec import api as codec
 
@@ -74,7 +71,7 @@ class DifferenceAllGather(AllGather):
     """All-gather of one FSDP module that stays inside the node, and sends the other nodes what an optimizer step
     changed before the first gather after it."""
 
-    def __init__(self, handle: CommHandle, weights: _Weights):
+    def __init__(self, handle: CommHandle, weights: ShardedWeights):
         self.handle, self.weights = handle, weights
         self.plain = DefaultAllGather()
         collectives = handle.collectives
@@ -130,43 +127,12 @@ class DifferenceAllGather(AllGather):
         return self.secondary.own.cpu().clone(), self.held_step == self.weights.count
 
 
-class _Weights:
-    """What is known of the shards: optimizer steps so far, and whether somebody else changed them."""
-
-    def __init__(self, shards: list[DTensor], handle: CommHandle) -> None:
-        self.handle = handle
-        self.count = 0
-        self.full_from = 0
-        """From this count on held weights are worth a difference."""
-        self._watch = Watch(lambda: [shard.to_local() for shard in shards])
-
-    def look(self, *_: Any) -> None:
-        """Notice what others changed."""
-        self.handle.wants_resync |= self._watch.look()
-
-    def before_forward(self, *_: Any) -> None:
-        """Collective over the mesh."""
-        self.look()
-        if self.handle.agree():
-            self.handle.wants_resync = False
-            self.count += 1
-            self.full_from = self.count
-            self.handle.count_resync()
-
-    def on_load(self, gathers: list[DifferenceAllGather], states: Any) -> None:
-        """A state was loaded, after its weights: the others hold what they held when it was saved."""
-        self._watch.forget()
-        self.count += 1
-        self.full_from = self.count
-        for gather, state in zip(gathers, states or [None] * len(gathers), strict=True):
-            gather.saved = state
-
-    def after_step(self, *_: Any) -> None:
-        self.count += 1
-        self.handle.end_step()
-        if self.handle.config.weights:
-            self._watch.forget()
-            self._watch.look()
+def _on_load(weights: ShardedWeights, gathers: list[DifferenceAllGather], states: Any) -> None:
+    """A state was loaded, after its weights: the others hold what they held when it was saved."""
+    weights.forget()
+    weights.renew_in_full()
+    for gather, state in zip(gathers, states or [None] * len(gathers), strict=True):
+        gather.saved = state
 
 
 def attach(module: Any, config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> CommHandle:
@@ -186,7 +152,8 @@ def attach(module: Any, config: SDP4BitConfig, optimizer: torch.optim.Optimizer 
             _check_what_is_left(config, shape)
     config = replace(config, weights=sends_weights)
     handle = CommHandle(shape, config, "FSDP2", device)
-    weights = _Weights([parameter for parameter in module.parameters() if isinstance(parameter, DTensor)], handle)
+    parameters = [parameter for parameter in module.parameters() if isinstance(parameter, DTensor)]
+    weights = ShardedWeights(lambda: [parameter.to_local() for parameter in parameters], handle)
     try:
         with on_all_ranks(group):
             gathers = [_replace_collectives(part, handle, weights) for part in parts]
@@ -202,7 +169,7 @@ def attach(module: Any, config: SDP4BitConfig, optimizer: torch.optim.Optimizer 
             lambda: [shard.held for shard in shards if shard.held is not None], share=shape.local_rank
         )
         handle.register_held(lambda: [gather.state() for gather in gathers])
-        handle.on_load(lambda states: weights.on_load(gathers, states))
+        handle.on_load(lambda states: _on_load(weights, gathers, states))
         handle.register_whole_weights(lambda: _whole_weights(module, parts, weights))
         memory = sum(parameter.numel() for parameter in module.parameters()) / shape.local_size
     logger.info(
@@ -215,7 +182,7 @@ def attach(module: Any, config: SDP4BitConfig, optimizer: torch.optim.Optimizer 
     return handle
 
 
-def _whole_weights(module: Any, parts: list[FSDPModule], weights: _Weights) -> Iterator[tuple[str, torch.Tensor]]:
+def _whole_weights(module: Any, parts: list[FSDPModule], weights: ShardedWeights) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, copy) of every parameter as forward passes gather it, and of every buffer of the state dict."""
     for part in parts:
         part.reshard()
@@ -268,7 +235,7 @@ def _check(config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> No
         raise CommError("attach to FSDP2 needs optimizer=, whose steps tell when weights changed")
 
 
-def _replace_collectives(part: FSDPModule, handle: CommHandle, weights: _Weights) -> DifferenceAllGather:
+def _replace_collectives(part: FSDPModule, handle: CommHandle, weights: ShardedWeights) -> DifferenceAllGather:
     gather = DifferenceAllGather(handle, weights)
     if handle.config.gradients:
         part.set_custom_reduce_scatter(QuantizedReduceScatter(handle))
@@ -279,7 +246,7 @@ def _replace_collectives(part: FSDPModule, handle: CommHandle, weights: _Weights
     return gather
 
 
-def _hook(module: Any, optimizer: Any, handle: CommHandle, weights: _Weights) -> None:
+def _hook(module: Any, optimizer: Any, handle: CommHandle, weights: ShardedWeights) -> None:
     hooks = [optimizer.register_step_post_hook(weights.after_step)]
     if handle.config.weights:
         hooks += [

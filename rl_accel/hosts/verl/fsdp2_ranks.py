@@ -117,8 +117,8 @@ class RanksOnFSDP2(HostPatch):
             ranks = getattr(self, "fsdp2_ranks", None)
             if ranks is not None and ranks.held_weights() is not None:
                 raise ConfigError(
-                    "checkpoint engines that send shards would send other weights than those that are trained with; "
-                    "set rl_accel.comm.sharded_weights=false"
+                    "a checkpoint engine that sends shards would send other weights than those that are trained with; "
+                    f"{ranks.holder()} keeps its own: turn that off there, or use an engine that sends whole weights"
                 )
             return original(self, *args, **kwargs)
 

@@ -33,8 +33,16 @@ class Ranks:
 
     def held_weights(self) -> Iterator[tuple[str, Any]] | None:
         """Return the whole weights that the model computes with, if a feature keeps others than its parameters."""
-        found = [weights for role in self.roles.values() if (weights := role.held_weights()) is not None]
-        return found[0] if found else None
+        found = self._held()
+        return next(iter(found.values())) if found else None
+
+    def holder(self) -> str:
+        """Return whose weights `held_weights` are: the settings of that feature."""
+        return f"rl_accel.{next(iter(self._held()))}"
+
+    def _held(self) -> dict[str, Iterator[tuple[str, Any]]]:
+        found = {name: role.held_weights() for name, role in self.roles.items()}
+        return {name: weights for name, weights in found.items() if weights is not None}
 
     @contextmanager
     def inference(self, micro_batch: Any) -> Iterator[None]:

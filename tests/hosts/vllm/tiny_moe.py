@@ -70,10 +70,11 @@ def exported_names(folder: Path) -> list[str]:
     """Return the names under which our DeepSpeed engine sends the weights of a model."""
     from transformers import AutoModelForCausalLM
 
-    from rl_accel.deepspeed.hosts.weights import exported
+    from rl_accel.deepspeed.hosts.weights import full_tensors
+    from rl_accel.hosts.verl.export import exported
 
     model = AutoModelForCausalLM.from_pretrained(folder)
-    return [name for name, _ in exported(model, model.config.model_type, "cpu")]
+    return [name for name, _ in exported(full_tensors(model), model, model.config.model_type, "cpu")]
 
 
 def log_probs(folder: Path, texts: list[list[int]]) -> list[torch.Tensor]:
