@@ -3,6 +3,8 @@
     sudo python scripts/bench_comm.py [--nodes 2] [--ranks 2] [--rate 25mbit,100mbit,1gbit,none] [--json FILE]
     sudo python scripts/bench_comm.py --stages [--json FILE]
 
+    sudo python scripts/bench_comm.py --fsdp2 bfloat16 [--json FILE]
+
 TinyGPT in bfloat16 (3.2 million parameters), DeepSpeed ZeRO-1, one short sequence a step and rank, gloo, one thread a
 rank. Nodes are network namespaces (slow_network.py). One engine trains on; in every block each arm has
 its turn of a few steps, in an order that changes, and what is attached is all that differs:
@@ -33,6 +35,10 @@ bits      a value that must cross, counted in steps of their own without a limit
 
 --buckets N: gradients go in N buckets, as those of a model of N times `reduce_bucket_size` parameters do. A bucket
 holds parameters that follow each other, which one or two ranks own, so that all others send to these at the same time.
+--device-ms T: every layer waits T ms in forward and 2 T ms in backward passes, as if an accelerator computed it, which
+leaves the cores to communication. Without it ranks share the cores, and what is hidden is only what the network takes.
+--fsdp2 DTYPE: FSDP2 instead of DeepSpeed, with gradients on their way in float32 (verl's default) or bfloat16; 4-bit
+weights go to secondary shards. `fsdp2` is the host alone. Its weights cross in passes, so `bits` are not told apart.
 --round-robin: `round_robin_gradients`, which deals parameters out to ranks in turn, for DeepSpeed and for ours.
 
 --stages: peak memory of a rank (model, optimizer, communication) and bytes of a step for ZeRO-2 and ZeRO-3. ZeRO-3's
@@ -61,8 +67,10 @@ from rl_accel.hosts import versions
 
 SCRIPTS = Path(__file__).resolve().parent
 RANK = str(SCRIPTS / "comm_bench_rank.py")
-DEEPSPEED = ("deepspeed", "deepspeed_reduce")
-TIMED = (*DEEPSPEED, "bf16", "bf16_two_level", "zeropp", "sdp4bit", "sdp4bit_auto")
+HOSTS = ("deepspeed", "deepspeed_reduce", "fsdp2")
+"""Arms with nothing of ours."""
+TIMED = ("deepspeed", "deepspeed_reduce", "bf16", "bf16_two_level", "zeropp", "sdp4bit", "sdp4bit_auto")
+TIMED_FSDP2 = ("fsdp2", "bf16_two_level", "sdp4bit", "sdp4bit_auto")
 FAIR = "bf16_two_level"
 SPLIT_STEPS = 2
 """Steps in which bytes of gradients and weights are counted apart."""
@@ -71,7 +79,7 @@ SETTLING_STEPS = 9
 ZERO1 = {"stage": 1, "reduce_bucket_size": 500_000_000}
 
 
-def arms(ranks: int, backend: str) -> dict[str, dict[str, Any] | None]:
+def arms(ranks: int, backend: str, fsdp2: bool = False) -> dict[str, dict[str, Any] | None]:
     """Arm -> fields of SDP4BitConfig; None: nothing attached; `optimizer`: attributes of DeepSpeed's, and nothing
     attached."""
     from dataclasses import asdict
@@ -80,14 +88,17 @@ def arms(ranks: int, backend: str) -> dict[str, dict[str, Any] | None]:
 
     common = {"backend": backend, "bypass": "never", "local_size": ranks}
     plain = {"weight_bits": 16, "intra_bits": 16, "inter_bits": 16, "hadamard": False}
-    return {
+    deepspeed: dict[str, Any] = {
         "deepspeed": None,
         "deepspeed_reduce": {"optimizer": {"use_multi_rank_bucket_allreduce": False}},
         "bf16": {**common, **plain, "local_size": 1},
+        "sdp4bit_overlap": {**common, "overlap_weights": True},
+    }
+    return {
+        **({"fsdp2": None} if fsdp2 else deepspeed),
         "bf16_two_level": {**common, **plain},
         "zeropp": asdict(SDP4BitConfig.zeropp()) | common,
         "sdp4bit": common,
-        "sdp4bit_overlap": {**common, "overlap_weights": True},
         "sdp4bit_auto": {**common, "bypass": "auto"},
         "weights_only": {**common, "gradients": False},
         "gradients_only": {**common, "weights": False},
@@ -153,14 +164,15 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, network: SlowNetwork, ranks: Ranks):
         self.options, self.network, self.ranks = options, network, ranks
-        self.settings = arms(options.ranks, options.backend)
+        self.settings = arms(options.ranks, options.backend, bool(options.fsdp2))
+        model = {"width": options.width, "layers": options.layers, "sequences": options.sequences}
+        model |= {"device_ms": options.device_ms}
         bucket = ZERO1["reduce_bucket_size"]
         if options.buckets > 1:
             bucket = 12 * options.layers * options.width**2 // options.buckets
         zero = {**ZERO1, "reduce_bucket_size": bucket, "round_robin_gradients": options.round_robin}
-        answers = ranks.order(
-            do="build", width=options.width, layers=options.layers, zero=zero, sequences=options.sequences
-        )
+        host = {"reduce_dtype": options.fsdp2} if options.fsdp2 else {"zero": zero}
+        answers = ranks.order(do="build", **model, **host)
         self.num_parameters: int = answers[0]
         print(f"{self.num_parameters} parameters, {options.nodes} nodes of {options.ranks} ranks")
 
@@ -168,7 +180,8 @@ class Bench:
         """Bits per value that must cross, by arm; also the warm-up of every arm."""
         crossing = self.num_parameters * (self.options.nodes - 1) / self.options.nodes
         found = {}
-        print("\nbits a value that must cross   gradients   weights   codec: gradients   weights")
+        parts = ("passes", "step") if self.options.fsdp2 else ("gradients", "weights")
+        print(f"\nbits a value that must cross{parts[0]:>12}{parts[1]:>10}   codec: gradients   weights")
         for name in self.settings:
             if name in ("sdp4bit_auto", "sdp4bit_overlap"):
                 continue
@@ -204,7 +217,7 @@ class Bench:
         for name in found:
             if name == "deepspeed_reduce":
                 self._measure(name, 1)
-            elif name == "deepspeed":
+            elif name in HOSTS:
                 # Only a handle knows the seconds inside collectives; this one never quantizes.
                 observed = {"backend": self.options.backend, "bypass": "never", "start_step": 1_000_000_000}
                 found[name].add_seconds(self.ranks.order(do="measure", settings=observed, steps=self.options.steps))
@@ -225,7 +238,7 @@ def show(rate: str, found: dict[str, Arm]) -> None:
     print(f"\n{rate:<15}   step     p95       blocks         ratio    range        of bf16   wire    compute ", end="")
     print("gradients weights  bound")
     best = incumbent_of(found)
-    print(f"DeepSpeed's best: {best}")
+    print(f"the host's best: {best}")
     for name, arm in found.items():
         middle, low, high = ratios(arm, found[best])
         of_bf16 = f"{ratios(arm, found[FAIR])[0]:6.2f}x" if FAIR in found else "      -"
@@ -245,8 +258,8 @@ def show(rate: str, found: dict[str, Arm]) -> None:
 
 
 def incumbent_of(found: dict[str, Arm]) -> str:
-    """Which of DeepSpeed's own ways is the faster one here."""
-    return min((name for name in DEEPSPEED if name in found), key=lambda name: found[name].p50)
+    """Which of the host's own ways is the faster one here."""
+    return min((name for name in HOSTS if name in found), key=lambda name: found[name].p50)
 
 
 def ratios(arm: Arm, incumbent: Arm) -> tuple[float, float, float]:
@@ -292,15 +305,18 @@ def bit_rows(bits: dict[str, dict[str, float]], num_parameters: int, nodes: int)
     rows = []
     scale = num_parameters * (nodes - 1) / nodes / 8
     total = {name: (row["gradients"] + row["weights"]) * scale for name, row in bits.items()}
+    host = next(name for name in HOSTS if name in bits)
     for name, row in bits.items():
-        if name == "deepspeed":
+        if name == host:
             continue
         suffix = "" if name == "sdp4bit" else f".{name}"
-        ratio = total["deepspeed"] / total[name]
-        values = {"value": total[name], "unit": "bytes a node and step", "incumbent": total["deepspeed"]}
+        ratio = total[host] / total[name]
+        values = {"value": total[name], "unit": "bytes a node and step", "incumbent": total[host]}
         rows.append({"name": f"comm.wire_bytes{suffix}", **values, "ratio": ratio, "bound": None})
+        if host == "fsdp2":
+            continue
         for what in ("gradients", "weights"):
-            value, theirs = row[what], bits["deepspeed"][what]
+            value, theirs = row[what], bits[host][what]
             values = {"value": value, "unit": "bits a value that crosses", "incumbent": theirs, "ratio": theirs / value}
             rows.append({"name": f"comm.wire_bits.{what}{suffix}", **values, "bound": row.get(f"codec_{what}")})
     return rows
@@ -317,8 +333,10 @@ def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
         for rate in options.rate:
             found = measured.measure_rate(rate)
             show(rate, found)
-            shape = f"{options.nodes}x{options.ranks}.{options.buckets}b"
-            rows += [{**row, "width": options.width} for row in rows_of(shape, rate, found)]
+            shape = f"{options.nodes}x{options.ranks}.{options.buckets}b" + (".fsdp2" if options.fsdp2 else "")
+            geometry = {name: getattr(options, name) for name in ("width", "layers", "sequences", "device_ms")}
+            geometry |= {"reduce_dtype": options.fsdp2} if options.fsdp2 else {}
+            rows += [{**row, **geometry} for row in rows_of(shape, rate, found)]
     return rows
 
 
@@ -375,8 +393,10 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="blocks a rate")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--arms", default=",".join(TIMED), help="which to time; deepspeed must be among them")
+    parser.add_argument("--arms", help=f"which to time, the host alone among them; default {','.join(TIMED)}")
     parser.add_argument("--sequences", type=int, default=1, help="a step and rank: more computation")
+    parser.add_argument("--device-ms", type=float, default=0.0, help="a layer's forward pass waits so long")
+    parser.add_argument("--fsdp2", choices=("float32", "bfloat16"), help="FSDP2 with this dtype of reduction")
     parser.add_argument("--buckets", type=int, default=1, help="of gradients")
     parser.add_argument("--round-robin", action="store_true", help="switch round_robin_gradients on")
     parser.add_argument("--backend", default="auto", help="of the codec: auto, torch or cpp")
@@ -384,7 +404,12 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--json", type=Path, help="write the results as a list of {name, value, unit, ...}")
     options = parser.parse_args(argv)
-    options.rate, options.arms = options.rate.split(","), options.arms.split(",")
+    options.rate = options.rate.split(",")
+    options.arms = options.arms.split(",") if options.arms else [*(TIMED_FSDP2 if options.fsdp2 else TIMED)]
+    host = "fsdp2" if options.fsdp2 else "deepspeed"
+    unknown = set(options.arms) - set(arms(options.ranks, options.backend, bool(options.fsdp2)))
+    if unknown or host not in options.arms:
+        parser.error(f"--arms must hold {host} and known arms; unknown: {', '.join(sorted(unknown)) or 'none'}")
     if options.nodes < 2 or options.ranks < 1:
         parser.error("--nodes must be at least 2 and --ranks at least 1")
     if options.buckets < 1:
@@ -405,10 +430,6 @@ def main(argv: list[str]) -> int:
         check_machine()
     except NetworkError as error:
         print(f"bench_comm: {error}", file=sys.stderr)
-        return 2
-    unknown = set(options.arms) - set(arms(options.ranks, options.backend))
-    if unknown or "deepspeed" not in options.arms:
-        print(f"bench_comm: --arms must hold deepspeed and known arms; unknown: {sorted(unknown)}", file=sys.stderr)
         return 2
     end_in_order()
     processes.start_reaper(processes.mark_children())

@@ -1,4 +1,4 @@
-"""A rank of bench_comm.py: one DeepSpeed engine, and orders to train some steps of it with one kind of communication.
+"""A rank of bench_comm.py: one engine, and orders to train some steps of it with one kind of communication.
 
 Steps are timed one by one between barriers, which the times leave out. Bytes are those that the node's interface
 counted between two barriers; the barriers themselves send less than a kilobyte.
@@ -19,12 +19,11 @@ from typing import Any
 import comm_ranks
 import torch
 import torch.distributed as dist
+from comm_bench_engines import LENGTH, Engine, OnDeepSpeed, OnFSDP2, make_model
 from slow_network import sent_bytes
 
-from rl_accel.comm import SDP4BitConfig, attach
-from rl_accel.quickstart.tiny_gpt import MarkovText, TinyGPT, loss_of
+from rl_accel.quickstart.tiny_gpt import MarkovText
 
-LENGTH = 32
 _COUNTED = ("gradients_s", "weights_s", "gradient_inter_bytes", "weight_inter_bytes")
 """Figures of a handle that grow from step to step."""
 NUM_BATCHES = 8
@@ -41,29 +40,25 @@ class Rank:
         logger.setLevel(logging.ERROR)
         load("cpu").init_distributed(dist_backend="gloo", verbose=False)
         self._states: dict[str, dict[str, Any]] = {}
-        self._engine: Any = None
+        self._engine: Engine
         self._kept: list[Any] = []
 
-    def build(self, width: int, layers: int, zero: dict[str, Any], sequences: int = 1) -> int:
-        """Make the engine: TinyGPT in bfloat16, `sequences` a step and rank; returns its number of parameters."""
-        import deepspeed
-
-        torch.manual_seed(0)
-        model = TinyGPT(width, layers, length=LENGTH)
-        num_parameters = sum(weight.numel() for weight in model.parameters())
-        config = {
-            "train_micro_batch_size_per_gpu": sequences,
-            "bf16": {"enabled": True},
-            "gradient_clipping": 1.0,
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"overlap_comm": False, **zero},
-        }
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    def build(
+        self,
+        width: int,
+        layers: int,
+        zero: dict[str, Any] | None = None,
+        reduce_dtype: str = "bfloat16",
+        sequences: int = 1,
+        device_ms: float = 0.0,
+    ) -> int:
+        """Make the engine, DeepSpeed with the options `zero` or FSDP2 without any; returns its number of parameters."""
+        model = make_model(width, layers, device_ms)
+        self._engine = OnFSDP2(model, reduce_dtype) if zero is None else OnDeepSpeed(model, zero, sequences)
         text = MarkovText(LENGTH)
         self._batches = [text.batch(sequences, seed=1000 * dist.get_rank() + i) for i in range(NUM_BATCHES)]
         self._num_steps = 0
-        return num_parameters
+        return self._engine.num_parameters
 
     def measure(
         self, settings: dict[str, Any] | None, steps: int, state: str | None = None, split: bool = False
@@ -71,8 +66,8 @@ class Rank:
         """Train some steps, after one that does not count: what a step leaves to the next one is in the times of both.
 
         Args:
-            settings: of SDP4BitConfig; None: DeepSpeed with nothing attached; {"optimizer": {...}}: attributes of its
-                ZeRO optimizer meanwhile, nothing attached.
+            settings: of SDP4BitConfig; None: the host with nothing attached; {"optimizer": {...}}: attributes of its
+                optimizer meanwhile, nothing attached.
             steps: optimizer steps.
             state: name under which the handle's state lives on until the next call.
             split: count the bytes of the backward pass and of the optimizer step apart, with a barrier between them.
@@ -82,11 +77,8 @@ class Rank:
             optimizer step] with `split`; `stats` of the handle, {} without one.
         """
         own = dict((settings or {}).get("optimizer", {}))
-        optimizer = self._engine.optimizer
-        before = {name: getattr(optimizer, name) for name in own}
-        for name, value in own.items():
-            setattr(optimizer, name, value)
-        handle = None if settings is None or own else attach(self._engine, SDP4BitConfig(**settings))
+        before = self._engine.set(own)
+        handle = None if settings is None or own else self._engine.attach(settings)
         if handle is not None and state in self._states:
             handle.load_state_dict(self._states[state])
         self._backward()
@@ -115,13 +107,15 @@ class Rank:
             if state is not None:
                 self._states[state] = handle.state_dict()
             handle.detach()
-        for name, value in before.items():
-            setattr(optimizer, name, value)
+        self._engine.set(before)
         return answer
 
     def check(self) -> str:
-        """Compare the ranks' weights; returns their digest. Raises CommError if they differ."""
-        handle = attach(self._engine, SDP4BitConfig(backend="torch"))
+        """Compare the ranks' weights, after a step; returns their digest. Raises CommError if they differ."""
+        handle = self._engine.attach({"bypass": "never"})
+        for _ in range(2):  # FSDP2 fills secondary shards in the first and sends differences in the second
+            self._backward()
+            self._engine.step()
         digest = handle.check_replicas()
         handle.detach()
         return digest
@@ -140,7 +134,7 @@ class Rank:
         _free()
         base = _status_bytes("VmRSS")
         num_parameters = self.build(width, layers, zero)
-        handle = None if settings is None else attach(self._engine, SDP4BitConfig(**settings))
+        handle = None if settings is None else self._engine.attach(settings)
         for step in range(-2, steps):
             if step == 0:
                 _free()
@@ -155,11 +149,10 @@ class Rank:
         return {"parameters": num_parameters, "peak_bytes": peak, "sent": sent}
 
     def _backward(self) -> None:
-        loss = loss_of(self._engine, self._batches[self._num_steps % NUM_BATCHES])
+        loss = self._engine.backward(self._batches[self._num_steps % NUM_BATCHES])
         self._num_steps += 1
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss is {loss.item()} after {self._num_steps} steps")
-        self._engine.backward(loss)
 
 
 def _count() -> int:
