@@ -41,8 +41,9 @@ leaves the cores to communication. Without it ranks share the cores, and what is
 weights go to secondary shards. `fsdp2` is the host alone. Its weights cross in passes, so `bits` are not told apart.
 --round-robin: `round_robin_gradients`, which deals parameters out to ranks in turn, for DeepSpeed and for ours.
 
---stages: peak memory of a rank (model, optimizer, communication) and bytes of a step for ZeRO-2 and ZeRO-3. ZeRO-3's
-limits of live and kept parameters are a tenth of the model and none, as for models far larger than the defaults.
+--stages: peak memory of a rank (model, optimizer, communication) and bytes of a step for ZeRO-2 (also with
+max_buffer_mib=2) and ZeRO-3. Its limits of live and kept parameters are a tenth of the model and none, as for models
+far larger than the defaults.
 
 Needs Linux, root and iproute2. Runs the operation's tests first and stops if they fail.
 """
@@ -343,6 +344,8 @@ def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
 def bench_stages(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Memory and bytes of ZeRO-2 and ZeRO-3."""
     settings = arms(options.ranks, options.backend)
+    common = settings["sdp4bit"]
+    assert common is not None
     width, layers = 2 * options.width, 2 * options.layers
     num_parameters = layers * 12 * width * width
     bucket = {"reduce_bucket_size": num_parameters // 8}
@@ -354,6 +357,8 @@ def bench_stages(options: argparse.Namespace) -> list[dict[str, Any]]:
         "zero2.sdp4bit": (zero2, settings["sdp4bit"]),
         "zero3": (zero3, None),
         "zero3.gradients_only": (zero3, settings["gradients_only"]),
+        "zero3.sdp4bit": (zero3, settings["sdp4bit"]),
+        "zero2.sdp4bit.small_buffers": (zero2, {**common, "max_buffer_mib": 2}),
     }
     found: dict[str, dict[str, float]] = {}
     env = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed tensors leave the process at once
@@ -372,9 +377,7 @@ def bench_stages(options: argparse.Namespace) -> list[dict[str, Any]]:
             sent = statistics.mean(answer["sent"] for answer in answers[:: options.ranks]) / options.steps
             peak = max(answer["peak_bytes"] for answer in answers)
             found[name] = {"sent": sent, "peak": peak}
-            print(f"{name:<21} peak of a rank {peak / 2**20:8.1f} MiB   wire {sent / 1e6:8.3f} MB a node and step")
-    copy = found["zero3.gradients_only"]["peak"] + size
-    print(f"zero3.gradients_only and a copy of the weights to send differences to: {copy / 2**20:.1f} MiB")
+            print(f"{name:<28} peak of a rank {peak / 2**20:8.1f} MiB   wire {sent / 1e6:8.3f} MB a node and step")
     rows = []
     for name, row in found.items():
         for what, unit in (("peak", "bytes a rank"), ("sent", "bytes a node and step")):

@@ -31,11 +31,17 @@ from rl_accel.kernels.codec.rows import Rows
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.12
 
-_PART_BYTES = {"cpu": 16 << 10}
-_PART_BYTES_ON_DEVICE = 512 << 10
-"""Bytes of a chunk that one place carries: small enough that a ring fills fast, large enough to hide its latency."""
+_PART_BYTES = {"cpu": (256 << 10, 32 << 10)}
+_PART_BYTES_ON_DEVICE = 4 << 20, 512 << 10
+"""Bytes of a chunk that one place carries, where the host waits for all weights and where a forward pass runs beside
+them. The first are large, because each costs a few messages (2 ms on a busy core) and gains little; the second small
+enough that a layer has its weights soon."""
 _MAX_CHUNKS = 32
-"""Chunks of one shard."""
+"""Chunks of one shard, unless `max_buffer_mib` asks for more."""
+
+
+_SPARE = 8
+"""Parts that `max_buffer_mib` has room for beside those of a chunk that is put together, twice."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class DifferenceRing:
         topology: with process groups that nobody else uses at the same time.
         numels: values of a shard, flat tensor by flat tensor.
         priority: (flat, first value in it, values) -> what chunks are sorted by; None: by their position.
+        overlapped: whether the host goes on meanwhile.
     """
 
     def __init__(
@@ -82,12 +89,14 @@ class DifferenceRing:
         numels: Sequence[int],
         device: torch.device,
         priority=None,
+        overlapped: bool = False,
     ):
         self.topology, self.config, self.traffic, self.device = topology, config, traffic, device
         self.format = wire.Format(config.weight_bits, config.weight_group_size, config.backend)
         self.difference = config.weight_difference and self.format.quantized
         self._rows: dict[Any, Rows] = {}
-        self._cuts = [self._cut(numel) for numel in numels]
+        wanted = _PART_BYTES.get(device.type, _PART_BYTES_ON_DEVICE)[overlapped]
+        self._cuts = [self._cut(numel, wanted) for numel in numels]
         chunks = [
             Chunk(flat, owner, number, *cut.chunk(number, topology.local_size))
             for flat, cut in enumerate(self._cuts)
@@ -104,17 +113,18 @@ class DifferenceRing:
         self.chunks = sorted((chunk for chunk in chunks if chunk.count), key=position)
         """The most urgent first."""
         part_bytes = max((cut.num_bytes for cut in self._cuts if cut.numel), default=1)
-        waiting = max(1, (config.max_buffer_mib << 20) // part_bytes - 2 * (topology.local_size + 2))
+        waiting = max(1, (config.max_buffer_mib << 20) // part_bytes - (2 * topology.local_size + 2))
         owners = [self._node_of[chunk.owner] for chunk in self.chunks]
         schedule = make_schedule(owners, topology.num_nodes, waiting)
         self.schedule = schedule[topology.node]
         self.order = self._arrivals(schedule)
         """Chunks in the order in which they are added to the held weights, the same for all ranks of a node."""
 
-    def _cut(self, numel: int) -> _Cut:
+    def _cut(self, numel: int, wanted: int) -> _Cut:
         local_size, group = self.topology.local_size, self.format.group_size
-        wanted = _PART_BYTES.get(self.device.type, _PART_BYTES_ON_DEVICE)
-        num_chunks = min(_MAX_CHUNKS, max(1, self.format.num_bytes(numel) // (wanted * local_size)))
+        share = self.format.num_bytes(numel) // local_size
+        fitting = (self.config.max_buffer_mib << 20) // (2 * local_size + _SPARE)
+        num_chunks = max(min(_MAX_CHUNKS, share // wanted), -(-share // fitting), 1)
         part = padded(-(-numel // (num_chunks * local_size)), group)
         num_chunks = -(-numel // (part * local_size)) if numel else 0
         return _Cut(numel, num_chunks, part, self.format.num_bytes(part))

@@ -14,7 +14,7 @@ from rl_accel.comm.collectives import QuantizedCollectives
 from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.comm.difference import DifferenceRing
 from rl_accel.comm.plan import make_plan
-from rl_accel.comm.secondary import SecondaryShard
+from rl_accel.comm.secondary import SecondaryShards, Unit
 from rl_accel.comm.traffic import Traffic
 from rl_accel.kernels.codec import api as codec
 from rl_accel.kernels.codec.layout import packed_bytes, padded
@@ -227,42 +227,50 @@ def check_bad_values_reach_the_owner(group) -> None:
 
 
 def check_secondary_shards(group) -> None:
-    """Equal on all ranks of a place, and what is gathered from them on all ranks; what one step lost the next ones
-    send; bytes are those of the formula."""
+    """Equal on all ranks of a place, and what is gathered from them on all ranks, for one unit or several at once; what
+    one step lost the next ones send; bytes are those of the formula."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for local_size in [n for n in (1, 2) if world_size % n == 0 and world_size > n]:
         shape = topology.build(group, local_size)
         nodes = shape.num_nodes
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for numel in (0, 1, 33, 1000):
+            for numels in ([0], [1], [33], [1000], [130, 0, 1, 500]):
+                case = local_size, dtype, numels
                 traffic = Traffic()
-                secondary = SecondaryShard(shape, SDP4BitConfig(), traffic)
-                start = torch.cat([contribution(7, r, numel, dtype) for r in range(world_size)])
-                secondary.fill(start)
-                assert torch.equal(secondary.gather(torch.empty_like(start)), start)
-                goal = start.view(world_size, -1)[rank].float() + 0.01 * torch.arange(numel) / max(numel, 1)
-                goal, gaps = goal.to(dtype), []
+                exchange, units = SecondaryShards(shape, SDP4BitConfig(), traffic), [Unit() for _ in numels]
+                starts = [torch.stack([contribution(7, r, n, dtype) for r in range(world_size)]) for n in numels]
+                wholes = [torch.empty_like(start) for start in starts]
+                exchange.fill(units, [start[rank] for start in starts])
+                exchange.gather(units, wholes)
+                assert all(map(torch.equal, wholes, starts)), case
+                goals = [
+                    start[rank].float() + 0.01 * torch.arange(n) / max(n, 1)
+                    for start, n in zip(starts, numels, strict=True)
+                ]
+                goals, gaps = [goal.to(dtype) for goal in goals], []
                 for _ in range(6):
-                    secondary.renew(goal)
-                    whole = secondary.gather(torch.empty_like(start))
-                    gap = (whole.view(world_size, -1)[rank].float() - goal.float()).abs()
-                    gaps.append(gap.max() if numel else torch.tensor(0.0))
+                    exchange.renew(units, goals)
+                    exchange.gather(units, wholes)
+                    apart = [whole[rank].float() - goal.float() for whole, goal in zip(wholes, goals, strict=True)]
+                    gaps.append(max(float(gap.abs().max()) if gap.numel() else 0.0 for gap in apart))
+                whole = torch.cat([whole.flatten() for whole in wholes])
                 everyone = [torch.empty_like(whole) for _ in range(world_size)]
                 dist.all_gather(everyone, whole, group=group)
-                assert all(torch.equal(everyone[0], other) for other in everyone), (local_size, dtype, numel)
-                assert gaps[-1] <= max(gaps[0], torch.tensor(0.02)), gaps
+                assert all(torch.equal(everyone[0], other) for other in everyone), case
+                assert gaps[-1] <= max(gaps[0], 0.02), (case, gaps)
                 if dtype == torch.float32:
                     assert gaps[-1] < 1e-4
-                assert traffic.weight_inter == 6 * (nodes - 1) * (packed_bytes(numel, 4, 128) if numel else 0)
-                assert traffic.weight_intra == 7 * (local_size - 1) * nodes * numel * start.element_size()
-                assert secondary.held.numel() == start.numel() // local_size
+                block = sum(packed_bytes(numel, 4, 128) for numel in numels if numel)
+                assert traffic.weight_inter == 6 * (nodes - 1) * block
+                assert traffic.weight_intra == 7 * (local_size - 1) * nodes * sum(numels) * starts[0].element_size()
+                assert sum(unit.held.numel() for unit in units) == whole.numel() // local_size
 
 
 def check_ring(group) -> None:
     """Replicas of contiguous shards: equal on all ranks to what one rank computes alone, in chunks of any size, in the
     order of any priority, with the bytes of the formula."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    numels = [70_000, 0, 33, 129_001]
+    numels = [70_000, 0, 33, 140_001]
     reverse = lambda flat, first, count: -first  # noqa: E731
     for local_size in [n for n in (1, 2, 4) if world_size % n == 0]:
         shape = topology.build(group, local_size, "ring")
@@ -275,7 +283,8 @@ def check_ring(group) -> None:
         ]
         for dtype, config, priority in cases:
             traffic = Traffic()
-            ring = DifferenceRing(shape, config, traffic, numels, torch.device("cpu"), priority)
+            ring = DifferenceRing(shape, config, traffic, numels, torch.device("cpu"), priority, overlapped=True)
+            assert ring.buffer_bytes <= config.max_buffer_mib << 20
             assert sorted(ring.order) == list(range(len(ring.chunks)))
             if local_size == 1:
                 assert len(ring.chunks) > 3 * world_size, "no flat tensor was cut"

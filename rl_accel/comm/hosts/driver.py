@@ -43,10 +43,11 @@ def _check(config: DictConfig, comm: Any, zero_stage: int) -> None:
     if comm.local_size is not None and ranks % comm.local_size:
         raise ConfigError(f"rl_accel.comm.local_size={comm.local_size} does not divide the {ranks} ranks")
     if with_strategy(config, "deepspeed") and zero_stage == 3:
-        _refuse_weights(comm, "at ZeRO 3 ranks keep no copy of the weights", "use rl_accel.deepspeed.zero_stage=2")
+        _check_shards(config, comm, "ZeRO 3", "or use rl_accel.deepspeed.zero_stage=2")
     for role in with_strategy(config, "fsdp2"):
         if role == FORWARD_ONLY:
             continue
+        _check_shards(config, comm, "FSDP2", "or use rl_accel.deepspeed.zero_stage=2 with trainer=deepspeed")
         settings = node(config, role)
         if settings.get("fsdp_size", -1) not in (-1, ranks):
             raise ConfigError(
@@ -57,11 +58,15 @@ def _check(config: DictConfig, comm: Any, zero_stage: int) -> None:
             raise ConfigError(f"{role}.{NODES[role]}.offload_policy: 4-bit communication does not cover CPU offload")
 
 
-def _refuse_weights(comm: Any, reason: str, instead: str) -> None:
-    for refused, key in (
-        (not comm.gradients, "gradients=false"),
-        (comm.sharded_weights, "sharded_weights=true"),
-        (comm.check_every > 0, f"check_every={comm.check_every}"),
-    ):
+def _check_shards(config: DictConfig, comm: Any, host: str, instead: str) -> None:
+    """Refuse what needs 4-bit weights, where ranks hold shards and nothing of other nodes' shards."""
+    place = comm.local_size or config.trainer.n_gpus_per_node
+    wanted = place > 1 if comm.sharded_weights is None else comm.sharded_weights
+    if comm.weights and wanted and config.trainer.n_gpus_per_node * config.trainer.nnodes > place:
+        return
+    for refused, key in ((not comm.gradients, "gradients=false"), (comm.check_every > 0, "check_every")):
         if refused:
-            raise ConfigError(f"rl_accel.comm.{key}: {reason}, to send differences to or to compare; {instead}")
+            raise ConfigError(
+                f"rl_accel.comm.{key} needs 4-bit weights, which {host} has on several nodes with "
+                f"rl_accel.comm.sharded_weights=true; {instead}"
+            )

@@ -33,8 +33,7 @@ from rl_accel.comm import topology
 from rl_accel.comm.agreement import on_all_ranks
 from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.comm.handle import CommHandle
-from rl_accel.comm.secondary import SecondaryShard
-from rl_accel.comm.sharded import ShardedWeights
+from rl_accel.comm.sharded import ShardedWeights, check_what_is_left, sends_weights
 from rl_accel.errors import CommError
 from rl_accel.kernels.codec import api as codec
 
@@ -74,11 +73,7 @@ class DifferenceAllGather(AllGather):
     def __init__(self, handle: CommHandle, weights: ShardedWeights):
         self.handle, self.weights = handle, weights
         self.plain = DefaultAllGather()
-        collectives = handle.collectives
-        self.secondary = SecondaryShard(handle.topology, handle.config, collectives.traffic)
-        self.held_step = -1
-        self.saved: tuple[torch.Tensor, bool] | None = None
-        """Of a checkpoint that was loaded, until the next gather."""
+        self.unit = weights.add_unit()
 
     def allocate(self, size, *, dtype, device):
         return torch.empty(*size, dtype=dtype, device=device)
@@ -89,50 +84,9 @@ class DifferenceAllGather(AllGather):
             return self.plain(output_tensor, input_tensor, group, async_op)
         if input_tensor.dtype == torch.uint8:
             raise CommError("comm.sharded_weights does not cover FSDP modules with parameters of several dtypes")
-        if self.held_step == self.weights.count and self.saved is None:
-            self.secondary.gather(output_tensor)
-            return None
-        with self.handle.timed("weights"):
-            self._renew(output_tensor, input_tensor, group)
-        self.held_step = self.weights.count
+        whole = output_tensor.view(self.handle.topology.world_size, -1)
+        self.weights.gather([self.unit], [input_tensor], [whole])
         return None
-
-    def _renew(self, output: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup) -> None:
-        """Bring the secondary shard up to date and gather; `shard` is a part of `output`, which is overwritten."""
-        if self.saved is not None:
-            shard = shard.clone()
-            held, is_new = self.saved
-            self.saved = None
-            self.plain(output, held.to(output), group)
-            self.secondary.fill(output)
-            if is_new:
-                return
-        elif self.secondary.held is None or self.held_step < self.weights.full_from:
-            self._fill(output, shard, group)
-            return
-        if not self.handle.quantize_weights():
-            self._fill(output, shard, group)
-            return
-        self.secondary.renew(shard.contiguous())
-        self.secondary.gather(output)
-
-    def _fill(self, output: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup) -> None:
-        self.plain(output, shard, group)
-        self.secondary.fill(output)
-
-    def state(self) -> tuple[torch.Tensor, bool] | None:
-        """What the other nodes hold of this rank's shard, and whether they hold the last step's."""
-        if self.saved is not None or self.secondary.own is None:
-            return self.saved
-        return self.secondary.own.cpu().clone(), self.held_step == self.weights.count
-
-
-def _on_load(weights: ShardedWeights, gathers: list[DifferenceAllGather], states: Any) -> None:
-    """A state was loaded, after its weights: the others hold what they held when it was saved."""
-    weights.forget()
-    weights.renew_in_full()
-    for gather, state in zip(gathers, states or [None] * len(gathers), strict=True):
-        gather.saved = state
 
 
 def attach(module: Any, config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> CommHandle:
@@ -146,30 +100,25 @@ def attach(module: Any, config: SDP4BitConfig, optimizer: torch.optim.Optimizer 
         facts |= {"settings": asdict(config), "torch": torch.__version__}
         facts["backend"] = codec.load_backend(config.backend, device).__name__
     shape = topology.build(group, config.local_size)
-    sends_weights = _sends_weights(config, shape)
+    sends = sends_weights(config, shape)
     with on_all_ranks(group):
-        if not sends_weights:
-            _check_what_is_left(config, shape)
-    config = replace(config, weights=sends_weights)
+        if not sends:
+            check_what_is_left(config, "FSDP2")
+    config = replace(config, weights=sends)
     handle = CommHandle(shape, config, "FSDP2", device)
     parameters = [parameter for parameter in module.parameters() if isinstance(parameter, DTensor)]
-    weights = ShardedWeights(lambda: [parameter.to_local() for parameter in parameters], handle)
+    weights = ShardedWeights(handle, lambda: [parameter.to_local() for parameter in parameters])
     try:
         with on_all_ranks(group):
-            gathers = [_replace_collectives(part, handle, weights) for part in parts]
+            for part in parts:
+                _replace_collectives(part, handle, weights)
             _hook(module, optimizer, handle, weights)
     except BaseException:
         handle.detach()
         raise
     memory = 0.0
     if config.weights:
-        shards = [gather.secondary for gather in gathers]
-        # The first place of each node is compared with the first places of the others, and so on.
-        handle.register_replicas(
-            lambda: [shard.held for shard in shards if shard.held is not None], share=shape.local_rank
-        )
-        handle.register_held(lambda: [gather.state() for gather in gathers])
-        handle.on_load(lambda states: _on_load(weights, gathers, states))
+        weights.register()
         handle.register_whole_weights(lambda: _whole_weights(module, parts, weights))
         memory = sum(parameter.numel() for parameter in module.parameters()) / shape.local_size
     logger.info(
@@ -211,46 +160,25 @@ def _parameters(module: Any, prefix: str, part: Any) -> Iterator[tuple[str, Any,
         yield from _parameters(child, f"{prefix}{name}.", part)
 
 
-def _sends_weights(config: SDP4BitConfig, shape: topology.Topology) -> bool:
-    """Whether weights cross between nodes as differences: by default where that takes less than a replica."""
-    wanted = shape.local_size > 1 if config.sharded_weights is None else config.sharded_weights
-    return config.weights and wanted and shape.num_nodes > 1
-
-
-def _check_what_is_left(config: SDP4BitConfig, shape: topology.Topology) -> None:
-    """Refuse settings that need secondary shards, where there will be none."""
-    if not config.gradients:
-        raise CommError(
-            "FSDP2 shards its weights: comm.gradients=false leaves nothing without comm.sharded_weights=true and "
-            "several nodes"
-        )
-    if config.check_every:
-        raise CommError(
-            "comm.check_every needs replicas to compare: comm.sharded_weights=true on several nodes keeps some"
-        )
-
-
 def _check(config: SDP4BitConfig, optimizer: torch.optim.Optimizer | None) -> None:
     if optimizer is None:
         raise CommError("attach to FSDP2 needs optimizer=, whose steps tell when weights changed")
 
 
-def _replace_collectives(part: FSDPModule, handle: CommHandle, weights: ShardedWeights) -> DifferenceAllGather:
-    gather = DifferenceAllGather(handle, weights)
+def _replace_collectives(part: FSDPModule, handle: CommHandle, weights: ShardedWeights) -> None:
     if handle.config.gradients:
         part.set_custom_reduce_scatter(QuantizedReduceScatter(handle))
         handle.on_detach(lambda: part.set_custom_reduce_scatter(DefaultReduceScatter()))
     if handle.config.weights:
-        part.set_custom_all_gather(gather)
+        part.set_custom_all_gather(DifferenceAllGather(handle, weights))
         handle.on_detach(lambda: part.set_custom_all_gather(DefaultAllGather()))
-    return gather
 
 
 def _hook(module: Any, optimizer: Any, handle: CommHandle, weights: ShardedWeights) -> None:
     hooks = [optimizer.register_step_post_hook(weights.after_step)]
     if handle.config.weights:
         hooks += [
-            optimizer.register_step_pre_hook(weights.look),
+            optimizer.register_step_pre_hook(weights.before_step),
             module.register_forward_pre_hook(weights.before_forward, prepend=True),
         ]
     for hook in hooks:

@@ -203,7 +203,8 @@ class DeepSpeedMixin:
         if self.zero_stage == 3:
             self.to(get_device_name())
         module = getattr(self.module, "module", self.module)
-        tensors = weights.full_tensors(module)
+        tensors = self.ranks.held_weights() if self.ranks is not None else None
+        tensors = weights.full_tensors(module) if tensors is None else tensors
         return exported(tensors, module, self.model_config.hf_config.model_type, get_device_id()), None
 
     def get_per_tensor_param_shard(self, **kwargs):

@@ -1,6 +1,7 @@
 """One rank of test_attach.py: DeepSpeed engines with and without 4-bit communication, on real gloo.
 
-The cases named as arguments run one after the other in one process group: `training_cases.py` and `attach_cases.py`.
+The cases named as arguments run one after the other in one process group: `training_cases.py`, `attach_cases.py` and
+`stage3_cases.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import sys
 
 import attach_cases
+import stage3_cases
 import torch
 import torch.distributed as dist
 import training_cases
@@ -19,7 +21,7 @@ from rl_accel.hosts.deepspeed import load
 
 CASES = {
     name.removeprefix("case_"): case
-    for cases in (training_cases, attach_cases)
+    for cases in (training_cases, attach_cases, stage3_cases)
     for name, case in vars(cases).items()
     if name.startswith("case_")
 }

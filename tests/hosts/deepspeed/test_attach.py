@@ -30,6 +30,11 @@ CASES = [
     "bypass_decides_alike",
     "weights_set_by_hand_go_out_in_full",
     "a_state_loaded_on_some_ranks_is_an_error_on_all",
+    "stage3_sends_differences",
+    "stage3_in_full_is_deepspeed",
+    "stage3_follows_whoever_writes",
+    "stage3_resumes_bit_equal",
+    "stage3_fetches_elsewhere_stop_the_run",
 ]
 
 
@@ -44,7 +49,7 @@ def test_attach(run_ranks, world_size, tmp_path):
 
 
 def test_every_case_is_run():
-    files = [SCRIPT.with_name("training_cases.py"), SCRIPT.with_name("attach_cases.py")]
+    files = [SCRIPT.with_name(f"{name}_cases.py") for name in ("training", "attach", "stage3")]
     lines = [line for file in files for line in file.read_text().splitlines()]
     defined = {line[9:].split("(")[0] for line in lines if line.startswith("def case_")}
     assert defined == {*CASES, "killed"}

@@ -341,10 +341,9 @@ def case_a_state_loaded_on_some_ranks_is_an_error_on_all() -> None:
         state["steps"] = 40
         if dist.get_rank() == 0:
             handle.load_state_dict(state)
-        loss = loss_of(engine, TEXT.batch(2, dist.get_rank()))
         others = ", ".join(map(str, range(1, dist.get_world_size())))
         with pytest.raises(CommError, match=rf"there is none on ranks {others}\."):
-            engine.backward(loss)
+            engine.backward(loss_of(engine, TEXT.batch(2, dist.get_rank())))
         handle.detach()
 
         engine = make_engine(ENGINES[name])

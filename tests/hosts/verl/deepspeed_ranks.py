@@ -28,6 +28,7 @@ from verl.workers.utils.losses import sft_loss
 
 import rl_accel
 from rl_accel.deepspeed.hosts.engine_config import DeepSpeedEngineConfig
+from rl_accel.deepspeed.hosts.weights import full_tensors
 from rl_accel.errors import ConfigError
 from rl_accel.hosts.verl.fsdp2_ranks import FSDP2Config
 
@@ -147,6 +148,14 @@ def weights_of(engine) -> dict[str, torch.Tensor]:
     tensors, adapter = engine.get_per_tensor_param()
     assert adapter is None
     return {name: tensor.clone() for name, tensor in tensors}
+
+
+def owned_weights(engine) -> dict[str, torch.Tensor]:
+    """The optimizer's, whatever rollout engines are sent."""
+    module = getattr(engine.module, "module", engine.module)
+    if hasattr(next(module.parameters()), "full_tensor"):
+        return {name: parameter.full_tensor().detach() for name, parameter in module.named_parameters()}
+    return dict(full_tensors(module))
 
 
 def sharing(engine) -> dict[str, int]:
@@ -404,7 +413,8 @@ def four_bits():
     without_replicas = {"bypass": "never", "gradient_rounding": "stochastic"}
     nodes = {**without_replicas, "local_size": 1, "sharded_weights": True, "inter_bits": 8}
     cases = [(kind, kind, settings if kind in ("zero1", "zero2") else without_replicas) for kind in ENGINES]
-    for name, kind, comm in [*cases, ("fsdp2_weights", "fsdp2", nodes)]:
+    cases += [("fsdp2_weights", "fsdp2", nodes), ("zero3_weights", "zero3", nodes)]
+    for name, kind, comm in cases:
         root = shared_folder()
         plain, engine = make_engine(kind), make_engine(kind, comm=comm)
         train(plain, 0)
@@ -422,9 +432,9 @@ def four_bits():
             "log_probs": (log_probs(plain), log_probs(engine)),
             "stats": (engine.fsdp2_ranks if kind == "fsdp2" else engine.ranks).roles["comm"].handle.stats(),
         }
-        if name == "fsdp2_weights":
+        if name.endswith("_weights"):
             results[name]["exported"] = log_probs_with_exported_weights(engine)
-            results[name]["masters"] = {n: p.full_tensor().detach() for n, p in engine.module.named_parameters()}
+            results[name]["owned"] = owned_weights(engine)
         with engine.train_mode():
             metrics = engine.train_batch(make_batch(3, 1), loss_of_lm)["metrics"]
         results[name]["metrics"] = {key: value for key, value in metrics.items() if key.startswith("rl_accel/comm/")}

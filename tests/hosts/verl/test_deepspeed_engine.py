@@ -183,10 +183,11 @@ def test_4_bit_communication_in_the_engine(ranks, kind):
     assert largest_difference(*result["weights"]) == 0
 
 
-def test_4_bit_weights_on_verls_fsdp2_engine(ranks):
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_4_bit_weights_where_ranks_hold_shards(ranks, kind):
     """Every rank a node of its own. Rollout engines are sent the weights that forward passes compute with, not the
     optimizer's, and a resumed run is the same to the bit."""
-    result = ranks(2)["four_bits"]["fsdp2_weights"]
+    result = ranks(2)["four_bits"][f"{kind}_weights"]
     for ours, plain in zip(result["straight"], result["plain"], strict=True):
         assert ours["loss"] == pytest.approx(plain["loss"], rel=0.02)
         assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=0.05)
@@ -198,6 +199,6 @@ def test_4_bit_weights_on_verls_fsdp2_engine(ranks):
     assert result["metrics"]["rl_accel/comm/weight_inter_bytes"][0] > 0
     log_probs, sent = result["exported"]
     assert torch.equal(log_probs, result["log_probs"][1])
-    assert any(not torch.equal(sent[name], weight) for name, weight in result["masters"].items())
+    assert any(not torch.equal(sent[name], weight) for name, weight in result["owned"].items())
     assert result["resumed"] == result["straight"]
     assert largest_difference(*result["weights"]) == 0

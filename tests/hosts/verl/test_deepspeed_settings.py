@@ -154,7 +154,8 @@ def test_communication_goes_into_verls_fsdp2_engine(make_config):
         (("rl_accel.comm.inter_bits=3",), "deepspeed", "4, 8 or 16"),
         (("rl_accel.comm.hadamrd=false",), "deepspeed", "Did you mean 'hadamard'"),
         (("rl_accel.deepspeed.zero_stage=3", "rl_accel.comm.gradients=false"), "deepspeed", "zero_stage=2"),
-        (("rl_accel.deepspeed.zero_stage=3", "rl_accel.comm.check_every=2"), "deepspeed", "check_every=2"),
+        (("rl_accel.deepspeed.zero_stage=3", "rl_accel.comm.check_every=2"), "deepspeed", "check_every needs"),
+        (("rl_accel.comm.check_every=2",), "fsdp", "check_every needs 4-bit weights, which FSDP2"),
     ],
 )
 def test_communication_that_could_not_work_is_refused(make_config, overrides, trainer, message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import logging
 from collections.abc import Mapping
@@ -16,7 +15,8 @@ from rl_accel.comm import topology
 from rl_accel.comm.agreement import on_all_ranks
 from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.comm.handle import CommHandle
-from rl_accel.comm.hosts.deepspeed import checks, gradients, weights
+from rl_accel.comm.hosts.deepspeed import checks, gradients, stage3_weights, weights
+from rl_accel.comm.sharded import check_what_is_left, sends_weights
 from rl_accel.config import build
 
 logger = logging.getLogger(__name__)
@@ -33,10 +33,15 @@ def attach(engine: Any, config: SDP4BitConfig) -> CommHandle:
     optimizer = engine.optimizer
     name = type(optimizer).__name__
     sharded = name == "DeepSpeedZeroOptimizer_Stage3"
-    config = replace(config, weights=config.weights and not sharded)
-    handle = CommHandle(
-        topology.build(group, config.local_size), config, f"DeepSpeed {name}", torch.device(engine.device)
-    )
+    shape = topology.build(group, config.local_size)
+    if sharded:
+        served = config.sharded_weights or stage3_weights.has_shards(engine.module)
+        sends = bool(served) and sends_weights(config, shape)
+        with on_all_ranks(group):
+            if not sends:
+                check_what_is_left(config, "ZeRO-3")
+        config = replace(config, weights=sends)
+    handle = CommHandle(shape, config, f"DeepSpeed {name}", torch.device(engine.device))
     if not sharded:
         handle.register_replicas(lambda: engine.module.parameters())
         handle.check_replicas()
@@ -46,7 +51,6 @@ def attach(engine: Any, config: SDP4BitConfig) -> CommHandle:
     except BaseException:
         handle.detach()
         raise
-    shape = handle.topology
     logger.info(
         "4-bit communication on %s: %d ranks, %d nodes of %d",
         handle.host,
@@ -62,8 +66,9 @@ def _join(engine: Any, handle: CommHandle) -> None:
     optimizer = engine.optimizer
     name = type(optimizer).__name__
     if name == "DeepSpeedZeroOptimizer_Stage3":
-        _count_steps(optimizer, handle)
-        gradients.attach_stage3(optimizer, handle)
+        stage3_weights.attach(engine.module, optimizer, handle)
+        if handle.config.gradients:
+            gradients.attach_stage3(optimizer, handle)
     else:
         weights.attach(engine.module, optimizer, handle)
         if handle.config.gradients and name == "BF16_Optimizer":
@@ -72,18 +77,6 @@ def _join(engine: Any, handle: CommHandle) -> None:
             gradients.attach_stage12(optimizer, handle)
     optimizer.sdp4bit_handle = handle
     handle.on_detach(lambda: delattr(optimizer, "sdp4bit_handle"))
-
-
-def _count_steps(optimizer: Any, handle: CommHandle) -> None:
-    step = optimizer.step
-
-    @functools.wraps(step)
-    def stepping(self, closure=None):
-        result = step(closure)
-        handle.end_step()
-        return result
-
-    handle.replace(optimizer, "step", stepping)
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:

@@ -117,19 +117,19 @@ def changed_host_symbols(optimizer: str) -> list[str]:
         if target is None:
             moved.append(f"{path} is gone")
             continue
-        parameters = tuple(inspect.signature(_undecorated(target)).parameters)
+        parameters = tuple(inspect.signature(undecorated(target)).parameters)
         if parameters != expected:
             moved.append(f"{path} takes ({', '.join(parameters)}) instead of ({', '.join(expected)})")
     return moved
 
 
-def _undecorated(function: Any) -> Any:
+def undecorated(function: Any) -> Any:
     """DeepSpeed's `instrument_w_nvtx` hides the signature; what it wraps is its nonlocal `func`."""
     function = inspect.unwrap(function)
     if isinstance(function, types.FunctionType) and function.__closure__:
         inner = inspect.getclosurevars(function).nonlocals.get("func")
         if callable(inner):
-            return _undecorated(inner)
+            return undecorated(inner)
     return function
 
 
@@ -174,15 +174,9 @@ def _unsupported(engine: Any, config: SDP4BitConfig, group: dist.ProcessGroup) -
             "zero_optimization.reduce_scatter=false: set it to true",
         ),
         (
-            sharded and (config.sharded_weights or not config.gradients),
-            "weights of ZeRO-3: no rank keeps what was last sent, and a copy to keep would take the memory of stage 2, "
-            "which sends less. Use stage 1 or 2, or gradients alone",
-        ),
-        (
             not sharded and not weights.groups_agree(optimizer, group),
             "parameter groups that are sharded over different ranks",
         ),
-        (sharded and config.check_every > 0, "check_every at ZeRO-3, whose ranks hold no replicas to compare"),
         (getattr(optimizer, "sdp4bit_handle", None) is not None, "an engine twice: detach() the first handle"),
     ]
     return next((reason for holds, reason in reasons if holds), None)

@@ -77,7 +77,13 @@ class _Gather:
                 top = topology.build(top.group, config.local_size, "weights")
             numels = [parts[0].numel() for parts in self.partitioned]
             self._ring = DifferenceRing(
-                top, config, handle.collectives.traffic, numels, self.groups_flat[0].device, self.units.priority
+                top,
+                config,
+                handle.collectives.traffic,
+                numels,
+                self.groups_flat[0].device,
+                self.units.priority,
+                self._overlaps,
             )
         return self._ring
 
