@@ -1,4 +1,5 @@
-"""Weight differences of contiguously sharded weights (ZeRO 1 and 2), brought to all ranks chunk by chunk.
+"""Weight differences of contiguously sharded weights (ZeRO 1 and 2), brought to all ranks chunk by chunk while the host
+goes on; difference_gather.py does it while the host waits.
 
 A rank encodes what its shard became less what the others hold (SDP4Bit §3.1), all of it in one call of the codec, and
 shares it out over the places of its node, a part of every chunk for each. The places' rings (ring.py) then carry the
@@ -31,11 +32,10 @@ from rl_accel.kernels.codec.rows import Rows
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.12
 
-_PART_BYTES = {"cpu": (256 << 10, 32 << 10)}
-_PART_BYTES_ON_DEVICE = 4 << 20, 512 << 10
-"""Bytes of a chunk that one place carries, where the host waits for all weights and where a forward pass runs beside
-them. The first are large, because each costs a few messages (2 ms on a busy core) and gains little; the second small
-enough that a layer has its weights soon."""
+_PART_BYTES = {"cpu": 32 << 10}
+_PART_BYTES_ON_DEVICE = 512 << 10
+"""Bytes of a chunk that one place carries: small enough that a layer has its weights soon, and each costs a few
+messages."""
 _MAX_CHUNKS = 32
 """Chunks of one shard, unless `max_buffer_mib` asks for more."""
 
@@ -78,7 +78,6 @@ class DifferenceRing:
         topology: with process groups that nobody else uses at the same time.
         numels: values of a shard, flat tensor by flat tensor.
         priority: (flat, first value in it, values) -> what chunks are sorted by; None: by their position.
-        overlapped: whether the host goes on meanwhile.
     """
 
     def __init__(
@@ -89,14 +88,12 @@ class DifferenceRing:
         numels: Sequence[int],
         device: torch.device,
         priority=None,
-        overlapped: bool = False,
     ):
         self.topology, self.config, self.traffic, self.device = topology, config, traffic, device
         self.format = wire.Format(config.weight_bits, config.weight_group_size, config.backend)
         self.difference = config.weight_difference and self.format.quantized
         self._rows: dict[Any, Rows] = {}
-        wanted = _PART_BYTES.get(device.type, _PART_BYTES_ON_DEVICE)[overlapped]
-        self._cuts = [self._cut(numel, wanted) for numel in numels]
+        self._cuts = [self._cut(numel) for numel in numels]
         chunks = [
             Chunk(flat, owner, number, *cut.chunk(number, topology.local_size))
             for flat, cut in enumerate(self._cuts)
@@ -120,8 +117,9 @@ class DifferenceRing:
         self.order = self._arrivals(schedule)
         """Chunks in the order in which they are added to the held weights, the same for all ranks of a node."""
 
-    def _cut(self, numel: int, wanted: int) -> _Cut:
+    def _cut(self, numel: int) -> _Cut:
         local_size, group = self.topology.local_size, self.format.group_size
+        wanted = _PART_BYTES.get(self.device.type, _PART_BYTES_ON_DEVICE)
         share = self.format.num_bytes(numel) // local_size
         fitting = (self.config.max_buffer_mib << 20) // (2 * local_size + _SPARE)
         num_chunks = max(min(_MAX_CHUNKS, share // wanted), -(-share // fitting), 1)

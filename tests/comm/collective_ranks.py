@@ -13,6 +13,7 @@ from rl_accel.comm import topology
 from rl_accel.comm.collectives import QuantizedCollectives
 from rl_accel.comm.config import SDP4BitConfig
 from rl_accel.comm.difference import DifferenceRing
+from rl_accel.comm.difference_gather import DifferenceGather
 from rl_accel.comm.plan import make_plan
 from rl_accel.comm.secondary import SecondaryShards, Unit
 from rl_accel.comm.traffic import Traffic
@@ -268,9 +269,9 @@ def check_secondary_shards(group) -> None:
 
 def check_ring(group) -> None:
     """Replicas of contiguous shards: equal on all ranks to what one rank computes alone, in chunks of any size, in the
-    order of any priority, with the bytes of the formula."""
+    order of any priority, by the ring and by gathers, with the bytes of the formulas."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    numels = [70_000, 0, 33, 140_001]
+    numels = [70_000, 0, 33, 300_001]
     reverse = lambda flat, first, count: -first  # noqa: E731
     for local_size in [n for n in (1, 2, 4) if world_size % n == 0]:
         shape = topology.build(group, local_size, "ring")
@@ -283,13 +284,14 @@ def check_ring(group) -> None:
         ]
         for dtype, config, priority in cases:
             traffic = Traffic()
-            ring = DifferenceRing(shape, config, traffic, numels, torch.device("cpu"), priority, overlapped=True)
+            ring = DifferenceRing(shape, config, traffic, numels, torch.device("cpu"), priority)
             assert ring.buffer_bytes <= config.max_buffer_mib << 20
             assert sorted(ring.order) == list(range(len(ring.chunks)))
             if local_size == 1:
                 assert len(ring.chunks) > 3 * world_size, "no flat tensor was cut"
             flats = [contribution(7, i, world_size * n, dtype) for i, n in enumerate(numels)]
-            expected = [flat.clone() for flat in flats]
+            expected, gathered = [flat.clone() for flat in flats], [flat.clone() for flat in flats]
+            gather = DifferenceGather(shape, config, Traffic(), numels)
             for step in range(3):
                 new = [contribution(20 + step, i, world_size * n, dtype) for i, n in enumerate(numels)]
                 own = [flat.view(world_size, -1)[rank] for flat in flats]
@@ -298,9 +300,15 @@ def check_ring(group) -> None:
                 assert done == list(range(1, len(ring.chunks) + 1))
                 for held, goal in zip(expected, new, strict=True):
                     renew_alone(held.view(world_size, -1), goal.view(world_size, -1), ring, config)
-                for flat, held in zip(flats, expected, strict=True):
+                own = [flat.view(world_size, -1)[rank] for flat in gathered]
+                blocks = gather.encode([x.view(world_size, -1)[rank] for x in new], own)
+                assert len(blocks[3]) == (2 if config.max_buffer_mib == 1 and world_size == 4 else 1)
+                list(gather.run(blocks, gathered))
+                for flat, other, held in zip(flats, gathered, expected, strict=True):
                     assert torch.equal(flat, held), (local_size, dtype, config, step)
-            check_ring_traffic(shape, config, traffic, sum(numels) * world_size)
+                    assert torch.equal(other, held), (local_size, dtype, config, step)
+            check_traffic_of_weights(shape, config, traffic, sum(numels) * world_size, 1 + 1 / world_size)
+            check_traffic_of_weights(shape, config, gather.traffic, sum(numels) * world_size, 1.0)
 
 
 def renew_alone(held, goal, ring, config) -> None:
@@ -334,7 +342,7 @@ def renew_alone(held, goal, ring, config) -> None:
             old.copy_(out)
 
 
-def check_ring_traffic(shape, config, traffic, total: int) -> None:
+def check_traffic_of_weights(shape, config, traffic, total: int, inside: float) -> None:
     bits = config.weight_bits + (0 if config.weight_bits == 16 else 32 / config.weight_group_size)
     world_size, nodes, local = shape.world_size, shape.num_nodes, shape.local_size
     inter = 3 * total * bits / 8 * (nodes - 1) / world_size
@@ -342,7 +350,7 @@ def check_ring_traffic(shape, config, traffic, total: int) -> None:
     assert traffic.weight_inter <= 1.1 * inter + 3 * 3 * world_size * 2048
     assert bool(traffic.weight_inter) == (nodes > 1)
     if local > 1:
-        intra = 3 * total * bits / 8 * (local - 1) / local * (1 + 1 / world_size)
+        intra = 3 * total * bits / 8 * (local - 1) / local * inside
         assert 0.9 * intra < traffic.weight_intra < 1.1 * intra + 3 * 3 * world_size * 2048
 
 

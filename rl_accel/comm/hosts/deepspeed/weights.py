@@ -32,6 +32,7 @@ import torch.distributed as dist
 from rl_accel.comm import topology
 from rl_accel.comm.background import Background
 from rl_accel.comm.difference import DifferenceRing
+from rl_accel.comm.difference_gather import DifferenceGather
 from rl_accel.comm.fingerprint import Watch
 from rl_accel.comm.handle import CommHandle
 from rl_accel.comm.units import OUTSIDE, Units
@@ -59,44 +60,28 @@ class _Gather:
         self.watch = Watch(self._own_shards)
         self.watch.look()
         self.units = Units(module, self.groups_flat)
+        self._numels = [parts[0].numel() for parts in self.partitioned]
+        self._gather = DifferenceGather(handle.topology, handle.config, handle.collectives.traffic, self._numels)
         self._ring: DifferenceRing | None = None
+        """With `overlap_weights`, once a forward pass has shown which units are entered."""
         self._needs: dict[int, int] = {}
-        """Unit -> chunks that must be there before it runs."""
-        self._overlaps = handle.config.overlap_weights
-        self._learned = False
-        """Whether a forward pass has shown which units are entered."""
+        """Unit -> chunks of the ring that must be there before it runs."""
         self.background = Background(self.groups_flat[0].device)
 
-    @property
-    def ring(self) -> DifferenceRing:
-        """Made when it is first used: it has groups of its own where it shall run beside other collectives."""
-        if self._ring is None:
-            handle, config = self.handle, self.handle.config
-            top = handle.topology
-            if self._overlaps:
-                top = topology.build(top.group, config.local_size, "weights")
-            numels = [parts[0].numel() for parts in self.partitioned]
-            self._ring = DifferenceRing(
-                top,
-                config,
-                handle.collectives.traffic,
-                numels,
-                self.groups_flat[0].device,
-                self.units.priority,
-                self._overlaps,
-            )
-        return self._ring
-
-    def _learn(self) -> None:
-        """Work out what each unit has to wait for; those that no forward entered count as outside."""
-        ring, rank_numels = self.ring, [parts[0].numel() for parts in self.partitioned]
+    def _make_ring(self) -> DifferenceRing:
+        """Make the ring, with groups of its own, and work out what each unit has to wait for; units that no forward
+        entered count as outside. Collective."""
+        handle, config = self.handle, self.handle.config
+        top = topology.build(handle.topology.group, config.local_size, "weights")
+        traffic, device = handle.collectives.traffic, self.groups_flat[0].device
+        ring = DifferenceRing(top, config, traffic, self._numels, device, self.units.priority)
         for position, index in enumerate(ring.order):
             chunk = ring.chunks[index]
-            first = chunk.owner * rank_numels[chunk.flat] + chunk.start
+            first = chunk.owner * self._numels[chunk.flat] + chunk.start
             for number in self.units.needing(chunk.flat, first, chunk.count):
                 number = number if number in self.units.entered else OUTSIDE
                 self._needs[number] = position + 1
-        self._learned = True
+        return ring
 
     def entering(self, number: int) -> None:
         """A unit is about to run."""
@@ -136,19 +121,22 @@ class _Gather:
         if self.handle.any_wants_resync():
             self.handle.count_resync()
             return in_full()
-        rank, ring = self.handle.topology.rank, self.ring
+        rank = self.handle.topology.rank
+        if self._ring is None and self.handle.config.overlap_weights and self.units.entered:
+            self._ring = self._make_ring()
+        ring = None if self.handle.trying("weights") else self._ring
+        exchange = self._gather if ring is None else ring
         own = [parts[rank].detach() for parts in self.partitioned]
         new = [shard.clone() for shard in own]
         for shard, old in zip(own, self.old_shards, strict=True):
             shard.copy_(old)
-        blocks = ring.encode(new, own)
+        blocks = exchange.encode(new, own)
         flats = [flat.detach() for flat in self.groups_flat]
-        if self._overlaps and self.units.entered and not self._learned:
-            self._learn()
-        if self._learned and not self.handle.trying("weights"):
-            self.background.start(lambda: ring.run(blocks, flats))
+        work = exchange.run(blocks, flats)
+        if ring is not None:
+            self.background.start(lambda: work)
         else:
-            for _ in ring.run(blocks, flats):
+            for _ in work:
                 pass
         return None
 
