@@ -19,7 +19,7 @@ from typing import Any
 import comm_ranks
 import torch
 import torch.distributed as dist
-from comm_bench_engines import LENGTH, Engine, OnDeepSpeed, OnFSDP2, make_model
+from comm_bench_engines import LENGTH, OnDeepSpeed, OnFSDP2, make_model
 from slow_network import sent_bytes
 
 from rl_accel.quickstart.tiny_gpt import MarkovText
@@ -40,7 +40,7 @@ class Rank:
         logger.setLevel(logging.ERROR)
         load("cpu").init_distributed(dist_backend="gloo", verbose=False)
         self._states: dict[str, dict[str, Any]] = {}
-        self._engine: Engine
+        self._engine: Any = None
         self._kept: list[Any] = []
 
     def build(
