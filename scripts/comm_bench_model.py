@@ -33,6 +33,8 @@ GEOMETRY = {
     "comm-buckets-12x13-cpu.json": (12, 1, 13, 128),
 }
 """Nodes, ranks a node, buckets and width of results whose rows do not say it."""
+BALANCED = ("comm-balanced-2x2-cpu.json", "comm-balanced-8x8-cpu.json", "comm-balanced-12x13-cpu.json")
+"""Results of the design with one balanced exchange. They came after the model and its constants."""
 FITTED_ON = ("comm-cpu.json", "comm-buckets-12x13-cpu.json")
 _ROW = re.compile(r"comm\.step_s\.(?:(\d+)x(\d+)\.(\d+)b\.)?(none|[\d.]+[kmg]bit)(?:\.(\w+))?$")
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9}
@@ -194,7 +196,7 @@ def read(path: Path, width: int = 128) -> list[Measured]:
             raise ValueError(f"{path.name}: {row['name']} does not say nodes, ranks and buckets")
         else:
             shape = int(nodes), int(ranks), int(buckets), row.get("width", width)
-            way = "sdp4bit" if arm == "sdp4bit_auto" else arm
+            way = "chosen" if arm == "sdp4bit_auto" else arm  # no way of its own; its compute counts
         parts = row.get("compute_s") or math.inf, row.get("gradients_s"), row.get("weights_s")
         found.append(Measured(path.name, arm, way, *shape, rate, row["value"], *parts))
         incumbent = row.get("incumbent_arm") or "deepspeed"

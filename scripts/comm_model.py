@@ -242,10 +242,14 @@ def deepspeed(cluster: Cluster, work: Workload) -> Plan:
 
 
 def deepspeed_reduce(cluster: Cluster, work: Workload) -> Plan:
-    """Each slice of a bucket is reduced to its owner in one go over all ranks."""
+    """Each slice of a bucket is reduced to its owner over all ranks: in a ring, then gathered, as gloo does it."""
     buckets = []
     for parts in owned(work.bucket_sizes, cluster.world):
-        buckets.append([_into_owners(cluster, parts, BF16, cluster.world)])
+        phases = []
+        for size in parts.values():
+            outside = (cluster.nodes - 1) / cluster.nodes * size * BF16 / 8
+            phases += [ring(cluster, size, BF16), Phase(inter=outside, messages=1, moved=outside)]
+        buckets.append(phases)
     return Plan(buckets, [[ring(cluster, work.parameters, BF16)]])
 
 

@@ -157,7 +157,7 @@ def show_small_gain(options: argparse.Namespace) -> list[dict[str, Any]]:
 def check_bench(paths: list[Path], width: int) -> list[dict[str, Any]]:
     """Return predicted and measured steps of the committed benches and of other files."""
     machine, rows = bench.Machine(), []
-    for path in [RESULTS / name for name in bench.GEOMETRY] + paths:
+    for path in [RESULTS / name for name in (*bench.GEOMETRY, *bench.BALANCED)] + paths:
         for measured in bench.read(path, width):
             predicted = bench.predicted_s(measured, machine)
             gradients, weights = bench.parts_s(measured, machine)
