@@ -30,8 +30,8 @@ class SDP4BitConfig:
     """Let weights arrive while the next forward pass runs; each layer waits for its own (DeepSpeed ZeRO 1 and 2). Who
     reads parameters outside a forward pass, a state dict or the optimizer calls `handle.wait()` before."""
     sharded_weights: bool | None = None
-    """Where no rank holds all weights (FSDP2): keep on every rank what the ranks at its place of all nodes own, so that
-    differences can be sent to it and gathers stay inside the node. It takes P/L weights a rank, 2 bytes each in
+    """Where no rank holds all weights (FSDP2, ZeRO 3): keep on every rank what the ranks at its place of all nodes own,
+    so that differences can be sent to it and gathers stay inside the node. It takes P/L weights a rank, 2 bytes each in
     bfloat16. None: where a node has several ranks; with one rank a node it is a whole replica."""
     gradients: bool = True
     """Two-level reduce-scatter of gradients."""

@@ -38,8 +38,6 @@ _PART_BYTES_ON_DEVICE = 512 << 10
 messages."""
 _MAX_CHUNKS = 32
 """Chunks of one shard, unless `max_buffer_mib` asks for more."""
-
-
 _SPARE = 8
 """Parts that `max_buffer_mib` has room for beside those of a chunk that is put together, twice."""
 

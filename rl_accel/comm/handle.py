@@ -250,8 +250,8 @@ class CommHandle:
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on bit for bit: counters of the rounding noise, the choices made, and on FSDP2
-        what the other nodes hold of this rank's shard."""
+        """What a resumed run needs to go on bit for bit: counters of the rounding noise, the choices made, and with
+        secondary shards what the other nodes hold of this rank's."""
         if self._loaded is not None:
             return {**self._loaded, "config": asdict(self.config)}
         return {
