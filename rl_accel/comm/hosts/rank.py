@@ -1,7 +1,7 @@
 """4-bit communication on a training rank of verl.
 
-Rollout engines get the weights that training computes with: on DeepSpeed the replicas, which the module holds, on FSDP2
-the secondary shards, where the parameters hold the optimizer's own.
+Rollout engines get the weights that training computes with: at ZeRO 1 and 2 the replicas, which the module
+holds; on FSDP2 and at ZeRO 3 the secondary shards, where the parameters hold the optimizer's own.
 """
 
 from __future__ import annotations
